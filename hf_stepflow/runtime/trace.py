@@ -1,0 +1,145 @@
+"""A finished trace cut into segments and steps: what researchers look at, and what reports are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .configuration_stepflow import StepFlowConfig, StepFlowSettings
+from .errors import StepFlowInputError
+from .step_record import SEGMENT_NAMES, Field
+from .steps import StepVocabulary
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One step of a trace.
+
+    Attributes:
+        label: "question", "thinking" or "summary".
+        round: round of the conversation, from 1 (0 for a question before any thinking).
+        index: number of the step inside its round; 0 for a question.
+        start, end: token range [start, end).
+        text: its text, or None where no tokenizer was at hand.
+    """
+
+    label: str
+    round: int
+    index: int
+    start: int
+    end: int
+    text: str | None = None
+
+
+@dataclass
+class Trace:
+    """Segment and step of every token of one row.
+
+    Attributes:
+        segment_ids: long [T]: 0 question, 1 thinking, 2 summary, -1 padding.
+        step_ids: long [T]: step inside the round, 0 for question, -1 for tokens in no step.
+        round_ids: long [T]: round of each token; if not given, thinking that follows another segment opens a new
+            round unless its steps count on.
+        steps: the steps in order, made from the ids if not given.
+    """
+
+    segment_ids: torch.Tensor
+    step_ids: torch.Tensor
+    round_ids: torch.Tensor | None = None
+    steps: list[TraceStep] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.segment_ids = torch.as_tensor(self.segment_ids, dtype=torch.long)
+        self.step_ids = torch.as_tensor(self.step_ids, dtype=torch.long)
+        if self.segment_ids.ndim != 1 or self.segment_ids.shape != self.step_ids.shape:
+            raise StepFlowInputError(
+                "segment_ids and step_ids must both be of shape [T], got "
+                f"{list(self.segment_ids.shape)} and {list(self.step_ids.shape)}"
+            )
+        if self.segment_ids.numel() and not -1 <= int(self.segment_ids.min()) <= int(self.segment_ids.max()) <= 2:
+            raise StepFlowInputError("segment_ids must be 0 (question), 1 (thinking), 2 (summary) or -1 (padding)")
+        if self.round_ids is None:
+            self.round_ids = torch.tensor(_derive_rounds(self.segment_ids.tolist(), self.step_ids.tolist()))
+        self.round_ids = torch.as_tensor(self.round_ids, dtype=torch.long)
+        if not self.steps:
+            self.steps = _derive_steps(self.segment_ids.tolist(), self.step_ids.tolist(), self.round_ids.tolist())
+
+    def __len__(self) -> int:
+        return self.segment_ids.shape[0]
+
+
+def segment_trace(
+    tokenizer: Any,
+    input_ids: "torch.Tensor | Sequence[int]",
+    config: "StepFlowConfig | StepFlowSettings | StepVocabulary | dict[str, Any] | None" = None,
+    prompt_length: int | None = None,
+) -> Trace:
+    """Cuts a finished trace into segments and steps, exactly as the runtime does while it is generated.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        input_ids: token ids of one row, [T] or [1, T].
+        config: step settings, or a `StepVocabulary` made before; None for the defaults.
+        prompt_length: where the prompt ends: implicit thinking starts there, and without it everything is question.
+
+    Raises:
+        StepFlowInputError: more than one row.
+        StepFlowConfigError: markers that the tokenizer cannot write.
+    """
+    ids = torch.as_tensor(input_ids)
+    ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
+    if ids.ndim != 1:
+        raise StepFlowInputError(
+            f"segment_trace takes one row of token ids, [T] or [1, T], got shape {list(ids.shape)}",
+            hint="call it for each row",
+        )
+    vocabulary = config if isinstance(config, StepVocabulary) else StepVocabulary.from_tokenizer(tokenizer, config)
+    records = vocabulary.scan(ids.tolist(), prompt_length=prompt_length)
+    return trace_from_records(records, ids.tolist(), tokenizer)
+
+
+def trace_from_records(
+    records: Sequence[Sequence[int]], ids: Sequence[int] | None = None, tokenizer: Any = None
+) -> Trace:
+    """The trace of one row of records; texts need the ids and a tokenizer."""
+    labels = [record[Field.LABEL] for record in records]
+    segments = [-1 if label < 0 else label % 3 for label in labels]
+    rounds = [0 if label < 0 else label // 3 for label in labels]
+    step_ids = [record[Field.STEP] for record in records]
+    steps = _derive_steps(segments, step_ids, rounds)
+    if tokenizer is not None and ids is not None:
+        steps = [
+            TraceStep(step.label, step.round, step.index, step.start, step.end, tokenizer.decode(ids[step.start : step.end]))
+            for step in steps
+        ]
+    return Trace(torch.tensor(segments), torch.tensor(step_ids), torch.tensor(rounds), steps)
+
+
+def _derive_rounds(segments: list[int], step_ids: list[int]) -> list[int]:
+    """Rounds of a trace that came without: thinking after something else, whose steps start again, is a new round."""
+    rounds, current, last_step, previous = [], 0, 0, 0
+    for position, segment in enumerate(segments):
+        if segment == 1 and previous != 1:
+            following = next((step for step in step_ids[position:] if step > 0), 0)
+            if current == 0 or following <= last_step:
+                current, last_step = current + 1, 0
+        if segment > 0:
+            last_step = max(last_step, step_ids[position])
+        previous = previous if segment < 0 else segment
+        rounds.append(current)
+    return rounds
+
+
+def _derive_steps(segments: list[int], step_ids: list[int], rounds: list[int]) -> list[TraceStep]:
+    """Ranges of equal (round, segment, step); tokens in no step interrupt nothing."""
+    steps: list[TraceStep] = []
+    for position, (segment, step, number) in enumerate(zip(segments, step_ids, rounds, strict=True)):
+        if segment < 0 or step < 0:
+            continue
+        label = SEGMENT_NAMES[segment]
+        if steps and (steps[-1].label, steps[-1].round, steps[-1].index) == (label, number, step):
+            steps[-1] = TraceStep(label, number, step, steps[-1].start, position + 1)
+        else:
+            steps.append(TraceStep(label, number, step, position, position + 1))
+    return steps

@@ -1,0 +1,35 @@
+"""What every test stands on: no network, one thread, fixed seeds, reproducible property tests on CI."""
+
+import os
+
+# Read by huggingface_hub and transformers when they are imported, so set before anything imports them.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("continuous", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("continuous" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of goldens and data beside the checkout, or where HF_STEPFLOW_SHARED points."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("HF_STEPFLOW_SHARED", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no goldens at {folder}: set HF_STEPFLOW_SHARED to the folder that holds them")
+    return folder
