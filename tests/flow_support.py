@@ -4,12 +4,13 @@ from functools import lru_cache
 
 import torch
 from oracles import OracleSettings, OracleStepFlow, OracleTrace
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, resolve_layers
+from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.steps import StepVocabulary
-from hf_stepflow.runtime.token_text import _BYTE_OF_CHARACTER
 from hf_stepflow.runtime.trace import segment_trace
 
 QUESTION = "Ann has 4 eggs. Bob has three more."
@@ -30,7 +31,7 @@ TWO_ROUNDS = (
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and the markers: 261 tokens, pad 0, bos 1, eos 2, `<think>` 3, `</think>` 4."""
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", "<think>", "</think>"))}
-    for character in sorted(_BYTE_OF_CHARACTER):
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -101,3 +102,80 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm-wise relative error."""
     got, expected = got.double(), expected.double()
     return float((got - expected).norm() / expected.norm())
+
+
+# Families with experts run in float64: near a tie, rounding sends a token to another expert.
+FAMILIES = {
+    "llama": torch.float32,
+    "qwen2": torch.float32,
+    "qwen3": torch.float32,
+    "mistral": torch.float32,
+    "gemma2": torch.float32,
+    "gemma3_text": torch.float32,
+    "phi3": torch.float32,
+    "smollm3": torch.float32,
+    "olmo2": torch.float32,
+    "granite": torch.float32,
+    "gpt_oss": torch.float64,
+    "deepseek_v3": torch.float64,
+}
+# Those whose attention runs in one base implementation only. In float64 the eager kernel of deepseek_v3, with or without
+# StepFlow, makes NaN of a query that sees no key: its softmax is in float32, where the mask's value is -inf.
+IMPLEMENTATIONS = {"gemma2": "eager", "gpt_oss": "eager", "deepseek_v3": "sdpa"}
+
+# Strong enough to show: untouched logits are 5 to 40 % away.
+_STRONG = StepFlowSettings(min_step_chars=5, tau_max=0.4, alpha=0.5, oeb_layers="bottom:0.5", smi_layers="top:0.5")
+VARIANTS = {
+    "paper": _STRONG,
+    "step": _STRONG.replace(bridge_scope="step", sink_tokens=2, smi_window=3),
+    "absolute": _STRONG.replace(bridge_floor="absolute", oeb_span=4, tau_max=0.3),
+    "heads": _STRONG.replace(oeb_heads={0: [0, 2], 1: [3]}, length_temperature=0.7, length_temperature_base=8),
+    "temperature": _STRONG.replace(tau_max=0.0, alpha=0.0, length_temperature=0.7, length_temperature_base=8),
+    "implicit": _STRONG.replace(implicit_thinking=True, summary_start="So:"),
+}
+
+
+@lru_cache(maxsize=None)
+def attached(
+    family: str, variant: str, implementation: str = "eager", dtype: torch.dtype | None = None, seed: int = 0
+):
+    """A tiny model of a family with StepFlow on it, one for the whole session; float64 casts its very weights."""
+    model = tiny_model(family, dtype=FAMILIES[family], seed=seed).to(dtype or FAMILIES[family])
+    model.set_attn_implementation(implementation)
+    return StepFlowModelForCausalLM.attach(model, VARIANTS[variant], tokenizer=byte_tokenizer())
+
+
+@lru_cache(maxsize=None)
+def reference_logits(
+    family: str, variant: str, ids: tuple[int, ...], prompt_length: int | None = None
+) -> torch.Tensor:
+    """Logits [T, V] of one unpadded row in one float64 pass without cache; `test_reference` holds it to the oracle."""
+    model = attached(family, variant, IMPLEMENTATIONS.get(family, "sdpa"), dtype=torch.float64)
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False, prompt_length=prompt_length).logits[0]
+
+
+class Script(LogitsProcessor):
+    """Leaves each row only the tokens that its script allows: a text, in which `~` stands for any of a few tokens.
+
+    Rows that stem from one prompt (beams, samples) share its script; after a script's end anything goes.
+    """
+
+    WILD = "abcdef. "
+
+    def __init__(self, width: int, texts: list[str]):
+        self.width = width
+        self.wild = encode(self.WILD)
+        self.rows = [
+            [self.wild if token == encode("~")[0] else [token] for token in encode(text)] for text in texts
+        ]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Forbids everything else."""
+        allowed = torch.full_like(scores, float("-inf"))
+        place = input_ids.shape[1] - self.width
+        copies = max(1, scores.shape[0] // len(self.rows))
+        for row in range(scores.shape[0]):
+            script = self.rows[row // copies]
+            allowed[row, script[place] if place < len(script) else slice(None)] = 0.0
+        return scores + allowed

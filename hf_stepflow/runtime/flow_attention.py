@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .bridge import bridge_shifts
+from .decode_attention import decode_attention, decode_groups
 from .errors import StepFlowUnsupportedError
 from .flow_masks import visible_keys, visible_numbers
 from .flow_pass import FlowPass, key_groups
-from .range_attention import range_attention, row_ranges
 from .step_injection import inject
 from .step_record import Field
 
@@ -45,8 +46,6 @@ def base_attention(name: str, module: torch.nn.Module) -> Callable[..., Output]:
     """The attention function that a module would use under a base implementation."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
@@ -129,22 +128,28 @@ class _Call:
 
     def decode(self) -> Output:
         """One query per row: every row is computed here, bridged or not."""
-        ranges = row_ranges(self.flow, self.key.shape[2], self.mask, self.kwargs)
-        if ranges is not None:
-            output, weights, masses = range_attention(
+        total = self.flow.total
+        if isinstance(total, int) and self.query.device.type == "cpu" and self.kwargs.get("position_bias") is None:
+            keys = min(self.key.shape[2], total)
+            window = self.kwargs.get("sliding_window")
+            groups = decode_groups(self.flow, self.mask, keys, window, self.tau, self.key)
+            done = decode_attention(
                 self.query,
-                self.key,
-                self.value,
-                ranges,
-                tau=self.tau_tensor(),
-                floor=self.flow.plan.settings.bridge_floor,
+                self.key[:, :, :keys],
+                self.value[:, :, :keys],
+                groups,
+                is_absolute=self.flow.plan.settings.bridge_floor == "absolute",
                 scaling=self.scaling,
                 softcap=self.kwargs.get("softcap"),
                 sink_logits=self.kwargs.get("s_aux"),
-                wants_weights=self.wants_weights,
             )
-            self.report(*masses)
-            return output, weights
+            if done is not None:
+                output, weights, before, after = done
+                self.flow.note_bridge(self.layer, before, after, groups.floor)
+                if not self.wants_weights:
+                    return output, None
+                empty_slots = self.key.shape[2] - keys
+                return output, torch.nn.functional.pad(weights, (0, empty_slots)).to(self.query.dtype)
         return self.rows(0, 1)
 
     def rewrite(self, output: torch.Tensor, weights: torch.Tensor | None) -> Output:
@@ -215,7 +220,10 @@ class _Call:
         )
         shift = torch.where(same, shift_same[..., None], torch.where(bridge, shift_bridge[..., None], 0.0))
         weights = torch.exp(logits + shift - log_total[..., None])
-        self.report(log_bridge - log_total, shift_bridge, bridged, same.any(-1) & bridge.any(-1))
+        before = torch.exp(log_bridge - log_total)
+        after = torch.where(bridged, torch.exp(log_bridge - log_total + shift_bridge), before)
+        usable = (same.any(-1) & bridge.any(-1)) & (torch.as_tensor(self.tau_tensor(), device=query.device) > 0)
+        self.flow.tally_bridge(self.layer, before, after, usable)
         spread = weights.to(self.value.dtype).reshape(batch, groups, heads // groups * chunk, keys)
         output = torch.matmul(spread, self.value).view(batch, heads, chunk, -1)
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if self.wants_weights else None
@@ -230,18 +238,3 @@ class _Call:
         if isinstance(self.tau, tuple):
             return torch.tensor(self.tau, device=self.query.device)[:, None]
         return self.tau
-
-    def report(
-        self, log_before: torch.Tensor, shift: torch.Tensor, bridged: torch.Tensor, usable: torch.Tensor
-    ) -> None:
-        """Tallies the bridge of some queries: log p(B) before, its shift, where bridged [B, H, c], usable [B, *, c]."""
-        if self.flow.state.tally is None:
-            return
-        with torch.no_grad():
-            chosen = usable.expand_as(bridged)
-            if isinstance(self.tau, tuple):
-                chosen = chosen & (torch.tensor(self.tau, device=self.query.device)[:, None] > 0)
-            before = torch.where(chosen, log_before.exp(), 0.0)
-            after = torch.where(chosen, (log_before + shift).exp(), 0.0)
-            amounts = torch.stack((chosen.to(before.dtype), (bridged & chosen).to(before.dtype), before, after))
-            self.flow.tally(self.layer, slice(0, 4), amounts.sum((2, 3)).T)

@@ -114,6 +114,7 @@ class FlowPass:
     seen_layers: set[int] = field(default_factory=set)
     is_handed_down: bool = True
     _memo: list[tuple[Any, ...]] = field(default_factory=list)
+    _notes: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.host is not None:
@@ -159,6 +160,34 @@ class FlowPass:
             self.state.tally[:, self.plan.layers.index(layer), columns] += amounts.to(
                 self.state.tally.device, self.state.tally.dtype
             )
+
+    def tally_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
+        """Adds the bridge of some queries: its mass before and after [B, H, c], and where it had a say [B, *, c]."""
+        if self.state.tally is None:
+            return
+        with torch.no_grad():
+            chosen = usable.expand_as(before) > 0
+            counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen))
+            self.tally(layer, slice(0, 4), counts.sum((2, 3)).T)
+
+    def note_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
+        """As `tally_bridge` for one query per row (masses [B, H]), kept until the end of the pass, to be added at once."""
+        self._notes.append((layer, before, after, usable))
+
+    def settle(self) -> None:
+        """Adds what was noted to the report."""
+        notes, self._notes = self._notes, []
+        if not notes or self.state.tally is None:
+            return
+        device = self.state.tally.device
+        with torch.no_grad():
+            before, after = (
+                torch.stack([note[column].to(device, torch.float32) for note in notes], 1) for column in (1, 2)
+            )
+            chosen = torch.stack([note[3].to(device).flatten(1).expand_as(note[1]) for note in notes], 1) > 0
+            counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1).sum(2)
+            rows = [self.plan.layers.index(note[0]) for note in notes]
+            self.state.tally[:, rows, :4] += counts
 
 
 def key_groups(

@@ -133,17 +133,19 @@ class FlowRuntime:
             return args, kwargs
         if prompt_length is None:
             prompt_length = self._slot.prompt_length
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        if args:
+            args, kwargs = (), dict(zip(_parameters(type(model))[0], args, strict=False)) | kwargs
+        ids = kwargs.get("input_ids")
         if ids is None:
             raise StepFlowInputError(
                 "StepFlow reads steps from token ids, but the model was called with inputs_embeds",
                 hint="pass input_ids, or call inside `with model.disable_stepflow():`",
             )
         cache = kwargs.get("past_key_values")
-        state = self._state(cache, settings, ids)
-        padding = _padding(kwargs.get("attention_mask"), ids, state.length, compiling)
+        state = self._state(cache, settings, ids, kwargs.get("attention_mask"))
+        padding = _padding(kwargs.get("attention_mask"), ids, state.length)
         records, host = state.append(ids, padding, prompt_length)
-        flow = FlowPass(plan, state, records, host, state.length if host is None else int(state.length))
+        flow = FlowPass(plan, state, records, host, state.length if host is None else state.count)
         self.last = (state, plan)
         if not compiling:
             self._slot.current = flow
@@ -152,25 +154,36 @@ class FlowRuntime:
                 f"{type(model).__name__} does not hand arguments down to attention, so StepFlow cannot be compiled",
                 hint="generate without compilation, or detach StepFlow",
             )
-        if _accepts_arguments(type(model)):
+        if _parameters(type(model))[1]:
             kwargs["stepflow_pass"] = flow
         return args, kwargs
 
-    def _state(self, cache: Any, settings: StepFlowSettings, ids: torch.Tensor) -> FlowState:
+    def _state(self, cache: Any, settings: StepFlowSettings, ids: torch.Tensor, mask: Any) -> FlowState:
         """The state that rides on the cache, brought to its length; a fresh one where there is none."""
         vocabulary = self.vocabulary_for(settings)
+        mask = mask if isinstance(mask, torch.Tensor) else None
         state = state_of(cache)
-        if state is not None and state.vocabulary is vocabulary and state.batch == ids.shape[0]:
-            if not torch.compiler.is_compiling():
-                state.follow(int(cache.get_seq_length()))
-            return state
+        if state is not None:
+            if torch.compiler.is_compiling():
+                return state
+            cached = int(cache.get_seq_length())
+            if cached and state.batch != ids.shape[0]:
+                raise StepFlowInputError(
+                    f"the cache was labelled for {state.batch} rows, but input_ids has {ids.shape[0]}",
+                    hint="change the rows of a cache by its own batch_repeat_interleave or batch_select_indices",
+                )
+            if state.batch == ids.shape[0]:
+                state.follow(cached, mask)
+                if state.vocabulary is not vocabulary:
+                    state.relabel(vocabulary)
+                return state
         capacity = None
         if cache is not None and getattr(cache, "is_compileable", False):
             capacity = _capacity(cache)
         state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
         state.tally = torch.zeros(ids.shape[0], len(self.heads), len(TALLIES), device=ids.device)
         if cache is not None:
-            state.follow(int(cache.get_seq_length()))
+            state.follow(int(cache.get_seq_length()), mask)
             carry(cache, state)
         return state
 
@@ -184,6 +197,7 @@ class FlowRuntime:
         if flow is None:
             return
         wanted = set(flow.plan.tau) | flow.plan.inject | set(flow.plan.gamma)
+        flow.settle()
         self.hands_down = flow.is_handed_down
         missed = sorted(wanted - flow.seen_layers)
         if missed:
@@ -191,9 +205,10 @@ class FlowRuntime:
                 f"layers {missed} of {type(model).__name__} did not call StepFlow's attention function",
                 hint="name layers in oeb_layers and smi_layers that run, or detach StepFlow from this model",
             )
-        made = getattr(output, "past_key_values", None)
-        if made is not None and kwargs.get("past_key_values") is None and hasattr(made, "get_seq_length"):
-            carry(made, flow.state)
+        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        for made in parts:
+            if hasattr(made, "get_seq_length") and state_of(made) is None:
+                carry(made, flow.state)
 
     def report(self) -> FlowReport:
         """What the last generate or forward did.
@@ -208,15 +223,16 @@ class FlowRuntime:
         return FlowReport.of(*self.last, tokenizer=self.tokenizer)
 
 
-_ACCEPTS: dict[type, bool] = {}
+_PARAMETERS: dict[type, tuple[list[str], bool]] = {}
 
 
-def _accepts_arguments(kind: type) -> bool:
-    """Whether the forward of a model class takes free keyword arguments."""
-    if kind not in _ACCEPTS:
-        parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
-        _ACCEPTS[kind] = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    return _ACCEPTS[kind]
+def _parameters(kind: type) -> tuple[list[str], bool]:
+    """Names of the arguments of a model class's forward, and whether it takes free keyword arguments."""
+    if kind not in _PARAMETERS:
+        parameters = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+        free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        _PARAMETERS[kind] = list(parameters)[1:], free
+    return _PARAMETERS[kind]
 
 
 def _capacity(cache: Any) -> int:
@@ -228,10 +244,11 @@ def _capacity(cache: Any) -> int:
     return max(lengths)
 
 
-def _padding(mask: Any, ids: torch.Tensor, before: "int | torch.Tensor", compiling: bool) -> torch.Tensor | None:
+def _padding(mask: Any, ids: torch.Tensor, before: "int | torch.Tensor") -> torch.Tensor | None:
     """Which of the new tokens are padding, bool [B, q], or None if none is.
 
-    A 2D mask says it outright; in a 4D one padding is a token that does not see itself.
+    A 2D mask says it outright (it may be longer than the tokens so far); in a 4D one padding is a token that does not
+    see itself.
     """
     if isinstance(mask, dict):
         masks = [mask.get("full_attention"), *mask.values()]
@@ -240,8 +257,12 @@ def _padding(mask: Any, ids: torch.Tensor, before: "int | torch.Tensor", compili
         return None
     queries = ids.shape[1]
     if mask.ndim == 2:
-        padding = mask[:, -queries:] == 0
-        return padding.to(ids.device)
+        last = mask.shape[1] - queries
+        if isinstance(before, int):
+            start = min(before, last)
+            return (mask[:, start : start + queries] == 0).to(ids.device)
+        slots = torch.arange(queries, device=mask.device) + before.to(mask.device).clamp(max=last)
+        return (mask.index_select(1, slots) == 0).to(ids.device)
     if mask.ndim != 4:
         return None
     keys = mask.shape[-1]

@@ -5,6 +5,7 @@ everything that happens to a cache (beams reorder it, speculation crops it, samp
 same index operation. It is carried by swapping the cache's class for one with `FlowCacheMixin`.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -33,12 +34,27 @@ class FlowState:
         self.records = torch.zeros(batch, capacity or 0, FIELDS, dtype=torch.int32, device=device)
         self.length: int | torch.Tensor = torch.zeros((), dtype=torch.long, device=device) if self.is_static else 0
         self.tally: torch.Tensor | None = None
+        self._count: int | None = 0
         self._last: list[list[int]] | None = [empty_record() for _ in range(batch)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FlowState":
+        copied = copy.copy(self)
+        copied.records = self.records.clone()
+        copied.length = self.length.clone() if isinstance(self.length, torch.Tensor) else self.length
+        copied.tally = None if self.tally is None else self.tally.clone()
+        return copied
 
     @property
     def batch(self) -> int:
         """Number of rows."""
         return self.records.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Number of valid slots; only after compiled steps does it take a host read."""
+        if self._count is None:
+            self._count = int(self.length)
+        return self._count
 
     def append(
         self, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
@@ -61,18 +77,25 @@ class FlowState:
     def _append_on_host(
         self, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
     ) -> "tuple[torch.Tensor, list[list[list[int]]]]":
-        start = int(self.length)
-        if padding is None:
-            rows, hidden = ids.tolist(), [None] * ids.shape[0]
-        else:
-            rows, hidden = torch.stack((ids, padding.long())).tolist()  # one host read for both
-        last = self._last_records()
+        start, queries = self.count, ids.shape[1]
+        parts = [ids] if padding is None else [ids, padding.to(ids.dtype)]
+        if self._last is None and start:
+            parts.append(self.records[:, start - 1].to(ids.device, ids.dtype))
+        read = torch.cat(parts, 1).tolist()  # one host read for everything
+        if self._last is None:
+            self._last = [row[-FIELDS:] if start else empty_record() for row in read]
         host = [
-            self.vocabulary.scan(row, before, start=start, padding=mask, prompt_length=prompt_length)
-            for row, before, mask in zip(rows, last, hidden, strict=True)
+            self.vocabulary.scan(
+                row[:queries],
+                before,
+                start=start,
+                padding=None if padding is None else row[queries : 2 * queries],
+                prompt_length=prompt_length,
+            )
+            for row, before in zip(read, self._last, strict=True)
         ]
         records = torch.tensor(host, dtype=torch.int32).to(ids.device, non_blocking=True)
-        end = start + ids.shape[1]
+        end = start + queries
         self._reserve(end)
         self.records[:, start:end] = records
         self.set_length(end)
@@ -83,7 +106,7 @@ class FlowState:
         self, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
     ) -> torch.Tensor:
         if not self.is_static:
-            self._reserve(int(self.length) + ids.shape[1])
+            self._reserve(self.count + ids.shape[1])
         slot = torch.as_tensor(self.length, device=ids.device)
         fresh = torch.tensor(empty_record(), dtype=torch.long, device=ids.device)
         before = self.records.index_select(1, (slot - 1).clamp(min=0).reshape(1))[:, 0].long()
@@ -97,14 +120,16 @@ class FlowState:
         self.records.index_copy_(1, slot + torch.arange(ids.shape[1], device=ids.device), records)
         if isinstance(self.length, torch.Tensor):
             self.length.add_(ids.shape[1])
+            self._count = None
         else:
             self.length += ids.shape[1]
+            self._count = self.length
         self._last = None
         return records
 
     def _last_records(self) -> list[list[int]]:
         if self._last is None:
-            end = int(self.length)
+            end = self.count
             last = self.records[:, end - 1].tolist() if end else None
             self._last = last or [empty_record() for _ in range(self.batch)]
         return self._last
@@ -123,34 +148,62 @@ class FlowState:
             self.length.fill_(length)
         else:
             self.length = length
+        self._count = length
 
-    def follow(self, cached: int) -> None:
-        """Brings the state to the length of its cache: shorter after a rollback that went past `crop`, longer where
-        the cache holds tokens that StepFlow has not seen (virtual tokens of a prefix, turns without StepFlow). Those
-        count as question.
+    def follow(self, cached: int, mask: torch.Tensor | None = None) -> None:
+        """Brings the state to the length of its cache.
+
+        It is shorter after a rollback that went past `crop`, longer where the cache holds tokens that StepFlow has not
+        seen (virtual tokens of a prefix, turns without StepFlow). Those count as question.
+
+        Args:
+            cached: tokens in the cache.
+            mask: the padding mask [B, slots] if there is one, 0 for padding.
         """
-        start = int(self.length)
+        start = self.count
         if cached <= start:
             self.crop(cached)
             return
         self._reserve(cached)
+        known = mask is not None and mask.ndim == 2 and mask.shape[1] >= cached
+        hidden = (mask[:, start:cached] == 0).tolist() if mask is not None and known else None
         unseen = []
-        for before in self._last_records():
-            record = before.copy()
-            record[Field.SEGMENT] = 0
-            record[Field.LABEL] = 3 * record[Field.ROUND]
-            record[Field.STEP], record[Field.TRIGGER], record[Field.ACTIVE], record[Field.TOKEN] = -1, 0, 0, -1
-            record[Field.COUNT] += cached - start
-            unseen.append(record)
-        self.records[:, start:cached] = torch.tensor(unseen, dtype=torch.int32, device=self.records.device)[:, None]
-        counts = torch.arange(start - cached + 1, 1, device=self.records.device, dtype=torch.int32)
-        self.records[:, start:cached, Field.COUNT] += counts
-        self._last = unseen
+        for row, record in enumerate(self._last_records()):
+            made = []
+            for slot in range(start, cached):
+                record = record.copy()
+                record[Field.SEGMENT] = record[Field.TRIGGER] = record[Field.ACTIVE] = 0
+                record[Field.STEP] = record[Field.TOKEN] = record[Field.LABEL] = -1
+                if hidden is None or not hidden[row][slot - start]:
+                    record[Field.LABEL] = 3 * record[Field.ROUND]
+                    record[Field.COUNT] += 1
+                    record[Field.FIRST_SLOT] = slot if record[Field.FIRST_SLOT] < 0 else record[Field.FIRST_SLOT]
+                made.append(record)
+            unseen.append(made)
+        self.records[:, start:cached] = torch.tensor(unseen, dtype=torch.int32).to(self.records.device)
+        self._last = [made[-1] for made in unseen]
         self.set_length(cached)
+
+    def relabel(self, vocabulary: StepVocabulary) -> None:
+        """Labels the cached tokens anew, under other step rules."""
+        rows = []
+        for row in self.records[:, : self.count].tolist():
+            record, made = empty_record(), []
+            for slot, old in enumerate(row):
+                opens = slot if old[Field.THINKING_SLOT] == slot else None
+                (record,) = vocabulary.scan(
+                    old[Field.TOKEN : Field.TOKEN + 1], record, start=slot, padding=[old[Field.LABEL] < 0], prompt_length=opens
+                )
+                made.append(record)
+            rows.append(made)
+        self.vocabulary = vocabulary
+        if self.count:
+            self.records[:, : self.count] = torch.tensor(rows, dtype=torch.int32).to(self.records.device)
+        self._last = None
 
     def crop(self, length: int) -> None:
         """Forgets the slots from `length` on."""
-        if length < int(self.length):
+        if length < self.count:
             self.set_length(max(length, 0))
             self._last = None
 

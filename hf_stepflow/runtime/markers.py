@@ -6,6 +6,7 @@ tokens in any way. Source: METHOD section 1 ("Markers and control tokens"), docs
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,16 @@ class MarkerTable:
     atoms: frozenset[int]
     message_open: int | None
 
+    def read(self, ids: Iterable[int]) -> int:
+        """The marker that the last of these tokens completes (NONE for none)."""
+        kind = state = 0
+        for token in ids:
+            row = int(self.row[token])
+            kind, state = int(self.found[row, state]), int(self.next_state[row, state])
+        return kind
 
-def build_marker_table(
-    markers: dict[int, list[str]], pieces: list[bytes], atoms: dict[str, int]
-) -> MarkerTable:
+
+def build_marker_table(markers: dict[int, list[str]], pieces: list[bytes], atoms: dict[str, int]) -> MarkerTable:
     """Compiles markers for one vocabulary.
 
     Args:
@@ -51,10 +58,6 @@ def build_marker_table(
     words = {_symbols(text, atoms): kind for kind, texts in markers.items() for text in texts}
     goto, found, depth = _aho_corasick(words)
     used = {symbol - 256 for word in words for symbol in word if symbol >= 256}
-    texts = [bytes(symbol for symbol in word if symbol < 256) for word in words]
-    suffixes = tuple({text[i:] for text in texts for i in range(1, len(text))})
-    openings = {bytes(word[:1]) for word in words if word[0] < 256}
-    infixes = {text[i:j] for text in texts for i in range(len(text)) for j in range(i + 1, len(text) + 1)}
     rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
 
     def row_of(symbols: tuple[Symbol, ...]) -> int:
@@ -68,16 +71,11 @@ def build_marker_table(
             completed.append(kind)
         return rows.setdefault((tuple(ends), tuple(completed)), len(rows))
 
-    dead_row, empty_row = row_of((NO_SYMBOL,)), row_of(())
-    row = [dead_row] * (len(pieces) + 1)
-    row[-1] = empty_row
-    for index, piece in enumerate(pieces):
-        if index in used:
-            row[index] = row_of((256 + index,))
-        elif not piece:
-            row[index] = empty_row
-        elif piece in infixes or piece.startswith(suffixes) or any(mark in piece for mark in openings):
-            row[index] = row_of(tuple(piece))
+    row = [row_of((NO_SYMBOL,))] * len(pieces) + [row_of(())]
+    for index in _touched(words, pieces):
+        row[index] = row_of(tuple(pieces[index]))
+    for index in used:
+        row[index] = row_of((256 + index,))
     headers = {word[-1] - 256 for word in words if len(word) > 1 and word[0] >= 256 and word[-1] >= 256}
     return MarkerTable(
         row=torch.tensor(row),
@@ -87,6 +85,19 @@ def build_marker_table(
         atoms=frozenset(used),
         message_open=min(headers) if headers else None,
     )
+
+
+def _touched(words: Iterable[tuple[Symbol, ...]], pieces: list[bytes]) -> list[int]:
+    """The tokens that may lead anywhere but to the start: inside a marker, at its end, or with an opening in them."""
+    texts = [bytes(symbol for symbol in word if symbol < 256) for word in words]
+    found = [re.escape(text[i:]) for text in texts for i in range(1, len(text))]
+    openings = {word[0] for word in words if word[0] < 256}
+    if openings:
+        opening = re.escape(bytes(openings))
+        found.append(b"[^%s]*[%s]" % (opening, opening))
+    touches = re.compile(b"|".join(found) or b"(?!)").match
+    inside = {text[i:j] for text in (b"", *texts) for i in range(len(text) + 1) for j in range(i, len(text) + 1)}
+    return [index for index, piece in enumerate(pieces) if touches(piece) or piece in inside]
 
 
 def _symbols(text: str, atoms: dict[str, int]) -> tuple[Symbol, ...]:

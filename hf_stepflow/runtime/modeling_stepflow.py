@@ -6,17 +6,16 @@ base model's business. Detaching gives back the very model it was.
 """
 
 import hashlib
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.utils import logging
 
+from .attention_modules import attention_modules, query_heads
 from .configuration_stepflow import StepFlowConfig, StepFlowSettings, read_settings, settings_from_data
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_attention import make_flow_attention
@@ -89,15 +88,14 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         modules = attention_modules(model)
         base = _base_implementation(model)
         tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
-        heads = {layer: _query_heads(model, found[0]) for layer, found in modules.items()}
+        heads = {layer: query_heads(model, module) for layer, module in modules.items()}
         runtime = FlowRuntime(settings, tokenizer, heads, base, _end_of_turn_ids(model, tokenizer))
         if settings.thinking_start == "<think>" and not settings.implicit_thinking:
             _warn_if_never_thinking(tokenizer, settings)
 
         _set_implementation(model, _register(base), base)
-        for layer, found in modules.items():
-            for module in found:
-                module.stepflow_link = runtime.link(layer)
+        for layer, module in modules.items():
+            module.stepflow_link = runtime.link(layer)
         model.__class__ = _attached_class(cls, type(model))
         model.stepflow_runtime = runtime
         model._stepflow_hooks = (
@@ -250,58 +248,6 @@ def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
         raise StepFlowInputError(
             f"rows {rows} of the prompt are padding only", hint="drop them, or put at least one token into each"
         )
-
-
-def attention_modules(model: torch.nn.Module) -> dict[int, list[torch.nn.Module]]:
-    """The self-attention modules of a model by layer, found by the attention interface in their code.
-
-    Raises:
-        StepFlowUnsupportedError: none, or modules without a layer index.
-    """
-    found: dict[int, list[torch.nn.Module]] = {}
-    for module in model.modules():
-        if not _uses_interface(type(module)) or "Cross" in type(module).__name__:
-            continue
-        if getattr(module, "is_causal", True) is False:
-            continue
-        layer = getattr(module, "layer_idx", None)
-        if type(layer) is not int or layer < 0:
-            raise StepFlowUnsupportedError(
-                f"{type(module).__name__} has no layer index of its own (layer_idx={layer!r}), so bands of layers "
-                "have no meaning in this model",
-                hint="see docs/architectures.md for the model types that StepFlow runs on",
-            )
-        found.setdefault(layer, []).append(module)
-    if not found:
-        raise StepFlowUnsupportedError(
-            f"{type(model).__name__} does not use Transformers' attention interface, so StepFlow cannot reach its "
-            "attention",
-            hint="see docs/architectures.md for the model types that StepFlow runs on",
-        )
-    return dict(sorted(found.items()))
-
-
-_USES_INTERFACE: dict[type, bool] = {}
-
-
-def _uses_interface(kind: type) -> bool:
-    if kind not in _USES_INTERFACE:
-        try:
-            source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
-        except (AttributeError, OSError, TypeError):
-            source = ""
-        _USES_INTERFACE[kind] = "attention_interface(" in source
-    return _USES_INTERFACE[kind]
-
-
-def _query_heads(model: Any, module: torch.nn.Module) -> int:
-    """Number of query heads of an attention module."""
-    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    config = getattr(module, "config", model.config)
-    return config.get_text_config(decoder=True).num_attention_heads
 
 
 def _base_implementation(model: Any) -> str:

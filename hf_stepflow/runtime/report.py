@@ -60,7 +60,7 @@ class FlowReport:
             plan: the plan it ran under.
             tokenizer: gives the steps their texts.
         """
-        records = state.records[:, : int(state.length)].tolist()
+        records = state.records[:, : state.count].tolist()
         tally = None if state.tally is None else state.tally.tolist()
         rows = []
         for index, row in enumerate(records):

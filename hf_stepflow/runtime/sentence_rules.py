@@ -195,14 +195,14 @@ def _after_dot(phase: str, detail: str) -> State:
 
 
 def guessed_sentence_step(state: State, symbol: "str | int") -> tuple[State, int]:
-    """`sentence_step` for tokenizers that lose white space, where "e.g." arrives as "e . g ."."""
-    if state == ("text", "e") and symbol == DOT:
+    """`sentence_step` for tokenizers that lose white space, where "e.g." and "i.e." arrive as "e. g." and "i. e."."""
+    if state in (("text", "e"), ("text", "i")) and symbol == DOT:
         return ("text", "guessed"), 0
     return sentence_step(state, symbol)
 
 
 def cue_step(state: State, symbol: "str | int") -> tuple[State, int]:
-    """One character of the cue rule: a cue word, capitals as listed, that opens a line (after list marks and the like).
+    """One character of the cue rule: a cue word, capitals as listed, that opens a line (list marks may precede it).
 
     Phase "cue" holds the letters so far; "cue_end" has read a whole cue word and waits whether a letter follows.
     Blank lines are tracked too, for the summary.

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -55,7 +56,7 @@ _SPLIT_SIGNS = {chr(0xDC00 + byte): byte for byte in SPLIT_BYTES}
 _SYMBOL_OF: "dict[str, str | int]" = {sign: name for name, sign in _SIGN_OF.items()}
 _SYMBOL_OF |= _SPLIT_SIGNS | {letter: letter for letter in _LETTERS}
 _BLANK_SIGNS = _SIGN_OF[SPACE] + _SIGN_OF[NEWLINE] + _SIGN_OF[GUESSED_SPACE]
-_REPEATED = re.compile(f"([{_SIGN_OF[SPACE]}{_SIGN_OF[DIGIT]}{_SIGN_OF[OTHER]}])\\1+")
+_COLLAPSED = (_SIGN_OF[SPACE], _SIGN_OF[DIGIT], _SIGN_OF[OTHER])
 _WORD = re.compile("[A-Za-z]{2,}")
 _BORDER = "\ud800"  # between tokens; no text decodes to it
 
@@ -122,9 +123,12 @@ def build_rule_table(pieces: list[bytes], rule: str, min_step_chars: int, guesse
         for signature, row in zip(unique, machine.transitions(unique).tolist(), strict=True)
     }
     row = [row_of[signature] for signature in signatures]
-    inside = {index for index, key in enumerate(rows) if any(code & INSIDE_THINKING for code in key)}
+    inside = [[state for state, code in enumerate(key) if code & INSIDE_THINKING] for key in rows]
     splits = _Splits(machine, min_step_chars)
-    split_row = [splits.row(texts[i], spelled[i]) if index in inside else 0 for i, index in enumerate(row)]
+    split_row = [0] * len(row)
+    for index, key in enumerate(row):
+        if inside[key]:
+            split_row[index] = splits.row(texts[index], spelled[index], inside[key])
     return RuleTable(
         row=_column(row),
         transition=torch.tensor(list(rows)),
@@ -148,15 +152,21 @@ def _spell(texts: list[str], guessed_space: bool) -> tuple[list[str], list[str]]
     signs = (_BORDER + _BORDER.join(texts)).translate(_SIGNS)
     if guessed_space:
         signs = signs.replace(_BORDER + _SIGN_OF[SPACE], _BORDER + _SIGN_OF[GUESSED_SPACE])
-    short = _WORD.sub(_shorten, _REPEATED.sub(r"\1", signs))
+    short = signs
+    for sign in _COLLAPSED:
+        short = re.sub(sign + sign + "+", sign, short)
+    words = _Words()
+    short = _WORD.sub(lambda match: words[match[0]], short)
     return signs.split(_BORDER)[1:], short.split(_BORDER)[1:]
 
 
-def _shorten(match: re.Match[str]) -> str:
-    run = match[0]
-    if keeps_letters(run):
-        return run
-    return _SIGN_OF[SMALL_WORD if run[0].islower() else CAPITAL_WORD]
+class _Words(dict[str, str]):
+    """The signature of each run of letters."""
+
+    def __missing__(self, run: str) -> str:
+        unknown = _SIGN_OF[SMALL_WORD if run[0].islower() else CAPITAL_WORD]
+        self[run] = short = run if keeps_letters(run) else unknown
+        return short
 
 
 class _Machine:
@@ -213,10 +223,10 @@ class _Machine:
         bits[with_text] |= LEADS_THINKING * (state[with_text] == self.cue_end)
         return state | bits
 
-    def cuts(self, signs: str) -> dict[tuple[int, ...], list[int]]:
+    def cuts(self, signs: str, states: list[int]) -> dict[tuple[int, ...], list[int]]:
         """Where boundaries stand inside a token, past its first text: the states before it, by the places."""
         first_text = len(signs) - len(signs.lstrip(_BLANK_SIGNS))
-        paths = {(state, ()): [state] for state in range(len(self.states))}
+        paths: dict[tuple[int, tuple[int, ...]], list[int]] = {(state, ()): [state] for state in states}
         for position, sign in enumerate(signs):
             met: dict[tuple[int, tuple[int, ...]], list[int]] = {}
             for (state, cuts), starts in paths.items():
@@ -240,17 +250,16 @@ class _Splits:
         self.variants: dict[tuple[int, ...], int] = {(0,) * 9: 0}
         self.rows: dict[tuple[int, ...], int] = {(0,) * len(machine.states): 0}
 
-    def row(self, text: str, signs: str) -> int:
-        """The row of one token."""
+    def row(self, text: str, signs: str, states: list[int]) -> int:
+        """The row of one token, which holds a boundary inside after some states."""
         variant = [0] * len(self.machine.states)
-        for cuts, states in self.machine.cuts(signs).items():
-            if cuts:
-                whole = [_measure(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-                between = any(long_enough(part[1], part[3], self.min_step_chars) for part in whole)
-                parts = (*_measure(text[: cuts[0]]), *_measure(text[cuts[-1] :]), int(between))
-                number = self.variants.setdefault(parts, len(self.variants))
-                for state in states:
-                    variant[state] = number
+        for cuts, before in self.machine.cuts(signs, states).items():
+            whole = [_measure(text[a:b]) for a, b in pairwise(cuts)]
+            between = any(long_enough(part[1], part[3], self.min_step_chars) for part in whole)
+            parts = (*_measure(text[: cuts[0]]), *_measure(text[cuts[-1] :]), int(between))
+            number = self.variants.setdefault(parts, len(self.variants))
+            for state in before:
+                variant[state] = number
         return self.rows.setdefault(tuple(variant), len(self.rows))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .configuration_stepflow import StepFlowSettings
 from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START
-from .step_record import ASIDE, FIELDS, QUESTION, SUMMARY, THINKING, Feature, Field
+from .step_record import ASIDE, QUESTION, SUMMARY, THINKING, Feature, Field
 from .step_tables import (
     CLOSES_WITH_BAR,
     HAS_BODY,

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START
 from .step_record import ASIDE, QUESTION, SUMMARY, THINKING, Feature, Field
 from .step_tables import (
@@ -23,12 +25,25 @@ if TYPE_CHECKING:
     from .steps import StepVocabulary
 
 
+class _Features(dict[int, list[int]]):
+    """The features of the tokens met so far: a text uses a small part of a vocabulary."""
+
+    def __init__(self, features: torch.Tensor):
+        super().__init__()
+        self.tensor = features
+
+    def __missing__(self, token: int) -> list[int]:
+        self[token] = row = self.tensor[token].tolist()
+        return row
+
+
 class StepWalk:
     """The detector on plain integers, one token at a time."""
 
     def __init__(self, vocabulary: "StepVocabulary"):
         self.settings = vocabulary.settings
-        self.features = vocabulary.features.tolist()
+        self.size = vocabulary.size
+        self.features = _Features(vocabulary.features)
         self.transition = vocabulary.rules.transition.tolist()
         self.split_variant = vocabulary.rules.split_variant.tolist()
         self.split = vocabulary.rules.split.tolist()
@@ -38,6 +53,15 @@ class StepWalk:
         self.has_headers = vocabulary.markers.message_open is not None
 
     def step(self, before: list[int], token: int, slot: int, padding: bool, prompt_length: int | None) -> list[int]:
+        """The record of one more token.
+
+        Args:
+            before: the record before it.
+            token: its id.
+            slot: its slot.
+            padding: whether it is padding.
+            prompt_length: slot at which implicit thinking starts, None for never.
+        """
         record = before.copy()
         record[Field.TRIGGER] = record[Field.ACTIVE] = 0
         record[Field.STEP] = -1
@@ -53,8 +77,7 @@ class StepWalk:
                 record[Field.SEGMENT] = QUESTION
             elif slot == prompt_length:
                 self._open_round(record, slot)
-        token = token if 0 <= token < len(self.features) - 1 else -1
-        feature = self.features[token]
+        feature = self.features[token if 0 <= token < self.size else self.size]
         marker_state = record[Field.MARKER_STATE]
         found = self.marker_found[feature[Feature.MARKER_ROW]][marker_state]
         marker_state = record[Field.MARKER_STATE] = self.marker_next[feature[Feature.MARKER_ROW]][marker_state]

@@ -16,7 +16,7 @@ import torch
 from .configuration_stepflow import StepFlowSettings, read_settings
 from .errors import StepFlowConfigError
 from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START, MarkerTable, build_marker_table
-from .step_record import Field, empty_record
+from .step_record import Feature, empty_record
 from .step_tables import RuleTable, build_rule_table
 from .step_tensors import StepTensors
 from .step_walk import StepWalk
@@ -32,12 +32,14 @@ class StepVocabulary:
         features: int64 [V + 1, len(Feature)]; the last row stands for unknown ids.
         rules: transitions of the sentence rules.
         markers: transitions of the marker automaton.
+        marker_ids: how the tokenizer writes the markers of each kind (`markers.THINKING_START` ...).
     """
 
     settings: StepFlowSettings
     features: torch.Tensor
     rules: RuleTable
     markers: MarkerTable
+    marker_ids: dict[int, list[list[int]]]
     _on_device: dict[torch.device, StepTensors] = field(default_factory=dict, repr=False)
     _on_host: StepWalk | None = field(default=None, repr=False)
 
@@ -69,29 +71,37 @@ class StepVocabulary:
         }
         if settings.implicit_thinking:
             kinds[THINKING_START] = []
-        for marker in (marker for markers in kinds.values() for marker in markers):
-            _check_spelling(tokenizer, marker)
+        marker_ids = {kind: [_spelled(tokenizer, marker) for marker in kinds[kind]] for kind in kinds}
+        if text.guessed_space:
+            kinds = {kind: [text.join(ids) for ids in spelled] for kind, spelled in marker_ids.items()}
         atoms = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         markers = build_marker_table(kinds, text.pieces, atoms)
+        for kind, texts in kinds.items():
+            for marker, ids in zip(texts, marker_ids[kind], strict=True):
+                if markers.read(ids) != kind:
+                    raise _unwritable(marker)
         if end_of_turn_ids is None:
             end_of_turn_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ends = set(end_of_turn_ids)
         size = len(text.pieces)
-        control = [text.control[index] or index in markers.atoms or index in ends for index in range(size)]
-        plain = [b"" if control[index] else piece for index, piece in enumerate(text.pieces)]
+        ends = [index for index in end_of_turn_ids if 0 <= index < size]
+        plain = text.pieces.copy()
+        special = [index for index in range(size) if text.control[index]]
+        control = sorted({*special, *markers.atoms, *ends})
+        for index in control:
+            plain[index] = b""
         rules = build_rule_table(plain, settings.step_rule, settings.min_step_chars, text.guessed_space)
-        columns = [
-            rules.row,
-            markers.row,
-            *rules.parts.unbind(1),
-            rules.split_row,
-            torch.tensor([len(piece.strip(b" \t\r\f\v\n")) for piece in (*plain, b"")]),
-            torch.tensor([*control, False]).long(),
-            torch.tensor([*text.control, False]).long(),
-            torch.tensor([*(index in ends for index in range(size)), False]).long(),
-            torch.tensor([*(index == markers.message_open for index in range(size)), False]).long(),
-        ]
-        return cls(settings, torch.stack(columns, 1), rules, markers)
+        features = torch.zeros(size + 1, len(Feature), dtype=torch.long)
+        features[:, Feature.RULE_ROW] = rules.row
+        features[:, Feature.MARKER_ROW] = markers.row
+        features[:, Feature.BEFORE : Feature.FLAGS + 1] = rules.parts
+        features[:, Feature.SPLIT_ROW] = rules.split_row
+        features[:-1, Feature.BYTES] = torch.tensor([len(piece.strip(b" \t\r\f\v\n")) for piece in plain])
+        features[control, Feature.CONTROL] = 1
+        features[special, Feature.SPECIAL] = 1
+        features[ends, Feature.END_OF_TURN] = 1
+        if markers.message_open is not None:
+            features[markers.message_open, Feature.OPENS_MESSAGE] = 1
+        return cls(settings, features, rules, markers, marker_ids)
 
     @property
     def size(self) -> int:
@@ -157,10 +167,16 @@ class StepVocabulary:
         return tables.advance(record, ids, slot, padding, prompt_length)
 
 
-def _check_spelling(tokenizer: Any, marker: str) -> None:
+def _spelled(tokenizer: Any, marker: str) -> list[int]:
+    """The ids of a marker."""
     ids = tokenizer.encode(marker, add_special_tokens=False)
     if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
-        raise StepFlowConfigError(
-            f"the tokenizer cannot write the marker {marker!r}",
-            hint="set thinking_start and summary_start to the markers of this model, or implicit_thinking=True",
-        )
+        raise _unwritable(marker)
+    return ids
+
+
+def _unwritable(marker: str) -> StepFlowConfigError:
+    return StepFlowConfigError(
+        f"the tokenizer cannot write the marker {marker!r}",
+        hint="set thinking_start and summary_start to the markers of this model, or implicit_thinking=True",
+    )

@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
+# No space is guessed before these.
+_CLOSING = frozenset(".,;:?!'\")]}%\u2019\u201d\u3002\uff0c\u3001\uff01\uff1f\uff1a\uff1b\u2026")
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,21 @@ class TokenText:
             tokenizer: a `PreTrainedTokenizerBase`, fast or slow.
         """
         ids = tokenizer.get_vocab()
-        tokens = [""] * (max([len(tokenizer) - 1, *ids.values()]) + 1)
-        size = len(tokens)
+        spelling = _spelling(tokenizer, [token for token in ids if isinstance(token, str)])
+        size = max([len(tokenizer) - 1, *ids.values()]) + 1
+        pieces, control = [b""] * size, [False] * size
         for token, index in ids.items():
-            tokens[index] = token
-        spelling = _spelling(tokenizer, tokens)
-        pieces = [spelling.to_bytes(token) for token in tokens]
-        control = [False] * size
+            pieces[index] = token if isinstance(token, bytes) else spelling.to_bytes(token)
         for index, added in tokenizer.added_tokens_decoder.items():
             pieces[index] = added.content.encode("utf-8", "surrogatepass")
             control[index] = bool(added.special)
         for index in tokenizer.all_special_ids:
             control[index] = True
         return cls(pieces, control, spelling.kind in ("wordpiece", "words"))
+
+    def join(self, ids: Iterable[int]) -> str:
+        """The text of some tokens, as the rules read it."""
+        return b"".join(self.pieces[index] for index in ids).decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class _Spelling:
             return bytes([int(byte[1], 16)]) if byte else text.encode("utf-8", "surrogatepass")
         if self.kind == "wordpiece" and token.startswith(self.prefix):
             token = token[len(self.prefix) :]
-        elif self.kind in ("wordpiece", "words"):
+        elif self.kind in ("wordpiece", "words") and not _CLOSING.issuperset(token):
             token = " " + token
         elif self.kind == "word_end":
             token = token.replace("</w>", " ")

@@ -1,7 +1,7 @@
 """A finished trace cut into segments and steps: what researchers look at, and what reports are made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,9 +59,15 @@ class Trace:
             )
         if self.segment_ids.numel() and not -1 <= int(self.segment_ids.min()) <= int(self.segment_ids.max()) <= 2:
             raise StepFlowInputError("segment_ids must be 0 (question), 1 (thinking), 2 (summary) or -1 (padding)")
+        if self.step_ids.numel() and int(self.step_ids.min()) < -1:
+            raise StepFlowInputError(f"step_ids must be -1 or more, got {int(self.step_ids.min())}")
         if self.round_ids is None:
             self.round_ids = torch.tensor(_derive_rounds(self.segment_ids.tolist(), self.step_ids.tolist()))
         self.round_ids = torch.as_tensor(self.round_ids, dtype=torch.long)
+        if self.round_ids.shape != self.segment_ids.shape:
+            raise StepFlowInputError(
+                f"round_ids must be of shape {list(self.segment_ids.shape)}, got {list(self.round_ids.shape)}"
+            )
         if not self.steps:
             self.steps = _derive_steps(self.segment_ids.tolist(), self.step_ids.tolist(), self.round_ids.tolist())
 
@@ -109,10 +115,7 @@ def trace_from_records(
     step_ids = [record[Field.STEP] for record in records]
     steps = _derive_steps(segments, step_ids, rounds)
     if tokenizer is not None and ids is not None:
-        steps = [
-            TraceStep(step.label, step.round, step.index, step.start, step.end, tokenizer.decode(ids[step.start : step.end]))
-            for step in steps
-        ]
+        steps = [replace(step, text=tokenizer.decode(ids[step.start : step.end])) for step in steps]
     return Trace(torch.tensor(segments), torch.tensor(step_ids), torch.tensor(rounds), steps)
 
 
