@@ -24,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.flow_state import FlowState, carry
+from hf_stepflow.runtime.tally import Tally
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -79,7 +80,7 @@ def measure(arms: dict[str, LlamaForCausalLM], context: int, batch: int, tokens:
     runtime = arms["on"].stepflow_runtime
     state = FlowState(runtime.vocabulary_for(runtime.settings), batch, ids.device)
     state.append(ids, mask == 0, None)
-    state.tally = torch.zeros(batch, SHAPE.num_hidden_layers, 6)
+    state.tally = Tally(batch, tuple(range(SHAPE.num_hidden_layers)), ids.device)
     carry(caches["on"], state)
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = list(ARMS)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (full-width punctuation is part of the rules)
 """A naive, offline answer to "which segment and step does each token belong to?", for a finished list of tokens.
 
 Written from the notes on the method ("The trajectory") with plain string handling over the whole text, looking ahead
@@ -16,17 +17,18 @@ and back freely: nothing here is an automaton over tokens. What those notes leav
 * A token that contains the first text of a new step starts it, whatever else it contains.
 * Cue words are judged by tokens: the token that completes the word opens the new step, a cue word at the end of a
   token counts even if the next token goes on with letters, and the text before is measured up to that token.
-* Tokens of leading white space in a segment are in no step. A control token inside thinking or summary closes the step.
+* Tokens of leading white space in a segment are in no step. A control token inside thinking or summary closes a step.
 * Markers written as text: a token that lies wholly inside a marker begun (two bytes or more, or one where no step is
   open or a boundary has been reached) is in no step, even if no marker comes of it.
 * With implicit thinking the pattern that starts the summary is ordinary text of the last thinking step.
 * A thinking-start marker while thinking continues the round; an end-of-turn token closes it.
-* Markers that are message headers (`<|channel|>analysis<|message|>`): inside a round every special token opens a header
-  and the text up to `<|message|>` is control; a message with any other header is an aside, labelled question.
+* Markers that are message headers (`<|channel|>analysis<|message|>`): inside a round every special token opens a
+  header and the text up to `<|message|>` is control; a message with any other header is an aside, labelled question.
 """
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 QUESTION, THINKING, SUMMARY, ASIDE = range(4)
@@ -49,7 +51,7 @@ FULL, SOFT, WIDE, LINE = "full", "soft", "wide", "line"
 
 @dataclass(frozen=True)
 class OracleToken:
-    """One token: its bytes, whether it is special, whether it ends a turn, and its name if it is one of the `names`."""
+    """One token: its bytes, whether it is special or ends a turn, and its name if it is one of `OracleRules.names`."""
 
     text: bytes = b""
     special: bool = False
@@ -231,10 +233,8 @@ def read_characters(texts: list[bytes]) -> Iterator[tuple[str, int]]:
                 cut, owner = byte, token
             else:
                 cut += byte
-            try:
+            with suppress(UnicodeDecodeError):
                 yield CUT_MARKS.get(cut.decode(), CUT_CHARACTER), owner
-            except UnicodeDecodeError:
-                pass
 
 
 def counts(sentence: str, minimum: int) -> bool:
@@ -306,9 +306,8 @@ def last_period(text: str) -> str | None:
         return None
     word = re.search("[A-Za-z]*\\Z", head)[0]
     rest = head[: len(head) - len(word)]
-    if word and rest.endswith("."):
-        if re.search("(^|[^A-Za-z0-9])[A-Za-z]\\Z", rest[:-1]):
-            return None if len(word) == 1 else FULL
+    if word and rest.endswith(".") and re.search("(^|[^A-Za-z0-9])[A-Za-z]\\Z", rest[:-1]):
+        return None if len(word) == 1 else FULL
     if re.search("[0-9]\\Z", rest):
         return FULL
     if word.lower() in ABBREVIATIONS:

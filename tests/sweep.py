@@ -90,6 +90,14 @@ class _Call:
     output: torch.Tensor
 
 
+def _appearance(model: Any) -> tuple[Any, ...]:
+    """What attaching changes on a model, and detaching has to give back."""
+    modules = dict(model.named_modules())
+    implementations = [getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules.values()]
+    attributes = [sorted(module.__dict__) for module in modules.values()]
+    return type(model), implementations, attributes, model.generation_config.to_dict(), len(model._forward_hooks), len(model._forward_pre_hooks)
+
+
 class _Forced(LogitsProcessor):
     """Makes generation write given tokens, [B, T]."""
 
@@ -130,20 +138,19 @@ class _Sweep:
         self.trace = segment_trace(byte_tokenizer(), self.ids, SETTINGS)
 
     def run(self) -> SweepResult:
-        model, base_class = self.model, type(self.model)
-        base = self.forward()
+        model, before = self.model, _appearance(self.model)
         try:
             StepFlowModelForCausalLM.attach(model, SETTINGS, tokenizer=byte_tokenizer())
         except StepFlowUnsupportedError as refusal:
-            self.demand(type(model) is base_class and torch.equal(self.forward(), base), "a refusal leaves its marks")
+            self.demand(_appearance(model) == before, "a refusal leaves its marks")
             return SweepResult(self.model_type, "refused", refusal.message)
         name, layers = model.stepflow_runtime.base_implementation, len(model.stepflow_runtime.heads)
 
+        with model.disable_stepflow():
+            base = self.forward()
         full = self.forward()
         self.demand(error(full, base) > EFFECT, "StepFlow has no effect")
         self.check_routes(base, full)
-        with model.disable_stepflow():
-            self.demand(torch.equal(self.forward(), base), "disable_stepflow() is not the base model")
         for settings, is_same in ((OFF, True), (NEUTRAL, False)):
             model.stepflow_config = settings
             got = self.forward()
@@ -155,11 +162,13 @@ class _Sweep:
                     self.generated(self.ids), base[:, PROMPT - 1 : -1], "so it does in decode", lambda: self.decode_gap(base)
                 )
         model.detach_stepflow()
-        self.demand(type(model) is base_class and torch.equal(self.forward(), base), "detaching leaves its marks")
+        self.demand(_appearance(model) == before, "detaching leaves its marks")
+        self.demand(torch.equal(self.forward(), base), "disable_stepflow() is not the base model")
 
         model.set_attn_implementation("eager")
         StepFlowModelForCausalLM.attach(model, SETTINGS, tokenizer=byte_tokenizer())
-        with _spied(model.config._attn_implementation) as calls:
+        (config, _), *_ = model._stepflow_replaced
+        with _spied(config._attn_implementation) as calls:
             eager = self.forward()
         self.close(eager, full, f"eager attention and {name} differ", lambda: 0.0)
         self.check_calls(calls)
@@ -232,6 +241,7 @@ class _Sweep:
             mixed = call.base_weights @ value
             # Not 1 where a family applies its sinks to the output instead of the weights.
             scale = (call.base_output.transpose(0, 1) * mixed).sum(-1, keepdim=True) / (mixed * mixed).sum(-1, keepdim=True)
+            scale = scale.nan_to_num(1.0)
             addition, injections = _injected(call, self.trace) if call.layer in plan.inject else (0.0, 0)
             output = (expected @ value * scale).transpose(0, 1) + addition
             self.close(call.output, output, f"the head outputs are wrong {where}", lambda: 0.0)

@@ -1,10 +1,11 @@
+# ruff: noqa: RUF001 (full-width punctuation is what some of these tests are about)
 import json
 import time
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_oracle import OracleRules, OracleToken, Place, segment
 from step_tokenizers import (
@@ -13,7 +14,6 @@ from step_tokenizers import (
     byte_level_tokenizer,
     ids_of,
     large_tokenizer,
-    spelled,
     trained_tokenizer,
 )
 
@@ -146,9 +146,9 @@ DISAGREEMENTS = {
     "long_single_sentence": (
         ENDS_WITHOUT_STOP,
         [
-            "We first consider the number of ways to choose three of the seven people, then the number of ways to seat "
-            "them around a round table, then we divide by the symmetry of the table, and at last we multiply by the "
-            "number of hats they may wear, which gives 210"
+            "We first consider the number of ways to choose three of the seven people, then the number of ways to "
+            "seat them around a round table, then we divide by the symmetry of the table, and at last we multiply by "
+            "the number of hats they may wear, which gives 210"
         ],
     ),
     "chinese_only": (
@@ -159,7 +159,7 @@ DISAGREEMENTS = {
 }
 GOLDEN_CASES = (
     "plain_prose decimals decimal_split_space numbers_only bullets numbered_list table_one_line separator_line "
-    "latex code_block unicode questions_exclaims newlines_no_space ellipsis_and_dots trailing_unfinished "
+    "latex_inline code_block unicode questions_exclaims newlines_no_space ellipsis_and_dots trailing_unfinished "
     "long_single_sentence chinese_only empty_and_spaces"
 ).split()
 
@@ -245,7 +245,7 @@ def test_harmony_tool_calls_and_rounds():
 # Streaming against the oracle.
 WORDS = """word then Then So a e x al. cf. eq. etc etc. e.g. i.e. U.S. p.m. x.y a. Dr. Fig.~3 3.14 12 42 000
     Wait But Waiting Hmm Step~3: First~we~count. And~one~more~of~them the~answer""".split()
-MARKS = list(".?!:…。！？．：,;|-*_#>+()[]{}\"'`$“”」~=") + ["...", "..", "?!", "**", "1. ", "2) ", "- ", "3. 5"]
+MARKS = [*".?!:…。！？．：,;|-*_#>+()[]{}\"'`$“”」~=", "...", "..", "?!", "**", "1. ", "2) ", "- ", "3. 5"]
 GAPS = [" ", " ", " ", "  ", "\n", "\n\n", "\n \n", "\t", "\r\n", ". ", "? ", ":\n", ": ", "。", "\u00a0", "\u3000"]
 OTHERS = ["é", "ß", "🎉", "因此", "答案是", "| a | b |", "|---|---|\n", "====", "<", "</", "<t", "</think", "think>"]
 FRAGMENTS = [fragment.replace("~", " ") for fragment in WORDS + MARKS + GAPS + OTHERS]
@@ -436,3 +436,396 @@ def test_crop_and_append_again_changes_nothing(given_cases, data):
         for slot in range(place, min(place + 5, len(ids))):
             record = vocabulary.advance(record, torch.tensor([ids[slot]]), slot, None, row.prompt_length)
             assert record[0].tolist() == records[slot]
+
+
+# Explicit examples, for every kind of tokenizer.
+CLOSES = {
+    "a question mark": ["Is this the right way to go?", "Yes, it surely has to be right."],
+    "an exclamation mark": ["That is really a surprise!", "So we should look again."],
+    "a period": ["The first number is three.", "The other number is seven."],
+    "a period before a quote": ['He said "it has to be seven."', "Then he left the room."],
+    "a wide stop": ["所以这个方程最后得到的答案应该等于五。", "我们接下来继续计算这个图形的面积。"],
+    "one letter": ["So the right choice is B.", "The others are all wrong."],
+}
+# With line breaks, which some tokenizers lose.
+CLOSES_WITH_LINES = {
+    "a stop before a list number": ["Here are both of the cases.", "2. Then we take the second one."],
+    "a blank line": ["The first paragraph has no stop", "The second one has none either"],
+    "a colon at the end of a line": ["These are the given facts:", "one of them is surely wrong"],
+    "a stop at the end of a line": ["The first line has a stop.", "then the second one follows."],
+    "an ellipsis at the end of a line": ["Let me think about this...", "then the second one follows."],
+}
+OPEN = {
+    "a decimal": "The number 3.14 is near to pi and 2.72 is near to e.",
+    "e.g. and i.e.": "Take a small prime, e.g. seven, i.e. the fourth prime.",
+    "an abbreviation": "By the lemma of Smith et al. we have the result (cf. Fig. 3 there).",
+    "a list number": "1. Take the first of all the numbers",
+    "a short sentence": "Wait. No. Hmm. Now we have it right.",
+    "a bare number": "2024. 1000000000000000. That is a big number.",
+    "a table row": "| alpha | beta | gamma |. That is the first row.",
+}
+OPEN_EXACT = {
+    "an ellipsis before a small letter": "Let me think about it... and then go on.",
+    "etc. before a small letter": "Apples, pears, plums, etc. are all fruit.",
+    "one line break": "The first line goes on\nin the second one.",
+    "a colon inside a line": "These are the given facts: one and two.",
+    "a table": "| a | b | c | d | e |\n|---|---|---|---|---|\n| 1 | 2 | 3 | 4 | 5 |\n\nThat is the table.",
+    "a table rule": "--------------------.\n\nThat is a rule.",
+    "a time": "We met at 5 p.m. in the U.S. embassy there.",
+    "no white space": "It is called file.txt and stop!now too.",
+}
+CORPUS = [" ".join(texts) for texts in [*CLOSES.values(), *CLOSES_WITH_LINES.values()]]
+CORPUS += [*OPEN.values(), *OPEN_EXACT.values()]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {kind: trained_tokenizer(kind, CORPUS) for kind in KINDS}
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CLOSES)
+def test_closes(tokenizers, kind, name):
+    steps = thinking_steps(tokenizers[kind], " ".join(CLOSES[name]))
+    assert [squeezed(step) for step in steps] == [squeezed(step) for step in CLOSES[name]]
+
+
+@pytest.mark.parametrize("kind", EXACT_KINDS)
+@pytest.mark.parametrize("name", [*CLOSES, *CLOSES_WITH_LINES])
+def test_closes_at_a_line_break(tokenizers, kind, name):
+    expected = (CLOSES | CLOSES_WITH_LINES)[name]
+    text = ("\n\n" if name == "a blank line" else "\n").join(expected)
+    assert thinking_steps(tokenizers[kind], text) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*OPEN, *OPEN_EXACT])
+def test_does_not_close(tokenizers, kind, name):
+    if name in OPEN or kind in EXACT_KINDS:
+        assert len(thinking_steps(tokenizers[kind], (OPEN | OPEN_EXACT)[name])) == 1
+
+
+def test_white_space_belongs_to_the_step_before():
+    tokenizer = byte_level_tokenizer(special=["<think>", "</think>"])
+    ids = ids_of(tokenizer, ["<think>", b"\n", b" ", b"A", b".", b" ", b"\n", b"B", "</think>", b"\n", b"C"])
+    trace = segment_trace(tokenizer, ids, {"min_step_chars": 0})
+    assert trace.step_ids.tolist() == [-1, -1, -1, 1, 1, 1, 1, 2, -1, -1, 3]
+    assert trace.segment_ids.tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2]
+
+
+def test_a_token_with_the_first_text_of_a_step_starts_it():
+    pieces = [b"first one", b" ends. A", b"gain. And. So", b" it goes"]
+    tokenizer = byte_level_tokenizer(pieces, special=["<think>", "</think>"])
+    trace = segment_trace(tokenizer, ids_of(tokenizer, ["<think>", *pieces]), {"min_step_chars": 4})
+    assert trace.step_ids.tolist() == [-1, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [["第一句话是这样的。", "第二句话也是。"], ["É um café só… ", "Então vá lá！", "Ça va 🎉？", "Oui ça va."]],
+)
+def test_characters_split_over_tokens(expected):
+    text = "".join(expected)
+    expected = [step.strip() for step in expected]
+    tokenizer = byte_level_tokenizer([c.encode() for c in text], special=["<think>", "</think>"])
+    for pieces in ([c.encode() for c in text], [bytes([byte]) for byte in text.encode()]):
+        trace = segment_trace(tokenizer, ids_of(tokenizer, ["<think>", *pieces]), {"min_step_chars": 4})
+        assert [step.text.strip() for step in trace.steps if step.label == "thinking"] == expected
+
+
+def test_bytes_of_a_character_by_fallback(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    ids = tokenizer.encode("<think>Das ist schön 🎉 und gut。这是第二句话，也很好。", add_special_tokens=False)
+    assert any(token.startswith("<0x") for token in tokenizer.convert_ids_to_tokens(ids))
+    trace = segment_trace(tokenizer, ids, {"min_step_chars": 8})
+    assert [step.text for step in trace.steps] == ["Das ist schön 🎉 und gut。", "这是第二句话，也很好。"]
+
+
+def test_pieces_of_a_byte_vocabulary():
+    """Tokenizers that hand out bytes need no guessing."""
+
+    class Tokenizer:
+        def __init__(self):
+            self.added_tokens_decoder, self.all_special_ids = {}, []
+
+        def __len__(self):
+            return 3
+
+        def get_vocab(self):
+            return {b"\xe3\x80": 0, b"\x82": 1, "text": 2}
+
+    assert TokenText.from_tokenizer(Tokenizer()).pieces == [b"\xe3\x80", b"\x82", b"text"]
+
+
+# Markers.
+THOUGHT = "The first step is done. The second one is too."
+SPECIAL = ("<think>", "</think>")
+
+
+def labels(tokenizer, text: str, config=None, prompt_length=None) -> list[tuple[str, int, int, str]]:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    steps = segment_trace(tokenizer, ids, config, prompt_length).steps
+    return [(step.label, step.round, step.index, step.text.strip()) for step in steps if step.text.strip()]
+
+
+@pytest.mark.parametrize(
+    ("special", "added"), [(SPECIAL, ()), ((), SPECIAL), ((), ())], ids=["special tokens", "added tokens", "text"]
+)
+def test_markers(special, added):
+    tokenizer = byte_level_tokenizer(special=special, added=added)
+    told = labels(tokenizer, f"How many?<think>\n{THOUGHT}\n</think>\n\nFour.\n\nThat is all.")
+    assert told[1:] == [
+        ("thinking", 1, 1, "The first step is done."),
+        ("thinking", 1, 2, "The second one is too."),
+        ("summary", 1, 3, "Four."),
+        ("summary", 1, 4, "That is all."),
+    ]
+
+
+def test_markers_stand_in_the_segment_that_they_end():
+    for special in (SPECIAL, ()):
+        opening = ["<think>"] if special else [b"<th", b"ink", b">"]
+        closing = ["</think>"] if special else [b"</", b"th", b"ink", b">\n"]
+        tokenizer = byte_level_tokenizer([b"<th", b"th", b"ink", b"</", b">\n"], special)
+        trace = segment_trace(tokenizer, ids_of(tokenizer, [b"Q", *opening, b"T", *closing, b"A"]))
+        assert trace.segment_ids.tolist() == [0] * (1 + len(opening)) + [1] * (1 + len(closing)) + [2]
+        assert trace.step_ids.tolist()[1 + len(opening) :] == [1] + [-1] * len(closing) + [2]
+
+
+def test_text_that_only_looks_like_a_marker():
+    tokenizer = byte_level_tokenizer([b"</"])
+    ids = ids_of(
+        tokenizer, [*(bytes([byte]) for byte in b"<think>I know that x < y holds. <p> So is "), b"</", b"b", b">"]
+    )
+    steps = segment_trace(tokenizer, ids).steps
+    assert [step.text.strip() for step in steps if step.label == "thinking"] == [
+        "I know that x < y holds.",
+        "p> So is </b>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Q<think>", []),
+        ("Q<think>\n", []),
+        ("Q", []),
+        ("Q</think>A", []),
+        ("Q<think>\n\n</think>\n\nAn answer.", [("summary", 1, 1)]),
+        ("Q<think></think>", []),
+        ("Q<think>It is never closed.", [("thinking", 1, 1)]),
+        ("Q<think>Ok.</think>", [("thinking", 1, 1)]),
+        ("Q<think>Thinking.<think>Goes on.</think>", [("thinking", 1, 1), ("thinking", 1, 2)]),
+        ("Q<think>A thought.</think>A.</think>B.", [("thinking", 1, 1), ("summary", 1, 2), ("summary", 1, 3)]),
+        ("Q<think>A thought.</think>A.<think>B.", [("thinking", 1, 1), ("summary", 1, 2), ("thinking", 2, 1)]),
+        ("Q<think>A thought.<eos>Q2", [("thinking", 1, 1)]),
+        ("Q<think>T</think>A<eos>Q2<think>U</think>B<eos>", [
+            ("thinking", 1, 1), ("summary", 1, 2), ("thinking", 2, 1), ("summary", 2, 2),
+        ]),
+        ("Q<think>A<pad>B</think>", [("thinking", 1, 1), ("thinking", 1, 2)]),
+    ],
+)  # fmt: skip
+def test_where_segments_begin_and_end(text, expected):
+    tokenizer = byte_level_tokenizer(special=[*SPECIAL, "<pad>"])
+    assert [step[:3] for step in labels(tokenizer, text) if step[0] != "question"] == expected
+
+
+def test_empty_thinking_gives_the_summary_no_bridge():
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    vocabulary = StepVocabulary.from_tokenizer(tokenizer)
+    ids = tokenizer.encode("Q<think>\n\n</think>A", add_special_tokens=False)
+    assert [record[Field.ACTIVE] for record in vocabulary.scan(ids)] == [0, 0, 1, 1, 0, 0]
+    ids = tokenizer.encode("Q<think>T</think>A", add_special_tokens=False)
+    assert [record[Field.ACTIVE] for record in vocabulary.scan(ids)] == [0, 0, 1, 0, 1]
+
+
+def test_the_second_round_of_a_prompt():
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    ids = tokenizer.encode("Q<think>T</think>A<eos>R<think>U", add_special_tokens=False)
+    trace = segment_trace(tokenizer, ids)
+    assert trace.segment_ids.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 1]
+    assert trace.round_ids.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 2]
+
+
+def test_several_markers_of_each_kind():
+    tokenizer = byte_level_tokenizer(special=["<think>", "[END]"])
+    config = {"thinking_start": ["<think>", "<reason>"], "summary_start": ["[END]", "</reason>"]}
+    for opening in config["thinking_start"]:
+        for closing in config["summary_start"]:
+            told = labels(tokenizer, f"Q{opening}T. {closing}A", config | {"min_step_chars": 0})
+            assert told[1:] == [("thinking", 1, 1, "T."), ("summary", 1, 2, "A")]
+
+
+def test_tool_results_are_context():
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    config = {"tool_start": "<result>", "tool_end": "</result>"}
+    told = labels(tokenizer, "Q<think>Let me look it up.<result>A. B. C.</result>So it is C.</think>C", config)
+    assert [step[:3] for step in told] == [
+        ("question", 0, 0),
+        ("thinking", 1, 1),
+        ("question", 1, 0),
+        ("thinking", 1, 2),
+        ("summary", 1, 3),
+    ]
+
+
+def test_implicit_thinking():
+    tokenizer = byte_level_tokenizer()
+    config = {"implicit_thinking": True, "summary_start": ["The answer is", "\\boxed"]}
+    prompt, text = "What is it?", "First we add both. Then we are done. The answer is 4.\n\nBye."
+    assert labels(tokenizer, prompt + text, config) == [("question", 0, 0, prompt + text)]
+    assert labels(tokenizer, prompt + text, config, len(prompt))[1:] == [
+        ("thinking", 1, 1, "First we add both."),
+        ("thinking", 1, 2, "Then we are done."),
+        ("thinking", 1, 3, "The answer is"),
+        ("summary", 1, 4, "4."),
+        ("summary", 1, 5, "Bye."),
+    ]
+    config = {"implicit_thinking": True, "summary_start": None}
+    told = labels(tokenizer, prompt + text, config, len(prompt))[1:]
+    assert [step[:3] for step in told] == [("thinking", 1, index) for index in (1, 2, 3, 4)]
+
+
+def test_cue_words():
+    words = [b"Wait", b"But", b"Step", b"Waiting"]
+    tokenizer = byte_level_tokenizer(words, special=SPECIAL)
+    text = b"Take the first.\n|Wait|, no.\n\n|But| it is. |But| not.\n- **|Step| 3:** Go.\n|Waiting|.\nwait.\n  |But|."
+    pieces = [piece for part in text.split(b"|") for piece in ([part] if part in words else map(bytes, zip(part)))]
+    trace = segment_trace(
+        tokenizer, ids_of(tokenizer, ["<think>", *pieces]), {"step_rule": "cue", "min_step_chars": 6}
+    )
+    assert [step.text for step in trace.steps] == [
+        "Take the first.\n",
+        "Wait, no.\n\n",
+        "But it is. But not.\n- **",
+        "Step 3:** Go.\nWaiting.\nwait.\n  ",
+        "But.",
+    ]
+
+
+def test_cue_words_cut_over_tokens():
+    # The token that completes the word opens the step: no token can wait for the next.
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    steps = thinking_steps(tokenizer, "Take the first.\nWait, no.\nButter", step_rule="cue", min_step_chars=6)
+    assert steps == ["Take the first.\nWai", "t, no.\nBu", "tter"]
+    pieces = [b"So it is.", b"\n", b"Wait", b" no.", b"\n", b"Wait", b"ing here", b"\nBut then."]
+    tokenizer = byte_level_tokenizer(pieces, special=SPECIAL)
+    ids = ids_of(tokenizer, ["<think>", *pieces])
+    trace = segment_trace(tokenizer, ids, {"step_rule": "cue", "min_step_chars": 6})
+    assert trace.step_ids.tolist() == [-1, 1, 1, 2, 2, 2, 3, 3, 4]
+
+
+def test_paragraphs():
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    text = "One sentence. And another one.\nA line.\n\nShort\n\n\n \nThe last of the paragraphs."
+    steps = thinking_steps(tokenizer, text, step_rule="paragraph")
+    assert steps == ["One sentence. And another one.\nA line.", "Short\n\n\n \nThe last of the paragraphs."]
+
+
+@pytest.mark.parametrize(("minimum", "count"), [(0, 3), (3, 3), (4, 2), (15, 2), (16, 1)])
+def test_min_step_chars(minimum, count):
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    assert len(thinking_steps(tokenizer, "No.  It is not five.  So what", min_step_chars=minimum)) == count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_marker_that_the_tokenizer_lacks(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    if kind in EXACT_KINDS:  # any text can be written
+        assert StepVocabulary.from_tokenizer(tokenizer, {"thinking_start": "<reason>"}).size == len(tokenizer)
+        return
+    with pytest.raises(StepFlowConfigError, match="cannot write the marker '<~~~>'") as error:
+        StepVocabulary.from_tokenizer(tokenizer, {"thinking_start": "<~~~>"})
+    assert "thinking_start" in error.value.hint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_markers_of_text_in_every_kind(tokenizers, kind):
+    config = {"thinking_start": "So the right", "summary_start": "first paragraph"}
+    text = "one of them So the right choice is seven. first paragraph is wrong"
+    told = labels(tokenizers[kind], text, config)
+    assert [step[:3] for step in told] == [("question", 0, 0), ("thinking", 1, 1), ("summary", 1, 2)]
+
+
+def test_a_tokenizer_is_needed():
+    with pytest.raises(StepFlowConfigError, match="needs the model's tokenizer"):
+        StepVocabulary.from_tokenizer(None)
+
+
+def test_end_of_turn_ids():
+    tokenizer = byte_level_tokenizer(special=[*SPECIAL, "<turn>"])
+    ids = tokenizer.encode("Q<think>T<turn>R", add_special_tokens=False)
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    vocabulary = StepVocabulary.from_tokenizer(tokenizer, end_of_turn_ids=[turn, 10**6])
+    assert segment_trace(tokenizer, ids, vocabulary).segment_ids.tolist() == [0, 0, 1, 1, 0]
+    assert segment_trace(tokenizer, ids).segment_ids.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_unknown_ids_are_text_without_text():
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    vocabulary = StepVocabulary.from_tokenizer(tokenizer)
+    ids = [*tokenizer.encode("<think>Ab", add_special_tokens=False), 10**6, -5]
+    records = vocabulary.scan(ids)
+    assert [record[Field.STEP] for record in records] == [-1, 1, 1, 1, 1]
+    record = torch.tensor([empty_record()])
+    for slot, token in enumerate(ids):
+        record = vocabulary.advance(record, torch.tensor([token]), slot)
+        assert record[0].tolist() == records[slot]
+
+
+def test_reading_a_large_vocabulary_is_quick():
+    tokenizer = large_tokenizer()
+    assert len(tokenizer) > 149_000
+    times = []
+    for _ in range(2):
+        start = time.process_time()
+        vocabulary = StepVocabulary.from_tokenizer(tokenizer)
+        times.append(time.process_time() - start)
+    assert vocabulary.size == len(tokenizer)
+    assert min(times) < 2
+
+
+# Traces.
+def test_segment_trace_takes_one_row():
+    tokenizer = byte_level_tokenizer(special=SPECIAL)
+    ids = torch.tensor(tokenizer.encode("Q<think>T", add_special_tokens=False))
+    assert len(segment_trace(tokenizer, ids)) == len(segment_trace(tokenizer, ids[None])) == 3
+    with pytest.raises(StepFlowInputError, match=r"got shape \[2, 3\]"):
+        segment_trace(tokenizer, torch.stack((ids, ids)))
+    assert len(segment_trace(tokenizer, [])) == 0
+
+
+def test_a_trace_from_ids_alone():
+    trace = Trace([-1, 0, 0, 1, 1, 1, 2, 2, 0, 1, 2], [-1, 0, 0, 1, -1, 2, -1, 3, 0, 1, 2])
+    assert trace.round_ids.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2]
+    assert [(step.label, step.round, step.index, step.start, step.end) for step in trace.steps] == [
+        ("question", 0, 0, 1, 3),
+        ("thinking", 1, 1, 3, 4),
+        ("thinking", 1, 2, 5, 6),
+        ("summary", 1, 3, 7, 8),
+        ("question", 1, 0, 8, 9),
+        ("thinking", 2, 1, 9, 10),
+        ("summary", 2, 2, 10, 11),
+    ]
+    interrupted = Trace([0, 1, 0, 1], [0, 1, 0, 2])
+    assert interrupted.round_ids.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("segments", "steps", "rounds", "message"),
+    [
+        ([0, 1], [0], None, r"got \[2\] and \[1\]"),
+        ([[0, 1]], [[0, 1]], None, r"must both be of shape \[T\]"),
+        ([0, 3], [0, 1], None, "segment_ids must be 0"),
+        ([0, -2], [0, 1], None, "segment_ids must be 0"),
+        ([0, 1], [0, -2], None, "step_ids must be -1 or more, got -2"),
+        ([0, 1], [0, 1], [0], r"round_ids must be of shape \[2\], got \[1\]"),
+    ],
+)
+def test_a_wrong_trace_is_refused(segments, steps, rounds, message):
+    with pytest.raises(StepFlowInputError, match=message):
+        Trace(segments, steps, rounds)

@@ -22,7 +22,7 @@ ATTENTION_ARGUMENTS = frozenset(
 _HINT = "see docs/architectures.md for the model types that StepFlow runs on"
 
 
-def attention_modules(model: Any) -> dict[int, torch.nn.Module]:
+def attention_modules(model: Any) -> dict[int, Any]:
     """The self-attention module of each layer that has softmax attention.
 
     Args:
@@ -47,7 +47,7 @@ def attention_modules(model: Any) -> dict[int, torch.nn.Module]:
         )
     text_config = type(model.config.get_text_config(decoder=True))
     own = [module for module in modules if type(getattr(module, "config", None)) is text_config]
-    found: dict[int, torch.nn.Module] = {}
+    found: dict[int, Any] = {}
     for module in own or modules:
         layer = getattr(module, "layer_idx", None)
         if type(layer) is not int or layer < 0:
@@ -88,6 +88,12 @@ def _is_self_attention(module: torch.nn.Module) -> bool:
 def _check_call(module: torch.nn.Module) -> None:
     """Refuses modules that ask of attention what StepFlow's does not do."""
     kind = type(module)
+    layer_type = str(getattr(module, "layer_type", None))
+    if "compressed" in layer_type:
+        raise StepFlowUnsupportedError(
+            f"{kind.__name__} ({layer_type}) has keys that stand for many tokens at once and so belong to no step",
+            hint=_HINT,
+        )
     calls = _interface_calls(kind)
     if len(calls) > 1:
         raise StepFlowUnsupportedError(

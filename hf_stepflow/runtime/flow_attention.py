@@ -145,7 +145,8 @@ class _Call:
             )
             if done is not None:
                 output, weights, before, after = done
-                self.flow.note_bridge(self.layer, before, after, groups.floor)
+                if self.flow.state.tally is not None:
+                    self.flow.state.tally.note_bridge(self.layer, before, after, groups.floor.flatten(1))
                 if not self.wants_weights:
                     return output, None
                 empty_slots = self.key.shape[2] - keys
@@ -223,7 +224,8 @@ class _Call:
         before = torch.exp(log_bridge - log_total)
         after = torch.where(bridged, torch.exp(log_bridge - log_total + shift_bridge), before)
         usable = (same.any(-1) & bridge.any(-1)) & (torch.as_tensor(self.tau_tensor(), device=query.device) > 0)
-        self.flow.tally_bridge(self.layer, before, after, usable)
+        if self.flow.state.tally is not None:
+            self.flow.state.tally.add_bridge(self.layer, before, after, usable)
         spread = weights.to(self.value.dtype).reshape(batch, groups, heads // groups * chunk, keys)
         output = torch.matmul(spread, self.value).view(batch, heads, chunk, -1)
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if self.wants_weights else None

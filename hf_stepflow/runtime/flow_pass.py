@@ -9,13 +9,9 @@ from typing import Any
 import torch
 
 from .configuration_stepflow import StepFlowSettings, resolve_layers
-from .errors import StepFlowConfigError
+from .errors import StepFlowConfigError, StepFlowUnsupportedError
 from .flow_state import FlowState
 from .step_record import SUMMARY, THINKING, Field
-
-# Columns of FlowState.tally, per row and layer.
-TALLIES = ("bridge_queries", "bridged", "mass_before", "mass_after", "injections", "injection_norm")
-
 
 @dataclass(frozen=True)
 class FlowPlan:
@@ -114,7 +110,6 @@ class FlowPass:
     seen_layers: set[int] = field(default_factory=set)
     is_handed_down: bool = True
     _memo: list[tuple[Any, ...]] = field(default_factory=list)
-    _notes: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.host is not None:
@@ -125,6 +120,17 @@ class FlowPass:
     def queries(self) -> int:
         """Number of queries."""
         return self.records.shape[1]
+
+    def last(self, queries: int) -> "FlowPass":
+        """This pass for a layer that computes its last queries only (Gemma 4's shared layers, before the first token)."""
+        if queries == self.queries:
+            return self
+        known = self.memo("last", None, queries)
+        if known is not None:
+            return known
+        host = None if self.host is None else [row[-queries:] for row in self.host]
+        part = FlowPass(self.plan, self.state, self.records[:, -queries:], host, self.total, _notes=self._notes)
+        return self.remember(part, "last", None, queries)
 
     def memo(self, name: str, key: Any, *rest: Any) -> Any:
         """What was stored for this mask (by identity) in this pass, or None: masks are shared by many layers."""
@@ -139,9 +145,18 @@ class FlowPass:
         return value
 
     def offset(self, keys: int) -> "int | torch.Tensor":
-        """Slot of a layer's first key: sliding layers hold the last slots only, static caches hold empty ones too."""
+        """Slot of a layer's first key: sliding layers hold the last slots only, static caches hold empty ones too.
+
+        Raises:
+            StepFlowUnsupportedError: keys that are no tokens.
+        """
         if isinstance(self.total, torch.Tensor):
             return (self.total - keys).clamp(min=0)
+        if keys > self.total and not self.state.is_static:
+            raise StepFlowUnsupportedError(
+                f"attention got {keys} keys for {self.total} tokens, so StepFlow cannot tell which key is which token",
+                hint="detach StepFlow from this model, or call it inside `with model.disable_stepflow():`",
+            )
         return max(self.total - keys, 0)
 
     def key_columns(self, keys: int, *fields: Field) -> list[torch.Tensor]:
@@ -153,41 +168,6 @@ class FlowPass:
         slots = (torch.arange(keys, device=records.device) + offset).clamp(max=records.shape[1] - 1)
         taken = records.index_select(1, slots)
         return [taken[:, :, name] for name in fields]
-
-    def tally(self, layer: int, columns: slice, amounts: torch.Tensor) -> None:
-        """Adds to the report: amounts [B, number of columns]."""
-        if self.state.tally is not None:
-            self.state.tally[:, self.plan.layers.index(layer), columns] += amounts.to(
-                self.state.tally.device, self.state.tally.dtype
-            )
-
-    def tally_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
-        """Adds the bridge of some queries: its mass before and after [B, H, c], and where it had a say [B, *, c]."""
-        if self.state.tally is None:
-            return
-        with torch.no_grad():
-            chosen = usable.expand_as(before) > 0
-            counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen))
-            self.tally(layer, slice(0, 4), counts.sum((2, 3)).T)
-
-    def note_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
-        """As `tally_bridge` for one query per row (masses [B, H]), kept until the end of the pass, to be added at once."""
-        self._notes.append((layer, before, after, usable))
-
-    def settle(self) -> None:
-        """Adds what was noted to the report."""
-        notes, self._notes = self._notes, []
-        if not notes or self.state.tally is None:
-            return
-        device = self.state.tally.device
-        with torch.no_grad():
-            before, after = (
-                torch.stack([note[column].to(device, torch.float32) for note in notes], 1) for column in (1, 2)
-            )
-            chosen = torch.stack([note[3].to(device).flatten(1).expand_as(note[1]) for note in notes], 1) > 0
-            counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1).sum(2)
-            rows = [self.plan.layers.index(note[0]) for note in notes]
-            self.state.tally[:, rows, :4] += counts
 
 
 def key_groups(

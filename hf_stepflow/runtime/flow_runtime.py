@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from transformers.utils import logging
 from .configuration_stepflow import StepFlowSettings
 from .errors import StepFlowInputError, StepFlowUnsupportedError
 from .flow_attention import AttentionLink
-from .flow_pass import TALLIES, FlowPass, FlowPlan
+from .flow_pass import FlowPass, FlowPlan
 from .flow_state import FlowState, carry, state_of
 from .report import FlowReport
 from .steps import StepVocabulary
+from .tally import Tally
 
 logger = logging.get_logger(__name__)
 
@@ -29,11 +31,19 @@ _STEP_SETTINGS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class FlowRules:
+    """Settings resolved against one model and its tokenizer."""
+
+    plan: FlowPlan
+    vocabulary: StepVocabulary
+
+
 class _ThreadSlot(threading.local):
     """What belongs to one thread: nested overrides of the settings, the prompt's length, and the pass that runs."""
 
     def __init__(self) -> None:
-        self.overrides: list[StepFlowSettings | None] = []
+        self.overrides: list[FlowRules | None] = []
         self.prompt_length: int | None = None
         self.current: FlowPass | None = None
 
@@ -42,7 +52,7 @@ class FlowRuntime:
     """StepFlow on one model.
 
     Attributes:
-        settings: the preset, in force where no call overrides it.
+        rules: the preset, in force where no call overrides it.
         tokenizer: the model's tokenizer.
         heads: {layer: query heads} of its softmax attention layers.
         base_implementation: the attention implementation underneath.
@@ -52,7 +62,6 @@ class FlowRuntime:
     def __init__(
         self, settings: StepFlowSettings, tokenizer: Any, heads: dict[int, int], base_implementation: str, ends: list[int]
     ):
-        self.settings = settings
         self.tokenizer = tokenizer
         self.heads = heads
         self.base_implementation = base_implementation
@@ -62,8 +71,12 @@ class FlowRuntime:
         self._slot = _ThreadSlot()
         self._vocabularies: dict[tuple[Any, ...], StepVocabulary] = {}
         self._plans: dict[str, FlowPlan] = {}
-        self.plan_for(settings)
-        self.vocabulary_for(settings)
+        self.rules = self.rules_for(settings)
+
+    @property
+    def settings(self) -> StepFlowSettings:
+        """The preset's settings."""
+        return self.rules.plan.settings
 
     def __getstate__(self) -> dict[str, Any]:
         kept = dict(self.__dict__)
@@ -89,12 +102,20 @@ class FlowRuntime:
             )
         return self._vocabularies[key]
 
+    def rules_for(self, settings: StepFlowSettings) -> FlowRules:
+        """Settings resolved against this model and its tokenizer.
+
+        Raises:
+            StepFlowConfigError: settings that do not fit them.
+        """
+        return FlowRules(self.plan_for(settings), self.vocabulary_for(settings))
+
     @contextmanager
-    def override(self, settings: StepFlowSettings | None, prompt_length: int | None = None) -> Iterator[None]:
+    def override(self, rules: FlowRules | None, prompt_length: int | None = None) -> Iterator[None]:
         """Other settings (None: StepFlow off) for the calls of this thread inside the block."""
         slot = self._slot
         outer = slot.prompt_length
-        slot.overrides.append(settings)
+        slot.overrides.append(rules)
         slot.prompt_length = prompt_length
         try:
             yield
@@ -104,10 +125,10 @@ class FlowRuntime:
             slot.current = None
 
     @property
-    def effective(self) -> StepFlowSettings | None:
+    def effective(self) -> FlowRules | None:
         """The settings in force in this thread; None where StepFlow is off."""
         overrides = self._slot.overrides
-        return overrides[-1] if overrides else self.settings
+        return overrides[-1] if overrides else self.rules
 
     def current(self) -> FlowPass | None:
         """The pass that runs in this thread."""
@@ -123,15 +144,12 @@ class FlowRuntime:
         """Forward pre-hook: labels the new tokens, and hands the pass to attention."""
         compiling = torch.compiler.is_compiling()
         prompt_length = kwargs.pop("prompt_length", None)
-        settings = self.effective
         if not compiling:
             self._slot.current = None
-        if settings is None:
+        rules = self.effective
+        if rules is None or rules.plan.is_idle:
             return args, kwargs
-        plan = self.plan_for(settings)
-        if plan.is_idle:
-            return args, kwargs
-        if prompt_length is None:
+        if prompt_length is None and rules.plan.settings.implicit_thinking and not compiling:
             prompt_length = self._slot.prompt_length
         if args:
             args, kwargs = (), dict(zip(_parameters(type(model))[0], args, strict=False)) | kwargs
@@ -142,14 +160,18 @@ class FlowRuntime:
                 hint="pass input_ids, or call inside `with model.disable_stepflow():`",
             )
         cache = kwargs.get("past_key_values")
-        state = self._state(cache, settings, ids, kwargs.get("attention_mask"))
+        state = self._state(cache, rules.vocabulary, ids, kwargs.get("attention_mask"))
         padding = _padding(kwargs.get("attention_mask"), ids, state.length)
         records, host = state.append(ids, padding, prompt_length)
-        flow = FlowPass(plan, state, records, host, state.length if host is None else state.count)
-        self.last = (state, plan)
+        in_graph = compiling or _is_compiled(model)
+        if in_graph:
+            flow = FlowPass(rules.plan, state, records, None, torch.as_tensor(state.length))
+        else:
+            flow = FlowPass(rules.plan, state, records, host, state.length if host is None else state.count)
+        self.last = (state, rules.plan)
         if not compiling:
             self._slot.current = flow
-        elif self.hands_down is False:
+        if in_graph and self.hands_down is False:
             raise StepFlowUnsupportedError(
                 f"{type(model).__name__} does not hand arguments down to attention, so StepFlow cannot be compiled",
                 hint="generate without compilation, or detach StepFlow",
@@ -158,9 +180,8 @@ class FlowRuntime:
             kwargs["stepflow_pass"] = flow
         return args, kwargs
 
-    def _state(self, cache: Any, settings: StepFlowSettings, ids: torch.Tensor, mask: Any) -> FlowState:
+    def _state(self, cache: Any, vocabulary: StepVocabulary, ids: torch.Tensor, mask: Any) -> FlowState:
         """The state that rides on the cache, brought to its length; a fresh one where there is none."""
-        vocabulary = self.vocabulary_for(settings)
         mask = mask if isinstance(mask, torch.Tensor) else None
         state = state_of(cache)
         if state is not None:
@@ -181,7 +202,7 @@ class FlowRuntime:
         if cache is not None and getattr(cache, "is_compileable", False):
             capacity = _capacity(cache)
         state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
-        state.tally = torch.zeros(ids.shape[0], len(self.heads), len(TALLIES), device=ids.device)
+        state.tally = Tally(ids.shape[0], tuple(sorted(self.heads)), ids.device)
         if cache is not None:
             state.follow(int(cache.get_seq_length()), mask)
             carry(cache, state)
@@ -197,7 +218,6 @@ class FlowRuntime:
         if flow is None:
             return
         wanted = set(flow.plan.tau) | flow.plan.inject | set(flow.plan.gamma)
-        flow.settle()
         self.hands_down = flow.is_handed_down
         missed = sorted(wanted - flow.seen_layers)
         if missed:
@@ -233,6 +253,11 @@ def _parameters(kind: type) -> tuple[list[str], bool]:
         free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         _PARAMETERS[kind] = list(parameters)[1:], free
     return _PARAMETERS[kind]
+
+
+def _is_compiled(model: torch.nn.Module) -> bool:
+    """Whether the forward of a model was replaced by a compiled one: `model.forward = torch.compile(model.forward)`."""
+    return hasattr(model.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 
 def _capacity(cache: Any) -> int:

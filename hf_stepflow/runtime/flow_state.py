@@ -12,9 +12,12 @@ import torch
 
 from .step_record import FIELDS, Field, empty_record
 from .steps import StepVocabulary
+from .tally import Tally
 
 # Above this many rows a decode step labels its tokens in tensors; below, on the host, which costs fewer operations.
 _HOST_ROWS = 32
+
+_FRESH = tuple(empty_record())
 
 
 class FlowState:
@@ -25,7 +28,7 @@ class FlowState:
         records: int32 [B, capacity, FIELDS]; slots past `length` are undefined.
         length: number of valid slots: an int, or (for a cache with static shapes) a long tensor [], so that a
             compiled decode step changes no Python value.
-        tally: float32 [B, layers, tallies] for the report, or None.
+        tally: the sums behind the report, or None.
     """
 
     def __init__(self, vocabulary: StepVocabulary, batch: int, device: torch.device, capacity: int | None = None):
@@ -33,15 +36,19 @@ class FlowState:
         self.is_static = capacity is not None
         self.records = torch.zeros(batch, capacity or 0, FIELDS, dtype=torch.int32, device=device)
         self.length: int | torch.Tensor = torch.zeros((), dtype=torch.long, device=device) if self.is_static else 0
-        self.tally: torch.Tensor | None = None
+        self.tally: Tally | None = None
+        # Where implicit thinking starts, and the same for compiled steps: a tensor [], -1 for nowhere.
+        self._prompt_length: int | None = None
+        self._opening = torch.full_like(self.length, -1) if isinstance(self.length, torch.Tensor) else None
         self._count: int | None = 0
         self._last: list[list[int]] | None = [empty_record() for _ in range(batch)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowState":
         copied = copy.copy(self)
         copied.records = self.records.clone()
+        copied._opening = None if self._opening is None else self._opening.clone()
         copied.length = self.length.clone() if isinstance(self.length, torch.Tensor) else self.length
-        copied.tally = None if self.tally is None else self.tally.clone()
+        copied.tally = None if self.tally is None else self.tally.copy()
         return copied
 
     @property
@@ -64,18 +71,22 @@ class FlowState:
         Args:
             ids: int64 [B, q].
             padding: bool [B, q] of the tokens that are padding, or None.
-            prompt_length: slot at which implicit thinking starts.
+            prompt_length: slot at which implicit thinking starts; None for what was given before.
 
         Returns:
             The new records on the device, int32 [B, q, FIELDS], and on the host [B][q][FIELDS], which is None where
             the rules ran in tensors.
         """
+        if prompt_length is not None:
+            self._prompt_length = prompt_length
+            if self._opening is not None:
+                self._opening.fill_(prompt_length)
         if torch.compiler.is_compiling() or (ids.shape[1] == 1 and ids.shape[0] > _HOST_ROWS):
-            return self._append_in_tensors(ids, padding, prompt_length), None
-        return self._append_on_host(ids, padding, prompt_length)
+            return self._append_in_tensors(ids, padding), None
+        return self._append_on_host(ids, padding)
 
     def _append_on_host(
-        self, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
+        self, ids: torch.Tensor, padding: torch.Tensor | None
     ) -> "tuple[torch.Tensor, list[list[list[int]]]]":
         start, queries = self.count, ids.shape[1]
         parts = [ids] if padding is None else [ids, padding.to(ids.dtype)]
@@ -90,7 +101,7 @@ class FlowState:
                 before,
                 start=start,
                 padding=None if padding is None else row[queries : 2 * queries],
-                prompt_length=prompt_length,
+                prompt_length=self._prompt_length,
             )
             for row, before in zip(read, self._last, strict=True)
         ]
@@ -102,19 +113,18 @@ class FlowState:
         self._last = [row[-1] for row in host]
         return records, host
 
-    def _append_in_tensors(
-        self, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
-    ) -> torch.Tensor:
+    def _append_in_tensors(self, ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if not self.is_static:
             self._reserve(self.count + ids.shape[1])
         slot = torch.as_tensor(self.length, device=ids.device)
-        fresh = torch.tensor(empty_record(), dtype=torch.long, device=ids.device)
+        fresh = torch.tensor(_FRESH, dtype=torch.long, device=ids.device)
         before = self.records.index_select(1, (slot - 1).clamp(min=0).reshape(1))[:, 0].long()
         record = torch.where(slot == 0, fresh, before)
+        opening = self._prompt_length if self._opening is None else self._opening
         made = []
         for position in range(ids.shape[1]):
             hidden = None if padding is None else padding[:, position]
-            record = self.vocabulary.advance(record, ids[:, position], slot + position, hidden, prompt_length)
+            record = self.vocabulary.advance(record, ids[:, position], slot + position, hidden, opening)
             made.append(record)
         records = torch.stack(made, 1).int()
         self.records.index_copy_(1, slot + torch.arange(ids.shape[1], device=ids.device), records)
@@ -211,13 +221,15 @@ class FlowState:
         """Takes rows by index: beams, finished rows of a batch."""
         rows = rows.to(self.records.device)
         self.records = self.records.index_select(0, rows)
-        self.tally = None if self.tally is None else self.tally.index_select(0, rows)
+        if self.tally is not None:
+            self.tally.select(rows)
         self._last = None
 
     def repeat(self, times: int) -> None:
         """Repeats each row in place."""
         self.records = self.records.repeat_interleave(times, 0)
-        self.tally = None if self.tally is None else self.tally.repeat_interleave(times, 0)
+        if self.tally is not None:
+            self.tally.repeat(times)
         self._last = None
 
     def reset(self) -> None:

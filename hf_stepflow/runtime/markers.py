@@ -133,4 +133,3 @@ def _aho_corasick(words: dict[tuple[Symbol, ...], int]) -> tuple[list[dict[Symbo
         found[state] = found[state] or found[fail[state]]
         goto[state] = goto[fail[state]] | goto[state]
     return goto, found, depth
-

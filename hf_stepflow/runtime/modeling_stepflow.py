@@ -6,7 +6,7 @@ base model's business. Detaching gives back the very model it was.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .attention_modules import attention_modules, query_heads
 from .configuration_stepflow import StepFlowConfig, StepFlowSettings, read_settings, settings_from_data
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_attention import make_flow_attention
-from .flow_runtime import FlowRuntime
+from .flow_runtime import FlowRules, FlowRuntime
 from .report import FlowReport
 
 logger = logging.get_logger(__name__)
@@ -86,14 +86,17 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         else:
             settings = read_settings(config)
         modules = attention_modules(model)
-        base = _base_implementation(model)
+        configs = _attention_configs(model, modules.values())
+        base = _base_implementation(configs)
         tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
         heads = {layer: query_heads(model, module) for layer, module in modules.items()}
         runtime = FlowRuntime(settings, tokenizer, heads, base, _end_of_turn_ids(model, tokenizer))
         if settings.thinking_start == "<think>" and not settings.implicit_thinking:
             _warn_if_never_thinking(tokenizer, settings)
 
-        _set_implementation(model, _register(base), base)
+        model._stepflow_replaced = [(config, config._attn_implementation_internal) for config in configs]
+        for config in configs:
+            config._attn_implementation_internal = _register(base)
         for layer, module in modules.items():
             module.stepflow_link = runtime.link(layer)
         model.__class__ = _attached_class(cls, type(model))
@@ -109,17 +112,17 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
     def detach_stepflow(self) -> Any:
         """Takes StepFlow off again and returns the very model it was: class, attention, hooks, generation config."""
-        runtime = self.stepflow_runtime
         for hook in self._stepflow_hooks:
             hook.remove()
         for module in self.modules():
             module.__dict__.pop("stepflow_link", None)
-        _set_implementation(self, runtime.base_implementation, runtime.base_implementation)
+        for config, implementation in self._stepflow_replaced:
+            config._attn_implementation_internal = implementation
         if self._stepflow_stored is None:
             del self.generation_config.stepflow
         else:
             self.generation_config.stepflow = self._stepflow_stored
-        for name in ("stepflow_runtime", "_stepflow_hooks", "_stepflow_stored", "_compiled_call"):
+        for name in "stepflow_runtime _stepflow_hooks _stepflow_replaced _stepflow_stored _compiled_call".split():
             self.__dict__.pop(name, None)
         self.__class__ = type(self).__mro__[2]
         return self
@@ -139,9 +142,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
     def stepflow_config(self, config: Any) -> None:
         runtime = self.stepflow_runtime
         settings = read_settings(config)
-        runtime.plan_for(settings)
-        runtime.vocabulary_for(settings)
-        runtime.settings = settings
+        runtime.rules = runtime.rules_for(settings)
         self.generation_config.stepflow = settings.to_dict()
 
     def stepflow_report(self) -> FlowReport:
@@ -161,22 +162,22 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         Raises:
             StepFlowError: settings that do not fit, an empty prompt or one of padding only, continuous batching.
         """
-        settings = self._call_settings(stepflow, kwargs.get("generation_config"))
-        if settings is None:
+        rules = self._call_rules(stepflow, kwargs.get("generation_config"))
+        if rules is None:
             with self.disable_stepflow():
                 return super().generate(inputs, *args, **kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         _check_prompt(ids, kwargs)
         length = None if ids is None else ids.shape[1]
-        with self.stepflow_runtime.override(settings, length):
+        with self.stepflow_runtime.override(rules, length):
             return super().generate(inputs, *args, **kwargs)
 
-    def _call_settings(self, stepflow: Any, generation_config: Any) -> StepFlowSettings | None:
+    def _call_rules(self, stepflow: Any, generation_config: Any) -> FlowRules | None:
         """The settings of one call: the preset's, under the generation config's, under the call's."""
         runtime = self.stepflow_runtime
         if stepflow is False or runtime.effective is None:
             return None
-        settings = runtime.effective
+        settings = runtime.effective.plan.settings
         for source in (self.generation_config, generation_config):
             stored = getattr(source, "stepflow", None)
             if stored is not None:
@@ -185,8 +186,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             settings = settings.replace(**stepflow)
         elif stepflow is not None and stepflow is not True:
             settings = read_settings(stepflow)
-        runtime.plan_for(settings)
-        return settings
+        return runtime.rules_for(settings)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching packs many requests into one row, which StepFlow cannot follow."""
@@ -250,17 +250,23 @@ def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _base_implementation(model: Any) -> str:
-    """The attention implementation of a model, if StepFlow can run on it.
+def _attention_configs(model: Any, modules: Iterable[Any]) -> list[Any]:
+    """The configs in which attention modules look up their implementation; those of other towers stay as they are."""
+    configs = {id(config): config for config in (getattr(module, "config", model.config) for module in modules)}
+    return list(configs.values())
+
+
+def _base_implementation(configs: list[Any]) -> str:
+    """The attention implementation that these configs name, if StepFlow can run on it.
 
     Raises:
         StepFlowUnsupportedError: it cannot.
     """
-    name = model.config._attn_implementation or "eager"
+    name, *others = sorted({config._attn_implementation or "eager" for config in configs})
     known = name in _NAMES or "flash" in name
-    if not known or name.startswith("paged|"):
+    if others or not known or name.startswith("paged|"):
         raise StepFlowUnsupportedError(
-            f"StepFlow does not run on attn_implementation={name!r}",
+            f"StepFlow does not run on attn_implementation={', '.join(map(repr, (name, *others)))}",
             hint='load the model with attn_implementation="sdpa" or "eager"',
         )
     return name
@@ -274,17 +280,6 @@ def _register(base: str) -> str:
         AttentionInterface.register(name, make_flow_attention(base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
-
-
-def _set_implementation(model: Any, name: str, base: str) -> None:
-    """Sets the attention implementation and makes sure that it took."""
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        model.set_attn_implementation(base)
-        raise StepFlowUnsupportedError(
-            f"{type(model).__name__} does not let its attention implementation be set, so StepFlow cannot reach it",
-            hint="see docs/architectures.md for the model types that StepFlow runs on",
-        )
 
 
 def _load_tokenizer(model: Any, settings: StepFlowSettings) -> Any:

@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .flow_pass import TALLIES, FlowPlan
+from .flow_pass import FlowPlan
 from .flow_state import FlowState
 from .step_record import Field
+from .tally import BRIDGE_QUERIES, BRIDGED, INJECTION_NORM, INJECTIONS, MASS_AFTER, MASS_BEFORE
 from .trace import TraceStep, trace_from_records
 
 
@@ -61,7 +62,10 @@ class FlowReport:
             tokenizer: gives the steps their texts.
         """
         records = state.records[:, : state.count].tolist()
-        tally = None if state.tally is None else state.tally.tolist()
+        tally = None
+        if state.tally is not None:
+            state.tally.settle()
+            tally = state.tally.sums.tolist()
         rows = []
         for index, row in enumerate(records):
             trace = trace_from_records(row, [record[Field.TOKEN] for record in row], tokenizer)
@@ -80,19 +84,18 @@ class FlowReport:
 def _layer_reports(plan: FlowPlan, tally: list[list[float]]) -> list[LayerReport]:
     reports = []
     for layer, amounts in zip(plan.layers, tally, strict=True):
-        got = dict(zip(TALLIES, amounts, strict=True))
         if layer not in plan.tau and layer not in plan.inject:
             continue
-        queries, injections = got["bridge_queries"], got["injections"]
+        queries, injections = amounts[BRIDGE_QUERIES], amounts[INJECTIONS]
         reports.append(
             LayerReport(
                 layer,
                 round(queries),
-                got["bridged"] / queries if queries else None,
-                got["mass_before"] / queries if queries else None,
-                got["mass_after"] / queries if queries else None,
+                amounts[BRIDGED] / queries if queries else None,
+                amounts[MASS_BEFORE] / queries if queries else None,
+                amounts[MASS_AFTER] / queries if queries else None,
                 round(injections),
-                got["injection_norm"] / injections if injections else None,
+                amounts[INJECTION_NORM] / injections if injections else None,
             )
         )
     return reports

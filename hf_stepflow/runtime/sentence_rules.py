@@ -40,9 +40,7 @@ CHARACTER_CLASSES = {
 }
 _CLASS_OF = {character: name for name, characters in CHARACTER_CLASSES.items() for character in characters}
 # What a multi-byte mark becomes when its bytes arrive in different tokens.
-_SPLIT_MARKS = {
-    character.encode(): _CLASS_OF[character] for character in "\u3002\uff01\uff1f\uff0e\uff61\uff1a\u2026"
-}
+_SPLIT_MARKS = {character.encode(): _CLASS_OF[character] for character in "\u3002\uff01\uff1f\uff0e\uff61\uff1a\u2026"}
 _SPLIT_PREFIXES = {mark[:size] for mark in _SPLIT_MARKS for size in range(1, len(mark))}
 SPLIT_BYTES = tuple(sorted({byte for mark in _SPLIT_MARKS for byte in mark}))
 _BLANKS = (SPACE, NEWLINE, GUESSED_SPACE)

@@ -47,16 +47,16 @@ def inject(
         addition[rows, query] = torch.where(triggered[:, None, None], flow.plan.settings.alpha * spread, 0.0)
     if flow.state.tally is not None:
         with torch.no_grad():
-            flow.tally(layer, slice(4, 6), _effect(addition, output))
+            flow.state.tally.add_injections(layer, *_effect(addition, output))
     return output + addition
 
 
-def _effect(addition: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Number of injections, and the sum of their norms relative to the head output, [B, 2]."""
+def _effect(addition: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of injections, and the sum of their norms relative to the head output, [B] each."""
     accumulator = torch.promote_types(output.dtype, torch.float32)
     size = addition.to(accumulator).flatten(2).norm(dim=-1)
     ratio = size / output.to(accumulator).flatten(2).norm(dim=-1).clamp(min=torch.finfo(accumulator).tiny)
-    return torch.stack(((size > 0).to(accumulator), ratio), -1).sum(1)
+    return (size > 0).sum(1), ratio.sum(1)
 
 
 def _mean(
