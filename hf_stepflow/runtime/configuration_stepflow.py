@@ -145,7 +145,7 @@ class StepFlowSettings:
 
 
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(StepFlowSettings))
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
 
 
 class StepFlowConfig(PretrainedConfig):

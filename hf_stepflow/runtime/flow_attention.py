@@ -23,9 +23,6 @@ from .step_record import Field
 # Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass.
 _CHUNK_ELEMENTS = 1 << 24
 
-# Arguments by which sparse attention kernels are told which keys to read.
-_SPARSE_INDICES = ("indices", "block_indices")
-
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -69,19 +66,13 @@ def make_flow_attention(base_name: str) -> Callable[..., Output]:
         if not torch.compiler.is_compiling():
             flow.seen_layers.add(link.layer)
             flow.is_handed_down = flow.is_handed_down and handed_down is not None
-        for name in _SPARSE_INDICES:
-            if kwargs.get(name) is not None:
-                raise StepFlowUnsupportedError(
-                    f"{type(module).__name__} selects keys by {name!r}, which StepFlow's attention does not apply",
-                    hint="see docs/architectures.md for the model types that StepFlow runs on",
-                )
+        flow = flow.last(query.shape[2])
         gamma = flow.plan.gamma.get(link.layer)
         if gamma is not None:
             query = query * _temperature(flow, query, key.shape[2], attention_mask, gamma, kwargs)
         tau = flow.plan.tau.get(link.layer)
-        bridges = tau is not None and flow.has_active
         injects = link.layer in flow.plan.inject and flow.has_trigger
-        if not bridges:
+        if tau is None or not flow.has_active:
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
         else:
             if module.training and kwargs.get("dropout"):

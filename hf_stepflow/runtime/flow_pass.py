@@ -129,7 +129,7 @@ class FlowPass:
         if known is not None:
             return known
         host = None if self.host is None else [row[-queries:] for row in self.host]
-        part = FlowPass(self.plan, self.state, self.records[:, -queries:], host, self.total, _notes=self._notes)
+        part = FlowPass(self.plan, self.state, self.records[:, -queries:], host, self.total)
         return self.remember(part, "last", None, queries)
 
     def memo(self, name: str, key: Any, *rest: Any) -> Any:

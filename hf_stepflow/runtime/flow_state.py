@@ -42,6 +42,8 @@ class FlowState:
         self._opening = torch.full_like(self.length, -1) if isinstance(self.length, torch.Tensor) else None
         self._count: int | None = 0
         self._last: list[list[int]] | None = [empty_record() for _ in range(batch)]
+        if self.is_static:  # a compiled step has to find the tables on this device
+            vocabulary.advance(self.records.new_tensor([_FRESH]).long(), self.records.new_zeros(1).long(), 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowState":
         copied = copy.copy(self)
@@ -274,7 +276,7 @@ class FlowCacheMixin:
         return _rebuild_cache, (type(self).__mro__[2], self.__dict__)
 
 
-def _rebuild_cache(kind: type, attributes: dict[str, Any]) -> Any:
+def _rebuild_cache(kind: Any, attributes: dict[str, Any]) -> Any:
     cache = kind.__new__(kind)
     cache.__dict__.update(attributes)
     carry(cache, attributes["stepflow_state"])

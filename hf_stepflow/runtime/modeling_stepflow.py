@@ -39,6 +39,9 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
     config_class = StepFlowConfig
     stepflow_runtime: FlowRuntime
+    generation_config: Any
+    _stepflow_hooks: Any
+    _stepflow_replaced: Any
 
     @classmethod
     def from_pretrained(
@@ -165,12 +168,12 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         rules = self._call_rules(stepflow, kwargs.get("generation_config"))
         if rules is None:
             with self.disable_stepflow():
-                return super().generate(inputs, *args, **kwargs)
+                return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         ids = kwargs.get("input_ids") if inputs is None else inputs
         _check_prompt(ids, kwargs)
         length = None if ids is None else ids.shape[1]
         with self.stepflow_runtime.override(rules, length):
-            return super().generate(inputs, *args, **kwargs)
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _call_rules(self, stepflow: Any, generation_config: Any) -> FlowRules | None:
         """The settings of one call: the preset's, under the generation config's, under the call's."""
@@ -205,7 +208,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         return _rebuild, (type(self).__mro__[1], base), self.__dict__
 
 
-def _rebuild(own: type, base: type) -> Any:
+def _rebuild(own: type, base: Any) -> Any:
     kind = _attached_class(own, base)
     return kind.__new__(kind)
 
@@ -213,7 +216,7 @@ def _rebuild(own: type, base: type) -> Any:
 _ATTACHED: dict[tuple[type, type], type] = {}
 
 
-def _attached_class(own: type, base: type) -> type:
+def _attached_class(own: type, base: Any) -> Any:
     """The subclass of a base model class that attached models have; it goes by the base's name."""
     if (own, base) not in _ATTACHED:
         body = {"__module__": base.__module__, "__doc__": base.__doc__, "config_class": base.config_class}

@@ -69,8 +69,8 @@ def _mean(
     keys = value.shape[2]
     record = flow.records[rows, query].to(value.device)
     left, right = 0, keys
-    if flow.host is not None:
-        offset = flow.offset(keys)
+    offset = flow.offset(keys)
+    if flow.host is not None and isinstance(offset, int):
         (known,) = flow.host[rows]
         left = max(known[query][Field.PREVIOUS_START] - offset, 0)
         right = max(known[query][Field.PREVIOUS_END] - offset, left)

@@ -62,8 +62,8 @@ class StepTensors:
         return cls(
             vocabulary.settings,
             *(tensor.to(device) for tensor in tensors),
-            has_splits=rules.split.shape[0] > 1,
-            has_headers=markers.message_open is not None,
+            rules.split.shape[0] > 1,
+            markers.message_open is not None,
         )
 
     def advance(

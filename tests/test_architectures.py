@@ -1,0 +1,80 @@
+"""Every model type is supported or refused with its reason; the full sweep is docs/architectures.md."""
+
+import re
+
+import pytest
+import transformers
+from sweep import PAGE, check_model_type, page
+from tiny_models import causal_model_types, tiny_model
+
+from hf_stepflow.runtime.attention_modules import attention_modules
+from hf_stepflow.runtime.errors import StepFlowUnsupportedError
+
+# One type for each thing that families do differently.
+SUPPORTED = {
+    "llama": "grouped queries",
+    "gpt2": "learned positions, joint projections",
+    "bert": "an encoder used as decoder",
+    "bart": "a decoder with cross-attention",
+    "gemma2": "softcap and sliding windows",
+    "gemma3": "a composite config with a vision tower",
+    "got_ocr2": "a vision tower outside the attention interface",
+    "gpt_oss": "learned sinks, experts",
+    "granite_swa": "sinks on the output",
+    "deepseek_v3": "latent attention: values narrower than keys",
+    "llama4_text": "attention in chunks",
+    "qwen3_next": "most layers linear",
+    "mllama": "layers that run only with an image",
+    "nemotron": "no arguments handed down to attention",
+    "inkling_text": "a bias on the logits",
+    "doge": "a mask for each head",
+}
+REFUSED = {
+    "falcon": "does not use Transformers' attention interface",
+    "git": "no causal self-attention",
+    "zamba2": "no layer index",
+    "hrm_text": "more than one self-attention module at layer index 0",
+    "diffllama": "calls attention 2 times",
+    "deepseek_v32": "hands indices to attention",
+    "inkling2_text": "hands sinks to attention",
+    "deepseek_v4": "keys that stand for many tokens",
+}
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_a_cross_section_of_model_types_is_served(model_type: str) -> None:
+    assert check_model_type(model_type).status == "supported"
+
+
+def test_layers_that_compute_only_their_last_queries_are_served() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    result = check_model_type("gemma4_text", num_kv_shared_layers=2, layer_types=kinds)
+    assert result.status == "supported"
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_stepflow_would_miss_or_distort_is_refused(model_type: str) -> None:
+    result = check_model_type(model_type)
+    assert result.status == "refused"
+    assert REFUSED[model_type] in result.reason
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(StepFlowUnsupportedError, match="is_decoder=True"):
+        attention_modules(tiny_model("bert", is_decoder=False))
+
+
+@pytest.mark.slow
+def test_the_page_tells_what_the_sweep_finds() -> None:
+    results = [check_model_type(model_type) for model_type in causal_model_types()]
+    assert all(result.status == "supported" or result.reason for result in results)
+    assert sum(result.status == "supported" for result in results) > 80
+    written = PAGE.read_text()
+    if f"in transformers {transformers.__version__}:" not in written:
+        pytest.skip(f"docs/architectures.md was written for another release than {transformers.__version__}")
+    assert _without_notes(written) == _without_notes(page(results))
+
+
+def _without_notes(text: str) -> list[str]:
+    """The lines of the page; what is noted on a supported type may hang on how a processor rounds."""
+    return [re.sub(r"^(\| \S+ \| supported \|.*\|.*\|).*\|$", r"\1", line) for line in text.splitlines()]
