@@ -290,8 +290,8 @@ class Cases:
 
 
 def cut(text: str, style: str, whole: list[str], chooser: random.Random) -> list[bytes]:
-    """Cuts a text into pieces of bytes, and after each of the texts in `whole`: a marker of text may be cut in any way,
-    but a character cannot lie on both of its sides.
+    """Cuts a text into pieces of bytes, and after each of the texts in `whole`: a marker of text may be cut in any
+    way, but a character cannot lie on both of its sides.
     """
     longest = {"bytes": 1, "short": 4, "long": 14}[style]
     data, pieces = text.encode(), []

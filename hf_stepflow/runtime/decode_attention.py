@@ -35,7 +35,7 @@ class DecodeGroups:
 
 
 def decode_groups(
-    flow: FlowPass, mask: Any, keys: int, window: int | None, tau: "float | tuple[float, ...]", like: torch.Tensor
+    flow: FlowPass, mask: Any, keys: int, tau: "float | tuple[float, ...]", like: torch.Tensor
 ) -> DecodeGroups:
     """The key groups of this pass, for all layers with the same mask and tau_max.
 
@@ -43,18 +43,16 @@ def decode_groups(
         flow: the pass.
         mask: the mask of the base implementation.
         keys: K.
-        window: sliding window of the layer, or None.
         tau: tau_max, or one value for each query head.
         like: the keys [B, Hkv, K, D], for dtype and device.
     """
-    known = flow.memo("decode", mask, keys, window, tau, like.dtype)
+    known = flow.memo("decode", mask, keys, tau, like.dtype)
     if known is not None:
         return known
     dtype = torch.promote_types(like.dtype, torch.float32)
     visible, bias = None, None
-    if mask is not None or window is not None:
-        visible, bias = visible_keys(flow, mask, 0, 1, 1, keys, window)
-        assert visible is not None
+    if mask is not None:
+        visible, bias = visible_keys(flow, mask, 0, 1, 1, keys)
         visible = visible.to(like.device)
         bias = torch.zeros((), dtype=dtype) if bias is None else bias.to(like.device, dtype)
         bias = torch.where(visible, bias, float("-inf"))
@@ -68,7 +66,7 @@ def decode_groups(
     caps = caps.view((1, 1, 1) if isinstance(tau, float) else (1, like.shape[1], -1))
     floor = torch.minimum((number[..., :1] / number.sum(-1, keepdim=True).clamp(min=1)).sqrt(), caps) * usable
     indicator = (indicator | ~usable).to(dtype)
-    return flow.remember(DecodeGroups(indicator, bias, floor), "decode", mask, keys, window, tau, like.dtype)
+    return flow.remember(DecodeGroups(indicator, bias, floor), "decode", mask, keys, tau, like.dtype)
 
 
 def decode_attention(

@@ -69,7 +69,7 @@ def make_flow_attention(base_name: str) -> Callable[..., Output]:
         flow = flow.last(query.shape[2])
         gamma = flow.plan.gamma.get(link.layer)
         if gamma is not None:
-            query = query * _temperature(flow, query, key.shape[2], attention_mask, gamma, kwargs)
+            query = query * _temperature(flow, query, key.shape[2], attention_mask, gamma)
         tau = flow.plan.tau.get(link.layer)
         injects = link.layer in flow.plan.inject and flow.has_trigger
         if tau is None or not flow.has_active:
@@ -85,19 +85,19 @@ def make_flow_attention(base_name: str) -> Callable[..., Output]:
             first = None if whole else base(module, query, key, value, attention_mask, **kwargs)
             output, weights = call.decode() if first is None else call.rewrite(*first)
         if injects:
-            output = inject(flow, link.layer, output, value, attention_mask, kwargs.get("sliding_window"))
+            output = inject(flow, link.layer, output, value, attention_mask)
         return output, weights
 
     return flow_attention
 
 
 def _temperature(
-    flow: FlowPass, query: torch.Tensor, keys: int, mask: Any, gamma: "float | tuple[float, ...]", kwargs: dict[str, Any]
+    flow: FlowPass, query: torch.Tensor, keys: int, mask: Any, gamma: "float | tuple[float, ...]"
 ) -> torch.Tensor:
     """The factor max(1, ln n / ln n0) ** gamma of each query (METHOD section 4b), [B, H or 1, q, 1]."""
     base = flow.plan.settings.length_temperature_base
     assert base is not None
-    number = visible_numbers(flow, mask, query.shape[2], keys, kwargs.get("sliding_window")).to(query.device)
+    number = visible_numbers(flow, mask, query.shape[2], keys).to(query.device)
     ratio = number.clamp(min=1).double().log() / torch.tensor(base, dtype=torch.float64).log().item()
     power = torch.tensor(gamma, dtype=torch.float64, device=query.device).reshape(1, -1, 1, 1)
     return (ratio.clamp(min=1.0)[:, None, :, None] ** power).to(query.dtype)
@@ -122,8 +122,7 @@ class _Call:
         total = self.flow.total
         if isinstance(total, int) and self.query.device.type == "cpu" and self.kwargs.get("position_bias") is None:
             keys = min(self.key.shape[2], total)
-            window = self.kwargs.get("sliding_window")
-            groups = decode_groups(self.flow, self.mask, keys, window, self.tau, self.key)
+            groups = decode_groups(self.flow, self.mask, keys, self.tau, self.key)
             done = decode_attention(
                 self.query,
                 self.key[:, :, :keys],
@@ -174,9 +173,7 @@ class _Call:
         query = self.query[:, :, start:end]
         batch, heads, chunk, _ = query.shape
         keys, groups = self.key.shape[2], self.key.shape[1]
-        visible, bias = visible_keys(
-            self.flow, self.mask, start, end, self.query.shape[2], keys, self.kwargs.get("sliding_window")
-        )
+        visible, bias = visible_keys(self.flow, self.mask, start, end, self.query.shape[2], keys)
         dtype = torch.promote_types(query.dtype, torch.float32)
         packed = query.reshape(batch, groups, heads // groups * chunk, -1).to(dtype)
         logits = torch.matmul(packed, self.key.to(dtype).transpose(2, 3)).view(batch, heads, chunk, keys)
@@ -189,8 +186,7 @@ class _Call:
             logits = logits + position_bias[:, :, start:end, :keys]
         if bias is not None:
             logits = logits + bias
-        if visible is not None:
-            logits = logits.masked_fill(~visible, float("-inf"))
+        logits = logits.masked_fill(~visible, float("-inf"))
 
         records = self.flow.records[:, start:end].to(query.device)
         same, bridge = key_groups(self.flow, records, keys, visible)

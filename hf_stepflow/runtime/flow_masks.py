@@ -1,7 +1,7 @@
 """Which keys a query sees, read from whatever mask the base implementation was given.
 
-Masks come as None (causal), bool [B, 1, q, K] (sdpa), float [B, 1, q, K] (eager), bool [B, slots] (flash kernels: the
-padding alone, causality and window are the kernel's) or a BlockMask (flex).
+Masks come as None (plain causal attention: no padding, no window that cuts), bool [B, 1, q, K] (sdpa), float
+[B, 1, q, K] (eager) or a BlockMask (flex).
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from .flow_pass import FlowPass
 
 
 def visible_keys(
-    flow: FlowPass, mask: Any, start: int, end: int, queries: int, keys: int, window: int | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    flow: FlowPass, mask: Any, start: int, end: int, queries: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which keys queries [start, end) see.
 
     Args:
@@ -22,33 +22,26 @@ def visible_keys(
         start, end: the queries asked for.
         queries: number of queries of the pass.
         keys: number of keys of the layer.
-        window: sliding window of the layer; it counts where the mask does not hold it (none, or the padding alone).
 
     Returns:
-        visible: bool broadcastable to [B, 1, c, K], or None if all are; and an additive bias on the logits or None.
+        visible: bool broadcastable to [B, 1, c, K]; and an additive bias on the logits or None.
     """
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+    if isinstance(mask, torch.Tensor):
         rows = mask[:, :, start:end, :keys]
         if mask.dtype == torch.bool:
             return rows, None
         visible = rows > torch.finfo(mask.dtype).min / 2
         return visible, torch.where(visible, rows, 0.0)
-    if mask is None or isinstance(mask, torch.Tensor):
-        visible = _causal(flow, start, end, queries, keys, window)
-        if mask is not None:
-            visible = visible & mask[:, -keys:].bool()[:, None, None, :]
-        return visible, None
+    if mask is None:
+        return _causal(flow, start, end, queries, keys), None
     return _dense_block_mask(mask, start, end, keys), None
 
 
-def _causal(flow: FlowPass, start: int, end: int, queries: int, keys: int, window: int | None) -> torch.Tensor:
+def _causal(flow: FlowPass, start: int, end: int, queries: int, keys: int) -> torch.Tensor:
     device = flow.records.device
     query_slots = torch.arange(start, end, device=device) + (flow.total - queries)
     key_slots = torch.arange(keys, device=device) + flow.offset(keys)
-    visible = key_slots <= query_slots[:, None]
-    if window is not None:
-        visible = visible & (key_slots > query_slots[:, None] - window)
-    return visible[None, None]
+    return (key_slots <= query_slots[:, None])[None, None]
 
 
 def _dense_block_mask(mask: Any, start: int, end: int, keys: int) -> torch.Tensor:
@@ -61,15 +54,14 @@ def _dense_block_mask(mask: Any, start: int, end: int, keys: int) -> torch.Tenso
     return create_mask(shifted, mask.shape[0], 1, end - start, keys, device=mask.kv_num_blocks.device.type)
 
 
-def visible_numbers(flow: FlowPass, mask: Any, queries: int, keys: int, window: int | None) -> torch.Tensor:
+def visible_numbers(flow: FlowPass, mask: Any, queries: int, keys: int) -> torch.Tensor:
     """How many keys each query sees, long [B, q] (or [1, q] if the same in all rows)."""
-    remembered = flow.memo("numbers", mask, keys, window)
+    remembered = flow.memo("numbers", mask, queries, keys)
     if remembered is not None:
         return remembered
     parts = []
     chunk = max(1, (1 << 24) // max(1, keys * flow.records.shape[0]))
     for start in range(0, queries, chunk):
-        visible, _ = visible_keys(flow, mask, start, min(start + chunk, queries), queries, keys, window)
-        assert visible is not None
+        visible, _ = visible_keys(flow, mask, start, min(start + chunk, queries), queries, keys)
         parts.append(visible[:, 0].sum(-1))
-    return flow.remember(torch.cat(parts, 1), "numbers", mask, keys, window)
+    return flow.remember(torch.cat(parts, 1), "numbers", mask, queries, keys)

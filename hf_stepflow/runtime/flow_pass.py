@@ -13,6 +13,7 @@ from .errors import StepFlowConfigError, StepFlowUnsupportedError
 from .flow_state import FlowState
 from .step_record import SUMMARY, THINKING, Field
 
+
 @dataclass(frozen=True)
 class FlowPlan:
     """Settings resolved against one model: what happens in which layer.

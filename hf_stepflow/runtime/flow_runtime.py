@@ -219,7 +219,7 @@ class FlowRuntime:
             return
         wanted = set(flow.plan.tau) | flow.plan.inject | set(flow.plan.gamma)
         self.hands_down = flow.is_handed_down
-        missed = sorted(wanted - flow.seen_layers)
+        missed = [] if _is_compiled(model) else sorted(wanted - flow.seen_layers)
         if missed:
             raise StepFlowUnsupportedError(
                 f"layers {missed} of {type(model).__name__} did not call StepFlow's attention function",

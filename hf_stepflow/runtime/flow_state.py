@@ -83,10 +83,11 @@ class FlowState:
             self._prompt_length = prompt_length
             if self._opening is not None:
                 self._opening.fill_(prompt_length)
-        if torch.compiler.is_compiling() or (ids.shape[1] == 1 and ids.shape[0] > _HOST_ROWS):
+        if ids.shape[1] == 1 and (torch.compiler.is_compiling() or ids.shape[0] > _HOST_ROWS):
             return self._append_in_tensors(ids, padding), None
         return self._append_on_host(ids, padding)
 
+    @torch.compiler.disable(reason="StepFlow labels the tokens of a prompt on the host: compile decode steps only")
     def _append_on_host(
         self, ids: torch.Tensor, padding: torch.Tensor | None
     ) -> "tuple[torch.Tensor, list[list[list[int]]]]":
@@ -117,24 +118,20 @@ class FlowState:
 
     def _append_in_tensors(self, ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
         if not self.is_static:
-            self._reserve(self.count + ids.shape[1])
+            self._reserve(self.count + 1)
         slot = torch.as_tensor(self.length, device=ids.device)
         fresh = torch.tensor(_FRESH, dtype=torch.long, device=ids.device)
         before = self.records.index_select(1, (slot - 1).clamp(min=0).reshape(1))[:, 0].long()
         record = torch.where(slot == 0, fresh, before)
         opening = self._prompt_length if self._opening is None else self._opening
-        made = []
-        for position in range(ids.shape[1]):
-            hidden = None if padding is None else padding[:, position]
-            record = self.vocabulary.advance(record, ids[:, position], slot + position, hidden, opening)
-            made.append(record)
-        records = torch.stack(made, 1).int()
-        self.records.index_copy_(1, slot + torch.arange(ids.shape[1], device=ids.device), records)
+        hidden = None if padding is None else padding[:, 0]
+        records = self.vocabulary.advance(record, ids[:, 0], slot, hidden, opening).int()[:, None]
+        self.records.index_copy_(1, slot.reshape(1), records)
         if isinstance(self.length, torch.Tensor):
-            self.length.add_(ids.shape[1])
+            self.length.add_(1)
             self._count = None
         else:
-            self.length += ids.shape[1]
+            self.length += 1
             self._count = self.length
         self._last = None
         return records

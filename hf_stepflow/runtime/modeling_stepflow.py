@@ -27,7 +27,6 @@ logger = logging.get_logger(__name__)
 # A name of its own for each copy of this code (a preset repo brings one), free of names that models look for.
 _STAMP = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 _NAMES = {"eager": "plain", "flex_attention": "flexible", "sdpa": "fused"}
-_FLASH = "packed"
 
 
 class StepFlowModelForCausalLM(PreTrainedModel):
@@ -266,19 +265,17 @@ def _base_implementation(configs: list[Any]) -> str:
         StepFlowUnsupportedError: it cannot.
     """
     name, *others = sorted({config._attn_implementation or "eager" for config in configs})
-    known = name in _NAMES or "flash" in name
-    if others or not known or name.startswith("paged|"):
+    if others or name not in _NAMES:
         raise StepFlowUnsupportedError(
             f"StepFlow does not run on attn_implementation={', '.join(map(repr, (name, *others)))}",
-            hint='load the model with attn_implementation="sdpa" or "eager"',
+            hint='load the model with attn_implementation="sdpa" (which has flash kernels of its own) or "eager"',
         )
     return name
 
 
 def _register(base: str) -> str:
     """Registers StepFlow's attention on top of a base implementation (once) and returns its name."""
-    tail = base.removeprefix("flash_attention_").replace("/", "_").replace("flash", "f")
-    name = f"stepflow_{_STAMP}_{_NAMES.get(base, f'{_FLASH}_{tail}')}"
+    name = f"stepflow_{_STAMP}_{_NAMES[base]}"
     if name not in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, make_flow_attention(base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])

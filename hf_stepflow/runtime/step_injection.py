@@ -12,10 +12,11 @@ from .flow_pass import FlowPass
 from .momentum import step_momentum
 from .step_record import SUMMARY, Field
 
+# Memberships of a chunk of queries, in elements, where they are worked out for all keys at once.
+_CHUNK_ELEMENTS = 1 << 24
 
-def inject(
-    flow: FlowPass, layer: int, output: torch.Tensor, value: torch.Tensor, mask: Any, window: int | None
-) -> torch.Tensor:
+
+def inject(flow: FlowPass, layer: int, output: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
     """Adds alpha times the previous step's mean value at the first token of each step.
 
     Args:
@@ -24,27 +25,24 @@ def inject(
         output: head outputs before the output projection, [B, q, H, Dv].
         value: [B, Hkv, K, Dv].
         mask: the mask of the base implementation.
-        window: sliding window of the layer, or None.
 
     Returns:
         The new head outputs, [B, q, H, Dv].
     """
-    batch, queries, heads, width = output.shape
+    heads = output.shape[2]
     if flow.host is None:
-        places = [(slice(None), query) for query in range(queries)]
+        means = _means_of_all(flow, output.shape[1], value, mask)
+        triggered = flow.records[:, :, Field.TRIGGER].to(output.device) > 0
+        spread = means.repeat_interleave(heads // value.shape[1], 2).to(output.device, output.dtype)
+        addition = torch.where(triggered[:, :, None, None], flow.plan.settings.alpha * spread, 0.0)
     else:
-        places = [
-            (slice(row, row + 1), query)
-            for row, records in enumerate(flow.host)
-            for query, record in enumerate(records)
-            if record[Field.TRIGGER]
-        ]
-    addition = torch.zeros_like(output)
-    for rows, query in places:
-        mean = _mean(flow, rows, query, queries, value[rows], mask, window)
-        spread = mean.repeat_interleave(heads // value.shape[1], 1).to(output.device, output.dtype)
-        triggered = flow.records[rows, query, Field.TRIGGER].to(output.device) > 0
-        addition[rows, query] = torch.where(triggered[:, None, None], flow.plan.settings.alpha * spread, 0.0)
+        addition = torch.zeros_like(output)
+        for row, records in enumerate(flow.host):
+            for query, record in enumerate(records):
+                if record[Field.TRIGGER]:
+                    mean = _mean(flow, row, query, output.shape[1], value, mask)
+                    spread = mean.repeat_interleave(heads // value.shape[1], 0).to(output.device, output.dtype)
+                    addition[row, query] = flow.plan.settings.alpha * spread
     if flow.state.tally is not None:
         with torch.no_grad():
             flow.state.tally.add_injections(layer, *_effect(addition, output))
@@ -59,34 +57,51 @@ def _effect(addition: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor,
     return (size > 0).sum(1), ratio.sum(1)
 
 
-def _mean(
-    flow: FlowPass, rows: slice, query: int, queries: int, value: torch.Tensor, mask: Any, window: int | None
-) -> torch.Tensor:
-    """Mean value [B', Hkv, Dv] of the step before the one that opens at a query, for one row or all.
-
-    On the host's knowledge only the step's own slots are read; otherwise membership is a mask over all keys.
-    """
+def _mean(flow: FlowPass, row: int, query: int, queries: int, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    """Mean value [Hkv, Dv] of the step before the one that opens at a query: only that step's slots are read."""
+    assert flow.host is not None
+    record = flow.host[row][query]
     keys = value.shape[2]
-    record = flow.records[rows, query].to(value.device)
-    left, right = 0, keys
     offset = flow.offset(keys)
-    if flow.host is not None and isinstance(offset, int):
-        (known,) = flow.host[rows]
-        left = max(known[query][Field.PREVIOUS_START] - offset, 0)
-        right = max(known[query][Field.PREVIOUS_END] - offset, left)
+    left = max(record[Field.PREVIOUS_START] - offset, 0)
+    right = max(record[Field.PREVIOUS_END] - offset, left)
     labels, steps = (
-        column[rows, left:right].to(value.device) for column in flow.key_columns(keys, Field.LABEL, Field.STEP)
+        column[row, left:right].to(value.device) for column in flow.key_columns(keys, Field.LABEL, Field.STEP)
     )
-    label = record[:, Field.LABEL] - (record[:, Field.LABEL] % 3 == SUMMARY).int()
-    members = (labels == label[:, None]) & (steps == record[:, Field.STEP, None] - 1)
+    label = record[Field.LABEL] - int(record[Field.LABEL] % 3 == SUMMARY)
+    members = (labels == label) & (steps == record[Field.STEP] - 1)
     if flow.plan.settings.smi_window is not None:
-        from_the_end = members.flip(1).cumsum(1).flip(1)
-        members = members & (from_the_end <= flow.plan.settings.smi_window)
-    if mask is not None or window is not None:
-        visible, _ = visible_keys(flow, mask, query, query + 1, queries, keys, window)
-        assert visible is not None
-        visible = visible[rows] if visible.shape[0] > 1 else visible
-        members = members & visible[:, 0, 0, left:right].to(value.device)
-    batch = record.shape[0]
-    edge = torch.zeros(batch, dtype=torch.long, device=value.device)
-    return step_momentum(value[:, :, left:right], edge, edge + (right - left), members=members)
+        members = members & (_from_the_end(members) <= flow.plan.settings.smi_window)
+    if mask is not None:
+        visible, _ = visible_keys(flow, mask, query, query + 1, queries, keys)
+        members = members & visible[row if visible.shape[0] > 1 else 0, 0, 0, left:right].to(value.device)
+    edge = torch.zeros(1, dtype=torch.long, device=value.device)
+    return step_momentum(value[row : row + 1, :, left:right], edge, edge + (right - left), members=members[None])[0]
+
+
+def _means_of_all(flow: FlowPass, queries: int, value: torch.Tensor, mask: Any) -> torch.Tensor:
+    """The same for every query, [B, q, Hkv, Dv], where the host knows nothing: membership is a mask over all keys."""
+    keys = value.shape[2]
+    labels, steps = (column.to(value.device)[:, None] for column in flow.key_columns(keys, Field.LABEL, Field.STEP))
+    records = flow.records.to(value.device)
+    label = (records[:, :, Field.LABEL] - (records[:, :, Field.LABEL] % 3 == SUMMARY).int())[:, :, None]
+    previous = records[:, :, Field.STEP, None] - 1
+    chunk = max(1, _CHUNK_ELEMENTS // (value.shape[0] * keys))
+    means = []
+    for start in range(0, queries, chunk):
+        end = min(start + chunk, queries)
+        visible, _ = visible_keys(flow, mask, start, end, queries, keys)
+        members = (labels == label[:, start:end]) & (steps == previous[:, start:end]) & visible[:, 0].to(value.device)
+        if flow.plan.settings.smi_window is not None:
+            members = members & (_from_the_end(members) <= flow.plan.settings.smi_window)
+        accumulator = torch.promote_types(value.dtype, torch.float32)
+        number = members.sum(-1, keepdim=True).clamp(min=1).to(accumulator)
+        weight = number.reciprocal().to(value.dtype)
+        total = torch.matmul((members * weight)[:, None], value).to(accumulator)
+        means.append((total / (number * weight.to(accumulator))[:, None]).to(value.dtype).transpose(1, 2))
+    return torch.cat(means, 1)
+
+
+def _from_the_end(members: torch.Tensor) -> torch.Tensor:
+    """How many members there are from each slot on."""
+    return members.flip(-1).cumsum(-1).flip(-1)

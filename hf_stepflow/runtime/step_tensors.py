@@ -50,20 +50,17 @@ class StepTensors:
     def of(cls, vocabulary: "StepVocabulary", device: torch.device) -> "StepTensors":
         """Copies the tables of a vocabulary to a device."""
         rules, markers = vocabulary.rules, vocabulary.markers
-        tensors = (
-            vocabulary.features,
-            rules.transition,
-            rules.split_variant,
-            rules.split,
-            markers.next_state,
-            markers.found,
-            markers.depth,
-        )
         return cls(
             vocabulary.settings,
-            *(tensor.to(device) for tensor in tensors),
-            rules.split.shape[0] > 1,
-            markers.message_open is not None,
+            features=vocabulary.features.to(device),
+            transition=rules.transition.to(device),
+            split_variant=rules.split_variant.to(device),
+            split=rules.split.to(device),
+            marker_next=markers.next_state.to(device),
+            marker_found=markers.found.to(device),
+            marker_depth=markers.depth.to(device),
+            has_splits=rules.split.shape[0] > 1,
+            has_headers=markers.message_open is not None,
         )
 
     def advance(
