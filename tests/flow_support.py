@@ -1,6 +1,6 @@
-"""Shared by the runtime's tests: a tokenizer that fits the tiny models, traces to feed them, and the oracle's answer."""
+"""Shared by the runtime's tests: a tokenizer that fits the tiny models, texts to feed them, and the oracle's answer."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from oracles import OracleSettings, OracleStepFlow, OracleTrace
@@ -19,7 +19,7 @@ TRACES = (
     "Yes it is right.</think>\n\nThe answer is 7.\n\nThat is all of it.",
     "How many?<think>First we count the red ones. Then we count all the blue ones.</think>Nine of them.",
     "Hi.<think>\n\n</think>\n\nHello there, friend.\n\nHow are you?",
-    "A long question that goes on and on before anything is thought at all.<think>\nShort thinking here now. Done it is",
+    "A long question that goes on and on before anything is thought at all.<think>\nShort thinking here now. It is",
 )
 TWO_ROUNDS = (
     "First question.<think>Think about the first one. And once more about it.</think>One.<eos>"
@@ -119,8 +119,8 @@ FAMILIES = {
     "gpt_oss": torch.float64,
     "deepseek_v3": torch.float64,
 }
-# Those whose attention runs in one base implementation only. In float64 the eager kernel of deepseek_v3, with or without
-# StepFlow, makes NaN of a query that sees no key: its softmax is in float32, where the mask's value is -inf.
+# Those whose attention runs in one base implementation only. In float64 the eager kernel of deepseek_v3, with StepFlow
+# or without, makes NaN of a query that sees no key: its softmax is in float32, where the mask's value is -inf.
 IMPLEMENTATIONS = {"gemma2": "eager", "gpt_oss": "eager", "deepseek_v3": "sdpa"}
 
 # Strong enough to show: untouched logits are 5 to 40 % away.
@@ -135,7 +135,7 @@ VARIANTS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def attached(
     family: str, variant: str, implementation: str = "eager", dtype: torch.dtype | None = None, seed: int = 0
 ):
@@ -145,7 +145,7 @@ def attached(
     return StepFlowModelForCausalLM.attach(model, VARIANTS[variant], tokenizer=byte_tokenizer())
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_logits(
     family: str, variant: str, ids: tuple[int, ...], prompt_length: int | None = None
 ) -> torch.Tensor:
@@ -166,9 +166,7 @@ class Script(LogitsProcessor):
     def __init__(self, width: int, texts: list[str]):
         self.width = width
         self.wild = encode(self.WILD)
-        self.rows = [
-            [self.wild if token == encode("~")[0] else [token] for token in encode(text)] for text in texts
-        ]
+        self.rows = [[self.wild if token == encode("~")[0] else [token] for token in encode(text)] for text in texts]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Forbids everything else."""

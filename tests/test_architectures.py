@@ -1,6 +1,7 @@
 """Every model type is supported or refused with its reason; the full sweep is docs/architectures.md."""
 
 import re
+from typing import Any
 
 import pytest
 import transformers
@@ -46,10 +47,17 @@ def test_a_cross_section_of_model_types_is_served(model_type: str) -> None:
     assert check_model_type(model_type).status == "supported"
 
 
-def test_layers_that_compute_only_their_last_queries_are_served() -> None:
-    kinds = ["sliding_attention", "full_attention"] * 2
-    result = check_model_type("gemma4_text", num_kv_shared_layers=2, layer_types=kinds)
-    assert result.status == "supported"
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        # Its last layers compute their last query only, before the first token.
+        ("gemma4_text", {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+        ("gemma2", {"query_pre_attn_scalar": 4, "attn_logit_softcapping": 1.0}),
+        ("granite", {"attention_multiplier": 0.1}),
+    ],
+)
+def test_settings_that_tiny_configs_leave_alone_are_served(model_type: str, settings: dict[str, Any]) -> None:
+    assert check_model_type(model_type, **settings).status == "supported"
 
 
 @pytest.mark.parametrize("model_type", REFUSED)

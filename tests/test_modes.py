@@ -3,14 +3,13 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from flow_support import (
-    IMPLEMENTATIONS,
     FAMILIES,
+    IMPLEMENTATIONS,
     VARIANTS,
     Script,
     attached,
@@ -35,7 +34,6 @@ SCRIPTS = (
     "ne.\n\nThat is all.",
 )
 WILD_SCRIPT = "A~~~. Th~~ ~wo.\n\nSo ~~w.</think>T~o.\n\nB~e."
-ROUNDS = ("One?<think>Think of it. Once more.</think>One.<eos>", "Two?<think>\nThink again. Then on now. Ok.</think>Two.\n\nBye.")
 
 
 @dataclass
@@ -297,3 +295,55 @@ def copied_prompt_cache(case: Case) -> Iterator[Heard]:
         logits = case.model(torch.tensor([text[:20]]), past_key_values=cache, **arguments).logits[0]
         rest = case.model(torch.tensor([text[20:]]), past_key_values=cache, **arguments).logits[0]
         yield Heard(ids[:24] + text, 24, torch.cat((logits, rest)), length)
+
+
+def cell(family_number: int, mode_number: int) -> Any:
+    """One cell of the matrix: the settings and kernels rotate; a cross-section runs in every test run."""
+    family, name = list(FAMILIES)[family_number], list(MODES)[mode_number]
+    variant = list(VARIANTS)[(family_number + mode_number // 3) % len(VARIANTS)]
+    if variant == "implicit" and name in ("second_turn", "cached_without_stepflow"):
+        variant = "absolute"  # without markers, these need the length of more than one prompt
+    implementation = IMPLEMENTATIONS.get(family, ("eager", "sdpa")[mode_number % 2])
+    share = {"gpt_oss": 1, "gemma3_text": 1, "gemma2": 2, "deepseek_v3": 2}.get(family, 4)
+    slow = [] if (family_number + mode_number) % share == 0 else [pytest.mark.slow]
+    return pytest.param(name, Case(family, variant, implementation), marks=slow, id=f"{name}-{family}-{variant}")
+
+
+CELLS = [cell(family, mode) for family in range(len(FAMILIES)) for mode in range(len(MODES))]
+
+
+@pytest.mark.parametrize(("name", "case"), CELLS)
+@torch.no_grad()
+def test_mode(name: str, case: Case) -> None:
+    count = 0
+    for made in MODES[name](case):
+        expected = reference_logits(
+            case.family, case.variant, tuple(made.ids), made.prompt_length if case.implicit else None
+        )[made.start :]
+        assert made.logits.shape == expected.shape
+        worst = max(error(got, want) for got, want in zip(made.logits, expected, strict=True))
+        assert worst <= TOLERANCE
+        count += 1
+    assert count
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(family, variant, marks=[] if (i - j) % len(VARIANTS) == 0 else [pytest.mark.slow])
+        for i, family in enumerate(FAMILIES)
+        for j, variant in enumerate(VARIANTS)
+    ],
+)
+@torch.no_grad()
+def test_reference(family: str, variant: str) -> None:
+    """What the modes are compared with is the definition, and is not what the base model gives."""
+    case = Case(family, variant, IMPLEMENTATIONS.get(family, "sdpa"))
+    ids, length = row(case)
+    prompt_length = length if case.implicit else None
+    reference = reference_logits(family, variant, tuple(ids), prompt_length)
+    with case.model.disable_stepflow():
+        plain = case.model(torch.tensor([ids])).logits[0]
+    expected = oracle_logits(tiny_model(family, dtype=FAMILIES[family]), ids, VARIANTS[variant], prompt_length)
+    assert error(reference, expected) <= 1e-6
+    assert error(plain, expected) > 0.01

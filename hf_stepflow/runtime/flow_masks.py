@@ -19,7 +19,8 @@ def visible_keys(
     Args:
         flow: the pass.
         mask: the mask as the base implementation has it.
-        start, end: the queries asked for.
+        start: the first query asked for.
+        end: the one after the last.
         queries: number of queries of the pass.
         keys: number of keys of the layer.
 

@@ -123,7 +123,7 @@ class FlowPass:
         return self.records.shape[1]
 
     def last(self, queries: int) -> "FlowPass":
-        """This pass for a layer that computes its last queries only (Gemma 4's shared layers, before the first token)."""
+        """This pass for a layer that computes its last queries only (some families skip the rest of a prefill)."""
         if queries == self.queries:
             return self
         known = self.memo("last", None, queries)
@@ -160,7 +160,7 @@ class FlowPass:
             )
         return max(self.total - keys, 0)
 
-    def key_columns(self, keys: int, *fields: Field) -> list[torch.Tensor]:
+    def key_columns(self, keys: int, *fields: int) -> list[torch.Tensor]:
         """Record fields of a layer's keys, int32 [B, K] each; slots not filled yet hold anything."""
         offset = self.offset(keys)
         records = self.state.records

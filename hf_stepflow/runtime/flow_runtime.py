@@ -60,7 +60,12 @@ class FlowRuntime:
     """
 
     def __init__(
-        self, settings: StepFlowSettings, tokenizer: Any, heads: dict[int, int], base_implementation: str, ends: list[int]
+        self,
+        settings: StepFlowSettings,
+        tokenizer: Any,
+        heads: dict[int, int],
+        base_implementation: str,
+        ends: list[int],
     ):
         self.tokenizer = tokenizer
         self.heads = heads
@@ -256,7 +261,7 @@ def _parameters(kind: type) -> tuple[list[str], bool]:
 
 
 def _is_compiled(model: torch.nn.Module) -> bool:
-    """Whether the forward of a model was replaced by a compiled one: `model.forward = torch.compile(model.forward)`."""
+    """Whether the forward of a model was replaced by a compiled one (`model.forward = torch.compile(...)`)."""
     return hasattr(model.__dict__.get("forward"), "_torchdynamo_orig_callable")
 
 

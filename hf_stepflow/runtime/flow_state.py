@@ -201,7 +201,11 @@ class FlowState:
             for slot, old in enumerate(row):
                 opens = slot if old[Field.THINKING_SLOT] == slot else None
                 (record,) = vocabulary.scan(
-                    old[Field.TOKEN : Field.TOKEN + 1], record, start=slot, padding=[old[Field.LABEL] < 0], prompt_length=opens
+                    old[Field.TOKEN : Field.TOKEN + 1],
+                    record,
+                    start=slot,
+                    padding=[old[Field.LABEL] < 0],
+                    prompt_length=opens,
                 )
                 made.append(record)
             rows.append(made)

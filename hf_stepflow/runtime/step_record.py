@@ -4,14 +4,14 @@ A *record* is the row of integers (`Field`) that describes one token and is also
 it. Keeping the records of all cached tokens makes rollback, beams and batches plain tensor operations.
 """
 
-from enum import IntEnum
-
 QUESTION, THINKING, SUMMARY, ASIDE = range(4)
 SEGMENT_NAMES = ("question", "thinking", "summary")
 
 
-class Field(IntEnum):
-    """Columns of a record. Slots are positions in the KV cache (padding included); -1 means none.
+class Field:
+    """Columns of a record, as plain integers, which compiled code takes as constants.
+
+    Slots are positions in the KV cache (padding included); -1 means none.
 
     The first block is what attention reads, the second is the detector's own state.
     """
@@ -47,7 +47,7 @@ class Field(IntEnum):
     ROUND = 27
 
 
-FIELDS = len(Field)
+FIELDS = Field.ROUND + 1
 
 
 def empty_record() -> list[int]:
@@ -59,7 +59,7 @@ def empty_record() -> list[int]:
     return record
 
 
-class Feature(IntEnum):
+class Feature:
     """Columns of the per-token features."""
 
     RULE_ROW = 0
@@ -74,3 +74,6 @@ class Feature(IntEnum):
     SPECIAL = 9
     END_OF_TURN = 10
     OPENS_MESSAGE = 11
+
+
+FEATURES = Feature.OPENS_MESSAGE + 1

@@ -16,7 +16,7 @@ import torch
 from .configuration_stepflow import StepFlowSettings, read_settings
 from .errors import StepFlowConfigError
 from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START, MarkerTable, build_marker_table
-from .step_record import Feature, empty_record
+from .step_record import FEATURES, Feature, empty_record
 from .step_tables import RuleTable, build_rule_table
 from .step_tensors import StepTensors
 from .step_walk import StepWalk
@@ -29,7 +29,7 @@ class StepVocabulary:
 
     Attributes:
         settings: the step settings it was built for.
-        features: int64 [V + 1, len(Feature)]; the last row stands for unknown ids.
+        features: int64 [V + 1, FEATURES]; the last row stands for unknown ids.
         rules: transitions of the sentence rules.
         markers: transitions of the marker automaton.
         marker_ids: how the tokenizer writes the markers of each kind (`markers.THINKING_START` ...).
@@ -90,7 +90,7 @@ class StepVocabulary:
         for index in control:
             plain[index] = b""
         rules = build_rule_table(plain, settings.step_rule, settings.min_step_chars, text.guessed_space)
-        features = torch.zeros(size + 1, len(Feature), dtype=torch.long)
+        features = torch.zeros(size + 1, FEATURES, dtype=torch.long)
         features[:, Feature.RULE_ROW] = rules.row
         features[:, Feature.MARKER_ROW] = markers.row
         features[:, Feature.BEFORE : Feature.FLAGS + 1] = rules.parts

@@ -42,7 +42,8 @@ class Tally:
 
         Args:
             layer: the layer.
-            before, after: mass of the bridge, [B, H, c].
+            before: mass of the bridge without the floor, [B, H, c].
+            after: its mass with it, [B, H, c].
             usable: where the bridge had a say (non-zero), broadcastable to them.
         """
         chosen = usable.expand_as(before) > 0
