@@ -1,4 +1,4 @@
-"""Shared by the runtime's tests: a tokenizer that fits the tiny models, texts to feed them, and the oracle's answer."""
+"""Shared by the runtime's tests: a tokenizer that fits the tiny models, texts for them, and the oracle's answer."""
 
 from functools import cache, lru_cache
 
