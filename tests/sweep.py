@@ -146,9 +146,10 @@ class _Sweep:
         self.demand(torch.equal(self.forward(), off), "disable_stepflow() is not the base model")
 
         model.set_attn_implementation("eager")
+        off_gap = error(self.forward(), off)
         StepFlowModelForCausalLM.attach(model, SETTINGS, tokenizer=byte_tokenizer())
         with recorded_calls(model) as calls:
-            self.close(self.forward(), on, "eager attention gives other logits")
+            self.close(self.forward(), on, "eager attention gives other logits", off_gap)
         self.check_calls(calls)
         return SweepResult(self.model_type, "supported", "", name, layers, tuple(self.notes))
 
@@ -251,7 +252,7 @@ def _appearance(model: Any) -> tuple[Any, ...]:
     names = [getattr(getattr(module, "config", None), "_attn_implementation", None) for module in modules]
     attributes = [sorted(module.__dict__) for module in modules]
     hooks = len(model._forward_hooks), len(model._forward_pre_hooks)
-    return type(model), names, attributes, hooks, model.generation_config.to_dict()
+    return type(model), names, attributes, hooks, str(model.generation_config)
 
 
 def table(results: list[SweepResult]) -> list[str]:

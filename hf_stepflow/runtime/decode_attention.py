@@ -110,7 +110,7 @@ def decode_attention(
         log_total = logits.amax(-1) - weights.amax(-1).log()
         outside = torch.sigmoid(log_total - sink_logits.to(dtype).view(shape[1:3]))
     mass = torch.matmul(weights.view(batch, heads, -1), groups.indicator).view(*shape[:3], 2)
-    if float(mass.min()) < _SMALLEST_MASS:
+    if float(mass.detach().min()) < _SMALLEST_MASS:
         return None
     bridge, held, floor = mass[..., 0], mass.sum(-1), groups.floor
     if is_absolute:

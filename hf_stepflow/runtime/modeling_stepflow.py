@@ -5,6 +5,7 @@ hooks; nothing is wrapped and no weight is touched, so loading, saving, PEFT, de
 base model's business. Detaching gives back the very model it was.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .attention_modules import attention_modules, query_heads
@@ -88,19 +89,21 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         else:
             settings = read_settings(config)
         modules = attention_modules(model)
-        configs = _attention_configs(model, modules.values())
-        base = _base_implementation(configs)
+        base = _base_implementation(modules.values())
         tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
         heads = {layer: query_heads(model, module) for layer, module in modules.items()}
         runtime = FlowRuntime(settings, tokenizer, heads, base, _end_of_turn_ids(model, tokenizer))
         if settings.thinking_start == "<think>" and not settings.implicit_thinking:
             _warn_if_never_thinking(tokenizer, settings)
 
-        model._stepflow_replaced = [(config, config._attn_implementation_internal) for config in configs]
-        for config in configs:
-            config._attn_implementation_internal = _register(base)
+        name = _register(base)
+        model._stepflow_replaced = {}
         for layer, module in modules.items():
             module.stepflow_link = runtime.link(layer)
+            model._stepflow_replaced[layer] = module.config
+            # A config of its own: the model's may be shared with other models, and goes on to say what masks to make.
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation_internal = name
         model.__class__ = _attached_class(cls, type(model))
         model.stepflow_runtime = runtime
         model._stepflow_hooks = (
@@ -108,7 +111,8 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             model.register_forward_hook(runtime.after_forward, with_kwargs=True),
         )
         model.__dict__.pop("_compiled_call", None)
-        model._stepflow_stored = stored
+        model._stepflow_stored = stored, model.generation_config._from_model_config
+        model.generation_config._from_model_config = False  # else its file would be read without our block
         model.generation_config.stepflow = settings.to_dict()
         return model
 
@@ -117,13 +121,14 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         for hook in self._stepflow_hooks:
             hook.remove()
         for module in self.modules():
-            module.__dict__.pop("stepflow_link", None)
-        for config, implementation in self._stepflow_replaced:
-            config._attn_implementation_internal = implementation
-        if self._stepflow_stored is None:
+            link = module.__dict__.pop("stepflow_link", None)
+            if link is not None:
+                module.config = self._stepflow_replaced[link.layer]
+        stored, self.generation_config._from_model_config = self._stepflow_stored
+        if stored is None:
             del self.generation_config.stepflow
         else:
-            self.generation_config.stepflow = self._stepflow_stored
+            self.generation_config.stepflow = stored
         for name in "stepflow_runtime _stepflow_hooks _stepflow_replaced _stepflow_stored _compiled_call".split():
             self.__dict__.pop(name, None)
         self.__class__ = type(self).__mro__[2]
@@ -203,11 +208,12 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         raise _no_continuous_batching()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        base = type(self).__mro__[2]
-        return _rebuild, (type(self).__mro__[1], base), self.__dict__
+        own, base = type(self).__mro__[1:3]
+        return _rebuild, (own, base, self.stepflow_runtime.base_implementation), self.__dict__
 
 
-def _rebuild(own: type, base: Any) -> Any:
+def _rebuild(own: type, base: Any, implementation: str) -> Any:
+    _register(implementation)
     kind = _attached_class(own, base)
     return kind.__new__(kind)
 
@@ -252,19 +258,13 @@ def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _attention_configs(model: Any, modules: Iterable[Any]) -> list[Any]:
-    """The configs in which attention modules look up their implementation; those of other towers stay as they are."""
-    configs = {id(config): config for config in (getattr(module, "config", model.config) for module in modules)}
-    return list(configs.values())
-
-
-def _base_implementation(configs: list[Any]) -> str:
-    """The attention implementation that these configs name, if StepFlow can run on it.
+def _base_implementation(modules: Iterable[Any]) -> str:
+    """The attention implementation that these modules look up, if StepFlow can run on it.
 
     Raises:
         StepFlowUnsupportedError: it cannot.
     """
-    name, *others = sorted({config._attn_implementation or "eager" for config in configs})
+    name, *others = sorted({module.config._attn_implementation or "eager" for module in modules})
     if others or name not in _NAMES:
         raise StepFlowUnsupportedError(
             f"StepFlow does not run on attn_implementation={', '.join(map(repr, (name, *others)))}",
@@ -276,9 +276,8 @@ def _base_implementation(configs: list[Any]) -> str:
 def _register(base: str) -> str:
     """Registers StepFlow's attention on top of a base implementation (once) and returns its name."""
     name = f"stepflow_{_STAMP}_{_NAMES[base]}"
-    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+    if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, make_flow_attention(base))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
