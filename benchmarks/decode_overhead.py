@@ -133,7 +133,7 @@ def main() -> None:
                 results.append(result)
                 print(json.dumps(result), flush=True)
     report = {
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "machine": {"processor": _processor(), "threads": 1, "python": platform.python_version()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "results": results,
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import transformers
-from sweep import PAGE, check_model_type, page
+from sweep import PAGE, SweepResult, check_model_type, page
 from tiny_models import causal_model_types, tiny_model
 
 from hf_stepflow.runtime.attention_modules import attention_modules
@@ -25,6 +25,7 @@ SUPPORTED = {
     "deepseek_v3": "latent attention: values narrower than keys",
     "llama4_text": "attention in chunks",
     "qwen3_next": "most layers linear",
+    "bamba": "a hybrid with a cache of its own in older releases",
     "mllama": "layers that run only with an image",
     "nemotron": "no arguments handed down to attention",
     "inkling_text": "a bias on the logits",
@@ -42,9 +43,21 @@ REFUSED = {
 }
 
 
+IN_EVERY_RELEASE = (
+    "llama gpt2 bart gemma2 gemma3 got_ocr2 gpt_oss deepseek_v3 llama4_text qwen3_next bamba falcon".split()
+)
+IS_RELEASE_OF_PAGE = f"in transformers {transformers.__version__}:" in PAGE.read_text()
+
+
+def _check(model_type: str, **settings: Any) -> SweepResult:
+    if not IS_RELEASE_OF_PAGE and (settings or model_type not in IN_EVERY_RELEASE):
+        pytest.skip(f"the code of {model_type} is another in transformers {transformers.__version__}")
+    return check_model_type(model_type, **settings)
+
+
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_a_cross_section_of_model_types_is_served(model_type: str) -> None:
-    assert check_model_type(model_type).status == "supported"
+    assert _check(model_type).status == "supported"
 
 
 @pytest.mark.parametrize(
@@ -57,30 +70,29 @@ def test_a_cross_section_of_model_types_is_served(model_type: str) -> None:
     ],
 )
 def test_settings_that_tiny_configs_leave_alone_are_served(model_type: str, settings: dict[str, Any]) -> None:
-    assert check_model_type(model_type, **settings).status == "supported"
+    assert _check(model_type, **settings).status == "supported"
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_stepflow_would_miss_or_distort_is_refused(model_type: str) -> None:
-    result = check_model_type(model_type)
+    result = _check(model_type)
     assert result.status == "refused"
     assert REFUSED[model_type] in result.reason
 
 
+@pytest.mark.skipif(not IS_RELEASE_OF_PAGE, reason="BERT's code is another in this release")
 def test_an_encoder_is_refused() -> None:
     with pytest.raises(StepFlowUnsupportedError, match="is_decoder=True"):
         attention_modules(tiny_model("bert", is_decoder=False))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not IS_RELEASE_OF_PAGE, reason="docs/architectures.md was written for another release")
 def test_the_page_tells_what_the_sweep_finds() -> None:
     results = [check_model_type(model_type) for model_type in causal_model_types()]
     assert all(result.status == "supported" or result.reason for result in results)
     assert sum(result.status == "supported" for result in results) > 80
-    written = PAGE.read_text()
-    if f"in transformers {transformers.__version__}:" not in written:
-        pytest.skip(f"docs/architectures.md was written for another release than {transformers.__version__}")
-    assert _without_notes(written) == _without_notes(page(results))
+    assert _without_notes(page(results)) == _without_notes(PAGE.read_text())
 
 
 def _without_notes(text: str) -> list[str]:

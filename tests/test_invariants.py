@@ -31,7 +31,8 @@ def logits(model, **how):
 
 
 @pytest.mark.parametrize(
-    ("family", "implementation"), [("llama", "sdpa"), ("llama", "eager"), ("gpt_oss", "eager"), ("gemma3_text", "sdpa")]
+    ("family", "implementation"),
+    [("llama", "sdpa"), ("llama", "eager"), ("gpt_oss", "eager"), ("gemma3_text", "sdpa")],
 )
 def test_off_means_off(family, implementation):
     model = tiny_model(family)
@@ -57,11 +58,12 @@ def test_layers_outside_the_bands_run_the_base_kernel(monkeypatch):
     model = attach(tiny_model("llama"), {"oeb_layers": [1], "smi_layers": [3]})
     calls = []
     kernel = flow_attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(
-        flow_attention.ALL_ATTENTION_FUNCTIONS,
-        "sdpa",
-        lambda module, *rest, **named: calls.append((module.layer_idx, sorted(named))) or kernel(module, *rest, **named),
-    )
+
+    def spy(module, *rest, **named):
+        calls.append((module.layer_idx, sorted(named)))
+        return kernel(module, *rest, **named)
+
+    monkeypatch.setitem(flow_attention.ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
     output = model(IDS[:, :60])
     calls.clear()
     model(IDS[:, 60:61], past_key_values=output.past_key_values)
@@ -234,19 +236,19 @@ def test_gradients():
     embeddings = model.get_input_embeddings().weight
 
     def loss():
-        return model(IDS, labels=IDS).loss
+        return torch.nn.functional.cross_entropy(model(IDS).logits[0, :-1], IDS[0, 1:])
 
     loss().backward()
     slope = embeddings.grad[IDS[0, 5]].clone()
     assert torch.isfinite(embeddings.grad).all()
-    step = 1e-6
+    step = 1e-4  # norms are computed in float32, so a smaller one would measure rounding
     with torch.no_grad():
         direction = slope / slope.norm()
         embeddings[IDS[0, 5]] += step * direction
         up = loss()
         embeddings[IDS[0, 5]] -= 2 * step * direction
         down = loss()
-    assert float((up - down) / (2 * step)) == pytest.approx(float(slope.norm()), rel=1e-4)
+    assert float((up - down) / (2 * step)) == pytest.approx(float(slope.norm()), rel=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
