@@ -135,6 +135,12 @@ VARIANTS = {
 }
 
 
+def attach(model, settings: StepFlowSettings | str):
+    """StepFlow on a model that fits the byte tokenizer; a text names a variant."""
+    settings = VARIANTS[settings] if isinstance(settings, str) else settings
+    return StepFlowModelForCausalLM.attach(model, settings, tokenizer=byte_tokenizer())
+
+
 @cache
 def attached(
     family: str, variant: str, implementation: str = "eager", dtype: torch.dtype | None = None, seed: int = 0
@@ -142,7 +148,7 @@ def attached(
     """A tiny model of a family with StepFlow on it, one for the whole session; float64 casts its very weights."""
     model = tiny_model(family, dtype=FAMILIES[family], seed=seed).to(dtype or FAMILIES[family])
     model.set_attn_implementation(implementation)
-    return StepFlowModelForCausalLM.attach(model, VARIANTS[variant], tokenizer=byte_tokenizer())
+    return attach(model, variant)
 
 
 @cache

@@ -245,12 +245,13 @@ def test_harmony_tool_calls_and_rounds():
 
 
 # Streaming against the oracle.
-WORDS = """word then Then So a e x al. cf. eq. etc etc. e.g. i.e. U.S. p.m. x.y a. Dr. Fig.~3 3.14 12 42 000
+WORDS = """word then Then So a e x al. cf. eq. etc etc. e.g. i.e. U.S. a.k.a. p.m. x.y a. Dr. Fig.~3 3.14 12 42 000
     Wait But Waiting Hmm Step~3: First~we~count. And~one~more~of~them the~answer is""".split()
 MARKS = [*".?!:…。！？．：,;|-*_#>+()[]{}\"'`$“”」~=", "...", "..", "?!", "**", "1. ", "2) ", "- ", "3. 5"]
 GAPS = [" ", " ", " ", "  ", "\n", "\n\n", "\n \n", "\t", "\r\n", ". ", "? ", ":\n", ": ", "。", "\u00a0", "\u3000"]
+CUES = ["\nWait", "\n- But ", "\nStep 3: ", "\nWaiting ", "\n\n**Hmm** ", "\nBut\n"]
 OTHERS = ["é", "ß", "🎉", "因此", "答案是", "| a | b |", "|---|---|\n", "====", "<", "</", "<t", "</think", "think>"]
-FRAGMENTS = [fragment.replace("~", " ") for fragment in WORDS + MARKS + GAPS + OTHERS]
+FRAGMENTS = [fragment.replace("~", " ") for fragment in WORDS + MARKS + GAPS + CUES + OTHERS]
 NAMES = ("<think>", "</think>", "<tool>", "</tool>", "<other>", "<eos>")
 
 
@@ -744,6 +745,21 @@ def test_paragraphs():
 def test_min_step_chars(minimum, count):
     tokenizer = byte_level_tokenizer(special=SPECIAL)
     assert len(thinking_steps(tokenizer, "No.  It is not five.  So what", min_step_chars=minimum)) == count
+
+
+@pytest.mark.parametrize(("minimum", "count"), [(5, 2), (6, 1)])
+def test_min_step_chars_counts_characters(minimum, count):
+    text = "\u00e9 a\u597d. Then".encode()
+    cuts = (
+        [bytes([byte]) for byte in text],
+        [b"\xc3", b"\xa9 a", b"\xe5\xa5", b"\xbd. ", b"Then"],
+        [text[:-5], text[-5:]],
+    )
+    for pieces in (*cuts, [b"\xc3", b"\xa9 ", b"a\xe5\xa5", b"\xbd", b".", b" Then"]):
+        assert b"".join(pieces) == text
+        tokenizer = byte_level_tokenizer(pieces, special=SPECIAL)
+        trace = segment_trace(tokenizer, ids_of(tokenizer, ["<think>", *pieces]), {"min_step_chars": minimum})
+        assert int(trace.step_ids.max()) == count
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,9 @@ import torch
 
 from .flow_pass import FlowPass
 
+# Entries of a chunk of the mask, where it is counted for all queries.
+_CHUNK_ELEMENTS = 1 << 24
+
 
 def visible_keys(
     flow: FlowPass, mask: Any, start: int, end: int, queries: int, keys: int
@@ -61,7 +64,7 @@ def visible_numbers(flow: FlowPass, mask: Any, queries: int, keys: int) -> torch
     if remembered is not None:
         return remembered
     parts = []
-    chunk = max(1, (1 << 24) // max(1, keys * flow.records.shape[0]))
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, keys * flow.records.shape[0]))
     for start in range(0, queries, chunk):
         visible, _ = visible_keys(flow, mask, start, min(start + chunk, queries), queries, keys)
         parts.append(visible[:, 0].sum(-1))
