@@ -6,7 +6,7 @@ import torch
 from oracles import OracleSettings, OracleStepFlow, OracleTrace
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LogitsProcessor, PreTrainedTokenizerFast
+from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast
 
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, resolve_layers
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
@@ -25,6 +25,9 @@ TWO_ROUNDS = (
     "First question.<think>Think about the first one. And once more about it.</think>One.<eos>"
     "Second question?<think>\nThink about the second one. Then again about it now. Ok.</think>Two it is.\n\nBye."
 )
+
+
+SHORT_TEXT = "Two eggs?<think>Add one. Then two.\n\nSo now.</think>Two.\n\nBye."
 
 
 @lru_cache(maxsize=1)
@@ -96,6 +99,16 @@ def oracle_logits(model, ids: list[int], settings: StepFlowSettings, prompt_leng
     )
     trace = oracle_trace(ids, settings, prompt_length)
     return OracleStepFlow(model, oracle)(torch.tensor([ids]), trace)
+
+
+def logits_of(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [2 T, V] of a row: those of a teacher-forced pass, then those of a token-by-token one."""
+    with torch.no_grad():
+        logits = [model(ids, use_cache=False).logits[0]]
+        cache = DynamicCache(config=model.config)
+        for slot in range(ids.shape[1]):
+            logits.append(model(ids[:, slot : slot + 1], past_key_values=cache).logits[0])
+    return torch.cat(logits)
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -160,7 +160,7 @@ class _Sweep:
             return self.model(**inputs).logits
 
     def decoded(self, is_padded: bool = False) -> torch.Tensor:
-        """Logits [1, T - prompt, V] of the trace after its prompt, token by token with a cache, in a padded row or not."""
+        """Logits [1, T - prompt, V] of the trace after its prompt, token by token with a cache, padded or not."""
         ids, mask = self.ids, torch.ones_like(self.ids)
         if is_padded:
             longer = torch.tensor([encode(QUESTION + " " * PADDING + REST)])

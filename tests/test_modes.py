@@ -149,6 +149,22 @@ def left_padded(case: Case) -> Iterator[Heard]:
 
 
 @mode
+def positional_arguments(case: Case) -> Iterator[Heard]:
+    """The mask as second argument, and the cache inside a tuple; the mask may run ahead of the tokens."""
+    ids, length = row(case)
+    tokens = torch.tensor([[0, 0, *ids]])
+    mask = (torch.arange(80) > 1).long()[None]
+    arguments = case.prompt_length(length + 2)
+    logits, cache = case.model(tokens[:, :30], mask[:, :30], use_cache=True, return_dict=False, **arguments)[:2]
+    static = StaticCache(config=case.model.config, max_cache_len=80)
+    filled = case.model(tokens[:, :30], mask, None, static, **arguments).logits
+    rest = case.model(tokens[:, 30:], mask[:, : tokens.shape[1]], None, cache, return_dict=False, **arguments)[0]
+    filled_rest = [case.model(tokens[:, [slot]], mask, None, static).logits for slot in range(30, tokens.shape[1])]
+    yield Heard(ids, 0, torch.cat((logits, rest), 1)[0, 2:], length)
+    yield Heard(ids, 0, torch.cat((filled, *filled_rest), 1)[0, 2:], length)
+
+
+@mode
 def right_padded(case: Case) -> Iterator[Heard]:
     yield from padded(case, "right")
 
@@ -347,3 +363,21 @@ def test_reference(family: str, variant: str) -> None:
     expected = oracle_logits(tiny_model(family, dtype=FAMILIES[family]), ids, VARIANTS[variant], prompt_length)
     assert error(reference, expected) <= 1e-6
     assert error(plain, expected) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("name", ["teacher_forcing", "token_by_token", "chunks", "left_padded", "greedy_batch"])
+@pytest.mark.parametrize(("family", "variant"), [("llama", "step"), ("gemma3_text", "heads")])
+def test_flex_attention(name: str, family: str, variant: str) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        test_mode(name, Case(family, variant, "flex_attention"))
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [("llama", "paper"), ("gemma3_text", "step"), ("gpt_oss", "absolute"), ("gemma2", "heads")]
+)
+@torch.no_grad()
+def test_reference_of_two_rounds(family: str, variant: str) -> None:
+    ids = encode("One?<think>Think it. Again.</think>One.<eos>Two?<think>\nIt is two. Then on.</think>Two.\n\nBye.")
+    expected = oracle_logits(tiny_model(family, dtype=FAMILIES[family]), ids, VARIANTS[variant])
+    assert error(reference_logits(family, variant, tuple(ids)), expected) <= 1e-6

@@ -42,6 +42,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
     generation_config: Any
     _stepflow_hooks: Any
     _stepflow_replaced: Any
+    _stepflow_stored: Any
 
     @classmethod
     def from_pretrained(

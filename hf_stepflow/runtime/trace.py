@@ -8,7 +8,7 @@ import torch
 
 from .configuration_stepflow import StepFlowConfig, StepFlowSettings
 from .errors import StepFlowInputError
-from .step_record import SEGMENT_NAMES, Field
+from .step_record import SEGMENT_NAMES, SUMMARY, THINKING, Field
 from .steps import StepVocabulary
 
 
@@ -117,6 +117,39 @@ def trace_from_records(
     if tokenizer is not None and ids is not None:
         steps = [replace(step, text=tokenizer.decode(ids[step.start : step.end])) for step in steps]
     return Trace(torch.tensor(segments), torch.tensor(step_ids), torch.tensor(rounds), steps)
+
+
+def open_step(record: Sequence[int]) -> TraceStep | None:
+    """The step that the next token may go on with, so far as it is known after the token of a record."""
+    segment = record[Field.SEGMENT]
+    if not record[Field.STEP_OPEN] or segment not in (THINKING, SUMMARY):
+        return None
+    start, end = record[Field.STEP_SLOT], record[Field.STEP_END]
+    return TraceStep(SEGMENT_NAMES[segment], record[Field.ROUND], record[Field.STEPS], start, end)
+
+
+def finished_steps(before: Sequence[int], after: Sequence[int]) -> list[TraceStep]:
+    """The thinking and summary steps of which a token shows that they have ended.
+
+    A step has ended when the next one begins, or with its segment.
+
+    Args:
+        before: the record before the token.
+        after: the record of the token.
+    """
+    opened, still_open, own = open_step(before), open_step(after), None
+    if after[Field.STEP] > 0:
+        number, segment = divmod(after[Field.LABEL], 3)
+        start, end = after[Field.STEP_SLOT], after[Field.STEP_END]
+        own = TraceStep(SEGMENT_NAMES[segment], number, after[Field.STEP], start, end)
+    if opened is not None and own is not None and (opened.round, opened.index) == (own.round, own.index):
+        opened = None
+    return [
+        step
+        for step in (opened, own)
+        if step is not None
+        and (still_open is None or (step.round, step.index) != (still_open.round, still_open.index))
+    ]
 
 
 def _derive_rounds(segments: list[int], step_ids: list[int]) -> list[int]:

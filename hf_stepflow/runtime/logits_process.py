@@ -1,0 +1,316 @@
+"""Control of generation by steps, for any model's `generate`: StepFlow need not be attached.
+
+* `StepBoundaryLogitsProcessor` tells when a step has ended.
+* `StepBudgetLogitsProcessor` bounds the number of thinking steps.
+* `StepStreamer` hands out finished steps while another thread generates.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from queue import Queue
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from .errors import StepFlowInputError
+from .markers import SUMMARY_START
+from .step_follower import StepFollower
+from .step_record import ASIDE, THINKING, Feature, Field, empty_record
+from .step_tables import long_enough
+from .steps import StepVocabulary
+from .trace import TraceStep, finished_steps, open_step
+
+
+class StepBoundaryLogitsProcessor(StepFollower):
+    """Tells when a step has ended: `on_step(row, step)` is called once a step is known to be whole.
+
+    That is when the first token of the next step has been generated, or the token that ends its segment (the marker of
+    the summary, the end of the turn). Scores are returned as they are. The steps of the prompt are not told of, except
+    one that is still open at its end. A logits processor never sees the last token: `finish` tells of the rest.
+
+    Rows are those of the batch that `generate` makes (beams and returned sequences count). Beams tell of the steps of
+    each hypothesis that is still followed; with an assistant model, drafts are followed too, so that a step may be
+    told of twice, or be rejected afterwards.
+
+    Args:
+        vocabulary: the step rules of the model's tokenizer.
+        on_step: called with the row and the `TraceStep`; its `start` and `end` are positions in the row, padding
+            included.
+        tokenizer: gives the steps their text.
+        prompt_length: where implicit thinking starts, padding included; None takes the length of the first call.
+        pad_token_id: tokens of this id before a row's first other token are padding.
+
+    Raises:
+        StepFlowInputError: `vocabulary` is something else.
+    """
+
+    def __init__(
+        self,
+        vocabulary: StepVocabulary,
+        on_step: Callable[[int, TraceStep], None] | None = None,
+        *,
+        tokenizer: Any = None,
+        prompt_length: int | None = None,
+        pad_token_id: int | None = None,
+    ):
+        super().__init__(vocabulary, prompt_length, pad_token_id)
+        self.on_step = on_step
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Follows the rows, int64 [B, T]; returns the scores, [B, V], as they are."""
+        self._tell_of_new(input_ids)
+        return scores
+
+    def finish(self, sequences: torch.Tensor) -> None:
+        """Tells of the steps that the end of a generation leaves over.
+
+        Args:
+            sequences: what `generate` returned, int64 [B, T].
+        """
+        self._tell_of_new(sequences)
+        for row, record in enumerate(self.records):
+            step = open_step(record)
+            if step is not None:
+                self._tell(row, step, sequences)
+
+    def _tell_of_new(self, ids: torch.Tensor) -> None:
+        for row, records in enumerate(self.follow(ids)):
+            for before, after in pairwise(records):
+                for step in finished_steps(before, after):
+                    self._tell(row, step, ids)
+
+    def _tell(self, row: int, step: TraceStep, ids: torch.Tensor) -> None:
+        if self.on_step is not None:
+            text = None if self.tokenizer is None else self.tokenizer.decode(ids[row, step.start : step.end].tolist())
+            self.on_step(row, replace(step, text=text))
+
+
+class StepBudgetLogitsProcessor(StepFollower):
+    """Bounds the number of thinking steps: budget forcing, counted in steps instead of tokens.
+
+    * While fewer than `min_steps` thinking steps are finished, thinking cannot end: no token that would complete a
+      marker of the summary or end the turn can be generated, nor the first token of such a marker (unless that is a
+      single byte of text, or the summary starts with a pattern of ordinary text). Where markers are message headers,
+      no special token can be generated, as each of them ends the message.
+    * Once `max_steps` are finished and the likeliest token would start another one, the marker of the summary is
+      generated instead, token by token; other tokens that would start a step are ruled out before.
+
+    A step counts as finished where its last sentence is complete and long enough to be a step. With implicit thinking
+    the pattern that starts the summary is the text of one more step.
+
+    Args:
+        vocabulary: the step rules of the model's tokenizer.
+        min_steps: finished thinking steps before thinking may end.
+        max_steps: finished thinking steps after which it ends; None for no bound.
+        summary_ids: ids of what is generated to end thinking, which has to end in a summary-start marker; None for the
+            first such marker as the tokenizer writes it.
+        prompt_length: where implicit thinking starts, padding included; None takes the length of the first call.
+        pad_token_id: tokens of this id before a row's first other token are padding.
+
+    Raises:
+        StepFlowInputError: numbers that are negative or the wrong way round, ids that do not end thinking, or
+            `max_steps` where no marker starts the summary.
+    """
+
+    def __init__(
+        self,
+        vocabulary: StepVocabulary,
+        min_steps: int = 0,
+        max_steps: int | None = None,
+        *,
+        summary_ids: Sequence[int] | None = None,
+        prompt_length: int | None = None,
+        pad_token_id: int | None = None,
+    ):
+        super().__init__(vocabulary, prompt_length, pad_token_id)
+        for name, value in (("min_steps", min_steps), ("max_steps", 0 if max_steps is None else max_steps)):
+            if type(value) is not int or value < 0:
+                raise StepFlowInputError(f"{name} must be an integer of at least 0, got {value!r}")
+        if max_steps is not None and min_steps > max_steps:
+            raise StepFlowInputError(f"min_steps ({min_steps}) must not be greater than max_steps ({max_steps})")
+        spelled = vocabulary.marker_ids[SUMMARY_START]
+        if max_steps is not None and not spelled:
+            raise StepFlowInputError(
+                f"max_steps is {max_steps}, but summary_start is empty: there is no marker that could end thinking",
+                hint='set summary_start to the text that starts the answer, e.g. "The answer is"',
+            )
+        if summary_ids is not None and vocabulary.markers.read(summary_ids) != SUMMARY_START:
+            raise StepFlowInputError(
+                f"summary_ids must end in a summary-start marker, got {list(summary_ids)}",
+                hint=f"the markers are {vocabulary.settings.markers('summary_start')}",
+            )
+        self.min_steps = min_steps
+        self.max_steps = max_steps
+        self.summary_ids = list(summary_ids if summary_ids is not None else spelled[0] if spelled else [])
+        self._banned: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
+        # Slot at which a row was made to end its thinking, None for rows that were not.
+        self._ending: list[int | None] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Follows the rows, int64 [B, T]; returns the scores, [B, V], with some of them ruled out."""
+        self.follow(input_ids)
+        bounded, length = scores.clone(), input_ids.shape[1]
+        for row, record in enumerate(self.records):
+            if record[Field.SEGMENT] != THINKING:
+                self._ending[row] = None
+                continue
+            chances = bounded[row]
+            if self._ending[row] is None and self._is_spent(record, chances):
+                self._ending[row] = length
+            start = self._ending[row]
+            if start is not None:
+                chances.fill_(-torch.inf)
+                chances[self.summary_ids[length - start]] = 0
+            elif self._finished(record) < self.min_steps:
+                chances[self._enders(record, chances)] = -torch.inf
+        return bounded  # type: ignore[return-value]
+
+    def _begun(self, rows: int) -> None:
+        self._ending = [None] * rows
+
+    def _moved(self, parents: list[int], common: list[int]) -> None:
+        starts = [self._ending[parent] for parent in parents]
+        self._ending = [
+            start if start is not None and start < kept else None for start, kept in zip(starts, common, strict=True)
+        ]
+
+    def _finished(self, record: list[int]) -> int:
+        """Thinking steps that are whole."""
+        ended = bool(self.vocabulary.rules.ended[record[Field.RULE_STATE]])
+        minimum = self.vocabulary.settings.min_step_chars
+        is_whole = ended and long_enough(record[Field.LENGTH], record[Field.FLAGS], minimum)
+        return record[Field.THINKING_STEPS] - int(record[Field.STEP_OPEN] > 0 and not is_whole)
+
+    def _is_spent(self, record: list[int], scores: torch.Tensor) -> bool:
+        """Whether thinking has to end here, before a step too many; rules out other tokens that would start one."""
+        if self.max_steps is None or record[Field.THINKING_STEPS] < self.max_steps or record[Field.IN_HEADER]:
+            return False
+        outcome = self._outcomes(record, scores.device)
+        starts = _fitted(outcome[:, Field.THINKING_STEPS] > record[Field.THINKING_STEPS], scores)
+        if bool(starts[scores.argmax()]):
+            return True
+        scores[starts] = -torch.inf
+        return False
+
+    def _enders(self, record: list[int], scores: torch.Tensor) -> torch.Tensor:
+        """The tokens that would end thinking, or begin its end: bool [V]."""
+        key = (record[Field.MARKER_STATE], record[Field.IN_HEADER], len(scores), scores.device)
+        if key not in self._banned:
+            vocabulary = self.vocabulary
+            segment = self._outcomes(record, torch.device("cpu"))[:, Field.SEGMENT]
+            banned = (segment != THINKING) & (segment != ASIDE)
+            if not record[Field.IN_HEADER] and vocabulary.markers.message_open is not None:
+                banned |= vocabulary.features[:-1, Feature.SPECIAL] > 0
+            if not vocabulary.settings.implicit_thinking:
+                for first in {ids[0] for ids in vocabulary.marker_ids[SUMMARY_START]}:
+                    is_symbol = first in vocabulary.markers.atoms
+                    banned[first] |= is_symbol or bool(vocabulary.features[first, Feature.BYTES] > 1)
+            self._banned[key] = _fitted(banned, scores)
+        return self._banned[key]
+
+    def _outcomes(self, record: list[int], device: torch.device) -> torch.Tensor:
+        """The record after each token of the vocabulary, int64 [V, FIELDS]."""
+        tokens = torch.arange(self.vocabulary.size, device=device)
+        before = torch.tensor(record, device=device).expand(len(tokens), -1)
+        return self.vocabulary.advance(before, tokens, record[Field.COUNT])
+
+
+def _fitted(mask: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A mask over a tokenizer's ids as one over a model's scores: models may have more, or fewer."""
+    fitted = torch.zeros_like(scores, dtype=torch.bool)
+    width = min(len(mask), len(scores))
+    fitted[:width] = mask[:width].to(scores.device)
+    return fitted
+
+
+class StepStreamer(BaseStreamer):
+    """Finished steps, one by one, while `generate` runs in another thread: `TextIteratorStreamer` for steps.
+
+    A step comes out as soon as it is known to be whole: with the first token of the next one, or with its segment.
+
+        streamer = StepStreamer(tokenizer, vocabulary)
+        Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
+        for step in streamer:
+            print(step.index, step.text)
+
+    Args:
+        tokenizer: the model's tokenizer.
+        vocabulary: its step rules, or the settings to make them from; None for the defaults.
+        skip_prompt: leave out the steps of the prompt (earlier rounds); the question is never among them.
+        timeout: seconds to wait for a step; `queue.Empty` is raised after that. None waits for ever.
+        prompt_length: where implicit thinking starts; None takes the length of the prompt.
+        decode_kwargs: passed on to the tokenizer's `decode`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocabulary: Any = None,
+        skip_prompt: bool = True,
+        timeout: float | None = None,
+        prompt_length: int | None = None,
+        **decode_kwargs: Any,
+    ):
+        is_made = isinstance(vocabulary, StepVocabulary)
+        self.vocabulary = vocabulary if is_made else StepVocabulary.from_tokenizer(tokenizer, vocabulary)
+        self.tokenizer = tokenizer
+        self.skip_prompt = skip_prompt
+        self.timeout = timeout
+        self.prompt_length = prompt_length
+        self.decode_kwargs = decode_kwargs
+        self._queue: Queue[TraceStep | None] = Queue()
+        self._opening = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._ids: list[int] = []
+        self._record = empty_record()
+        self._takes_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt, then new tokens: int64 [T] or [1, T].
+
+        Raises:
+            StepFlowInputError: more than one row.
+        """
+        if value.ndim > 1 and value.shape[0] > 1:
+            raise StepFlowInputError(
+                f"StepStreamer follows one row, got {value.shape[0]}",
+                hint="generate for one prompt, or use StepBoundaryLogitsProcessor, which follows a batch",
+            )
+        ids, start = value.reshape(-1).tolist(), len(self._ids)
+        is_silent = self._takes_prompt and self.skip_prompt
+        if self._takes_prompt:
+            self._opening = len(ids) if self.prompt_length is None else self.prompt_length
+            self._takes_prompt = False
+        known = [self._record]
+        known += self.vocabulary.scan(ids, self._record, start=start, prompt_length=self._opening)
+        self._ids += ids
+        self._record = known[-1]
+        for before, after in pairwise([] if is_silent else known):
+            for step in finished_steps(before, after):
+                self._give(step)
+
+    def end(self) -> None:
+        """Gives out the step that the end leaves open, and ends the iteration."""
+        step = open_step(self._record)
+        if step is not None:
+            self._give(step)
+        self._queue.put(None)
+        self._start()
+
+    def _give(self, step: TraceStep) -> None:
+        text = self.tokenizer.decode(self._ids[step.start : step.end], **self.decode_kwargs)
+        self._queue.put(replace(step, text=text))
+
+    def __iter__(self) -> Iterator[TraceStep]:
+        return self
+
+    def __next__(self) -> TraceStep:
+        step = self._queue.get(timeout=self.timeout)
+        if step is None:
+            raise StopIteration
+        return step

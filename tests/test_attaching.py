@@ -1,0 +1,210 @@
+"""Attaching touches one model and one thread, detaching gives back the very model, copies and files keep it all."""
+
+import copy
+import io
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from flow_support import SHORT_TEXT, VARIANTS, Script, attach, attached, byte_tokenizer, encode, error, logits_of
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_stepflow import StepFlowModelForCausalLM
+from hf_stepflow.runtime.errors import StepFlowInputError
+
+IDS = torch.tensor([encode(SHORT_TEXT)])
+PROMPT = torch.tensor([encode("Two eggs?<think>Add one. Th")])
+
+
+def test_other_models_are_untouched() -> None:
+    config = tiny_config("llama")
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        one, other, third = (AutoModelForCausalLM.from_config(config).eval() for _ in range(3))
+    plain = logits_of(other, IDS)
+    attach(one, "paper")
+    assert torch.equal(logits_of(other, IDS), plain)
+    attach(third, "step")
+    with_stepflow = logits_of(third, IDS)
+    one.detach_stepflow()
+    assert torch.equal(logits_of(third, IDS), with_stepflow)
+    assert torch.equal(logits_of(other, IDS), plain)
+    third.detach_stepflow()
+    assert torch.equal(logits_of(other, IDS), plain)
+
+
+def appearance(model) -> list:
+    """Everything that attaching could leave behind."""
+    modules = [
+        (name, type(module), id(getattr(module, "config", None)), sorted(module.__dict__), sorted(vars(type(module))))
+        for name, module in model.named_modules()
+    ]
+    hooks = [
+        len(value) for name, value in vars(model).items() if name.endswith("_hooks") and hasattr(value, "__len__")
+    ]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [modules, hooks, [vars(config) for config in configs.values()], vars(model.generation_config), str(model)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_detach_gives_back_the_very_model(family: str) -> None:
+    model = tiny_model(family)
+    logits_of(model, IDS)
+    before = copy.deepcopy(appearance(model))
+    kind = type(model)
+    attach(model, "paper")
+    assert isinstance(model, StepFlowModelForCausalLM)
+    assert isinstance(model, kind)
+    assert type(model).__name__ == kind.__name__
+    logits_of(model, IDS)
+    with pytest.raises(StepFlowInputError, match=r"already attached.*\n.*detach_stepflow"):
+        attach(model, "paper")
+    assert model.detach_stepflow() is model
+    assert type(model) is kind
+    assert appearance(model) == before
+
+
+def test_copies_and_pickles_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(tiny_model("gemma3_text"), "step")
+    expected = logits_of(model, IDS)
+    copied = copy.deepcopy(model)
+    model.detach_stepflow()
+    assert torch.equal(logits_of(copied, IDS), expected)
+    assert copied.stepflow_report().rows
+
+    file = io.BytesIO()
+    torch.save(copied, file)
+    name = copied.model.layers[0].self_attn.config._attn_implementation
+    monkeypatch.delitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name)  # as in a process that attaches nothing
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(logits_of(loaded, IDS), expected)
+    loaded.detach_stepflow()
+    assert not torch.equal(logits_of(loaded, IDS), expected)
+
+
+def test_a_cache_survives_a_pickle_and_other_settings() -> None:
+    model = attach(tiny_model("llama"), "paper")
+    with torch.no_grad():
+        expected = model(IDS).logits[0, 30:]
+        cache = model(IDS[:, :30], use_cache=True).past_key_values
+        file = io.BytesIO()
+        torch.save(cache, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        torch.testing.assert_close(model(IDS[:, 30:], past_key_values=loaded).logits[0], expected)
+        # Other step rules label the cached tokens anew.
+        model.stepflow_config = VARIANTS["paper"].replace(min_step_chars=4, oeb_span=1000)
+        torch.testing.assert_close(model(IDS[:, 30:], past_key_values=cache).logits[0], expected)
+
+
+def script_of(prompt: torch.Tensor, text: str) -> dict:
+    """Arguments that make `generate` write a text."""
+    script = Script(prompt.shape[1], [text])
+    return {"logits_processor": [script], "max_new_tokens": len(script.rows[0]), "do_sample": False}
+
+
+def made(model, **options) -> torch.Tensor:
+    """Logits of a generation."""
+    output = model.generate(
+        PROMPT,
+        **script_of(PROMPT, "en two.</think>Two."),
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return torch.cat(output.logits)
+
+
+def test_threads_have_their_own_settings() -> None:
+    model = attached("llama", "paper", "sdpa")
+    calls = [
+        {"stepflow": False},
+        {},
+        {"stepflow": {"tau_max": 0.9}},
+        {"stepflow": {"alpha": 3.0, "min_step_chars": 2}},
+    ]
+    expected = [made(model, **call) for call in calls]
+    assert all(not torch.equal(one, other) for one, other in pairwise(expected))
+    wrong: list[int] = []
+    barrier = threading.Barrier(len(calls))
+
+    def work(number: int) -> None:
+        barrier.wait()
+        for _ in range(3):
+            if not torch.equal(made(model, **calls[number]), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_settings_of_a_call() -> None:
+    """The preset, under the model's generation config, under the call's generation config, under the call."""
+    model = attach(tiny_model("llama"), "paper")
+    plain, weak = made(model), made(model, stepflow={"tau_max": 0.2})
+    both = made(model, stepflow={"tau_max": 0.2, "alpha": 0.1})
+    assert not torch.equal(plain, weak)
+    assert torch.equal(made(model, stepflow=None), plain)
+    assert torch.equal(made(model, stepflow=VARIANTS["paper"].replace(tau_max=0.2)), weak)
+    model.generation_config.stepflow = {"tau_max": 0.2}
+    assert torch.equal(made(model), weak)
+    assert torch.equal(made(model, stepflow={"alpha": 0.1}), both)
+    assert torch.equal(made(model, stepflow={"tau_max": 0.4}), plain)
+    model.generation_config.stepflow["tau_max"] = 0.4
+    assert torch.equal(made(model), plain)
+
+    config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=2)
+    config.stepflow = {"tau_max": 0.2}
+    arguments = script_of(PROMPT, "en two.</think>Two.")
+    for name in ("max_new_tokens", "do_sample"):
+        setattr(config, name, arguments.pop(name))
+    config.output_logits = config.return_dict_in_generate = True
+    assert torch.equal(torch.cat(model.generate(PROMPT, generation_config=config, **arguments).logits), weak)
+    assert torch.equal(made(model), plain)
+    assert model.stepflow_config.tau_max == 0.4
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    """A saved model is a plain one for whoever knows nothing of StepFlow, and has its settings for whoever does."""
+    model = attach(tiny_model("gemma3_text"), "heads")
+    expected = logits_of(model, IDS)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = StepFlowModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.stepflow_config.settings == VARIANTS["heads"]
+    assert error(logits_of(loaded, IDS), expected) < 1e-6
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(plain) is type(model.detach_stepflow())
+    assert error(logits_of(plain, IDS), logits_of(model, IDS)) < 1e-6
+
+
+def test_lora_inside_and_outside() -> None:
+    peft = pytest.importorskip("peft")
+    model = attach(tiny_model("llama"), "paper")
+    expected = made(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=True))
+    wrapped.eval()
+    assert torch.equal(made(wrapped), expected)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapted = made(wrapped)
+    assert error(adapted, expected) > 0.01
+    merged = wrapped.merge_and_unload()
+    assert isinstance(merged, StepFlowModelForCausalLM)
+    assert error(made(merged), adapted) < 1e-5
+
+    outer = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    outer.eval()
+    attach(outer.get_base_model(), "paper")
+    assert torch.equal(made(outer), expected)
