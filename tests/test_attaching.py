@@ -162,6 +162,13 @@ def test_settings_of_a_call() -> None:
     model.generation_config.stepflow["tau_max"] = 0.4
     assert torch.equal(made(model), plain)
 
+    model.generation_config.stepflow = False
+    with model.disable_stepflow():
+        off = made(model)
+    assert torch.equal(made(model), off)
+    assert torch.equal(made(model, stepflow={}), plain)
+    model.generation_config.stepflow = {}
+
     config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=2)
     config.stepflow = {"tau_max": 0.2}
     arguments = script_of(PROMPT, "en two.</think>Two.")

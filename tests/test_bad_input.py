@@ -181,6 +181,15 @@ def test_prompts_without_a_token():
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
 
 
+def test_a_cache_whose_rows_were_changed_by_hand():
+    model = StepFlowModelForCausalLM.attach(tiny_model("llama"), None, tokenizer=byte_tokenizer())
+    cache = model(PROMPT, use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.repeat(2, 1, 1, 1), layer.values.repeat(2, 1, 1, 1)
+    with pytest.raises(StepFlowInputError, match=r"for 1 rows, but input_ids has 2\n.*batch_repeat_interleave"):
+        model(PROMPT[:, :1].repeat(2, 1), past_key_values=cache)
+
+
 def test_nothing_to_report():
     model = StepFlowModelForCausalLM.attach(tiny_model("llama"), None, tokenizer=byte_tokenizer())
     with pytest.raises(StepFlowInputError, match="call generate"):

@@ -270,6 +270,11 @@ def assistant_with_stepflow(case: Case) -> Iterator[Heard]:
 
 
 @mode
+def early_exit(case: Case) -> Iterator[Heard]:
+    yield from heard(*generate(case, PROMPTS[:1], [WILD_SCRIPT], assistant_early_exit=3))
+
+
+@mode
 def second_turn(case: Case) -> Iterator[Heard]:
     first, mask = generate(case, ["One?<think>"], ["Think of it. Once more.</think>One.<eos>"])
     yield from heard(first, mask)
@@ -325,7 +330,13 @@ def cell(family_number: int, mode_number: int) -> Any:
     return pytest.param(name, Case(family, variant, implementation), marks=slow, id=f"{name}-{family}-{variant}")
 
 
-CELLS = [cell(family, mode) for family in range(len(FAMILIES)) for mode in range(len(MODES))]
+# The base model itself cannot leave gpt_oss early: its cache and its layers disagree on how many there are.
+CELLS = [
+    cell(family_number, mode_number)
+    for family_number, family in enumerate(FAMILIES)
+    for mode_number, name in enumerate(MODES)
+    if (family, name) != ("gpt_oss", "early_exit")
+]
 
 
 @pytest.mark.parametrize(("name", "case"), CELLS)
@@ -366,8 +377,11 @@ def test_reference(family: str, variant: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.parametrize("name", ["teacher_forcing", "token_by_token", "chunks", "left_padded", "greedy_batch"])
-@pytest.mark.parametrize(("family", "variant"), [("llama", "step"), ("gemma3_text", "heads")])
+@pytest.mark.parametrize(
+    ("family", "variant"), [("llama", "step"), pytest.param("gemma3_text", "heads", marks=pytest.mark.slow)]
+)
 def test_flex_attention(name: str, family: str, variant: str) -> None:
     with torch.compiler.set_stance("force_eager"):
         test_mode(name, Case(family, variant, "flex_attention"))

@@ -80,7 +80,7 @@ def make_flow_attention(base_name: str) -> Callable[..., Output]:
                     f"the bridge needs attention without dropout, got dropout={kwargs['dropout']} in training mode",
                     hint="call model.eval(), or set the model's attention dropout to 0",
                 )
-            call = _Call(flow, link.layer, query, key, value, attention_mask, tau, kwargs, base_name == "eager")
+            call = _Call(flow, link.layer, query, key, value, attention_mask, tau, kwargs, base_name)
             whole = query.shape[2] == 1
             first = None if whole else base(module, query, key, value, attention_mask, **kwargs)
             output, weights = call.decode() if first is None else call.rewrite(*first)
@@ -115,12 +115,23 @@ class _Call:
     mask: Any
     tau: "float | tuple[float, ...]"
     kwargs: dict[str, Any]
-    wants_weights: bool
+    base_name: str
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the base returns probabilities: eager does."""
+        return self.base_name == "eager"
+
+    @property
+    def softcap(self) -> float | None:
+        """The softcap that the base applies: sdpa knows none (newer releases refuse it, older ones leave it out)."""
+        return None if self.base_name == "sdpa" else self.kwargs.get("softcap")
 
     def decode(self) -> Output:
         """One query per row: every row is computed here, bridged or not."""
         total = self.flow.total
-        if isinstance(total, int) and self.query.device.type == "cpu" and self.kwargs.get("position_bias") is None:
+        if isinstance(total, int) and self.query.device.type == "cpu" and not self.is_per_head:
+            self.flow.offset(self.key.shape[2])  # raises where keys are no tokens
             keys = min(self.key.shape[2], total)
             groups = decode_groups(self.flow, self.mask, keys, self.tau, self.key)
             done = decode_attention(
@@ -130,7 +141,7 @@ class _Call:
                 groups,
                 is_absolute=self.flow.plan.settings.bridge_floor == "absolute",
                 scaling=self.scaling,
-                softcap=self.kwargs.get("softcap"),
+                softcap=self.softcap,
                 sink_logits=self.kwargs.get("s_aux"),
             )
             if done is not None:
@@ -178,9 +189,8 @@ class _Call:
         packed = query.reshape(batch, groups, heads // groups * chunk, -1).to(dtype)
         logits = torch.matmul(packed, self.key.to(dtype).transpose(2, 3)).view(batch, heads, chunk, keys)
         logits = logits * self.scaling
-        softcap = self.kwargs.get("softcap")
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         position_bias = self.kwargs.get("position_bias")
         if position_bias is not None:
             logits = logits + position_bias[:, :, start:end, :keys]
@@ -216,6 +226,12 @@ class _Call:
         spread = weights.to(self.value.dtype).reshape(batch, groups, heads // groups * chunk, keys)
         output = torch.matmul(spread, self.value).view(batch, heads, chunk, -1)
         return output.transpose(1, 2).contiguous(), weights.to(query.dtype) if self.wants_weights else None
+
+    @property
+    def is_per_head(self) -> bool:
+        """Whether heads differ in what they see or add, which the decode form does not provide for."""
+        mask_heads = self.mask.shape[1] if isinstance(self.mask, torch.Tensor) else 1
+        return mask_heads > 1 or self.kwargs.get("position_bias") is not None
 
     @property
     def scaling(self) -> float:

@@ -224,7 +224,10 @@ class FlowRuntime:
             return
         wanted = set(flow.plan.tau) | flow.plan.inject | set(flow.plan.gamma)
         self.hands_down = flow.is_handed_down
-        missed = [] if _is_compiled(model) else sorted(wanted - flow.seen_layers)
+        # Drafts by early exit run the first layers only, and the config says how many.
+        depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        missed = [layer for layer in sorted(wanted - flow.seen_layers) if depth is None or layer < depth]
+        missed = [] if _is_compiled(model) else missed
         if missed:
             raise StepFlowUnsupportedError(
                 f"layers {missed} of {type(model).__name__} did not call StepFlow's attention function",

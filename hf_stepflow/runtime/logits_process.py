@@ -202,9 +202,10 @@ class StepBudgetLogitsProcessor(StepFollower):
             vocabulary = self.vocabulary
             segment = self._outcomes(record, torch.device("cpu"))[:, Field.SEGMENT]
             banned = (segment != THINKING) & (segment != ASIDE)
-            if not record[Field.IN_HEADER] and vocabulary.markers.message_open is not None:
+            has_headers = vocabulary.markers.message_open is not None
+            if has_headers and not record[Field.IN_HEADER]:
                 banned |= vocabulary.features[:-1, Feature.SPECIAL] > 0
-            if not vocabulary.settings.implicit_thinking:
+            elif not has_headers and not vocabulary.settings.implicit_thinking:
                 for first in {ids[0] for ids in vocabulary.marker_ids[SUMMARY_START]}:
                     is_symbol = first in vocabulary.markers.atoms
                     banned[first] |= is_symbol or bool(vocabulary.features[first, Feature.BYTES] > 1)

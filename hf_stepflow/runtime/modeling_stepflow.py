@@ -85,7 +85,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
             )
         stored = getattr(model.generation_config, "stepflow", None)
-        if config is None and stored is not None:
+        if config is None and isinstance(stored, dict):
             settings = settings_from_data(stored, "generation_config.stepflow")
         else:
             settings = read_settings(config)
@@ -185,16 +185,17 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         runtime = self.stepflow_runtime
         if stepflow is False or runtime.effective is None:
             return None
-        settings = runtime.effective.plan.settings
-        for source in (self.generation_config, generation_config):
-            stored = getattr(source, "stepflow", None)
-            if stored is not None:
-                settings = settings.replace(**dict(stored))
-        if isinstance(stepflow, dict):
-            settings = settings.replace(**stepflow)
-        elif stepflow is not None and stepflow is not True:
-            settings = read_settings(stepflow)
-        return runtime.rules_for(settings)
+        settings, is_on = runtime.effective.plan.settings, True
+        stored = [getattr(source, "stepflow", None) for source in (self.generation_config, generation_config)]
+        for source in (*stored, stepflow):
+            if source is None:
+                continue
+            is_on = source is not False
+            if isinstance(source, dict):
+                settings = settings.replace(**source)
+            elif not isinstance(source, bool):
+                settings = read_settings(source)
+        return runtime.rules_for(settings) if is_on else None
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching packs many requests into one row, which StepFlow cannot follow."""

@@ -1,7 +1,7 @@
 """The steps of every row of a generation, followed by a logits processor.
 
-A logits processor sees nothing but the ids of each row, and rows change places (beams) or lose tokens (drafts that were
-rejected), so each row is followed by finding the row of the call before that it shares most with.
+A logits processor sees nothing but the ids of each row, and rows change places (beams) or lose tokens (drafts that
+were rejected), so each row is followed by finding the row of the call before that it shares most with.
 """
 
 import torch
@@ -79,7 +79,7 @@ class StepFollower(LogitsProcessor):
     def _match(self, ids: torch.Tensor) -> tuple[list[int], list[int]] | None:
         """The row that each row goes on from and how many tokens they share; None where a new generation begins."""
         old = self._ids
-        if not self._first_length < ids.shape[1] <= old.shape[1] + 1:
+        if len(old) == 0 or not self._first_length < ids.shape[1] <= old.shape[1] + 1:
             return None
         length = min(ids.shape[1], old.shape[1])
         if ids.shape[0] == old.shape[0] and torch.equal(ids[:, :length], old[:, :length]):
