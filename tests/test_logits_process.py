@@ -250,8 +250,8 @@ def thinks_on(row, text):
 
 
 def wants_to_stop(row, text):
-    """Wants nothing but to stop; else it thinks."""
-    return ["</think>", "<eos>", *thinks_on(row, text)]
+    """Wants nothing but to stop; where it must not, it thinks."""
+    return ["<eos>"] if "</think>" in text else ["</think>", "<eos>", *thinks_on(row, text)]
 
 
 def thinking_of(tokenizer, vocabulary, ids, prompt_length=None):
@@ -274,10 +274,9 @@ def test_min_steps(model, tokenizer, vocabulary, count):
     prompt = encode(tokenizer, "Q<think>\n")
     processors = [Wishes(tokenizer, wants_to_stop), StepBudgetLogitsProcessor(vocabulary, min_steps=count)]
     output = generate(model, tokenizer, prompt, processors)
-    thoughts = thinking_of(tokenizer, vocabulary, output[0])
-    assert thoughts == [THOUGHTS[:18], THOUGHTS[19:38]] * (count // 2) + [THOUGHTS[:18]] * (count % 2)
-    assert tokenizer.decode(output[0]).endswith("</think><eos>") is False  # it wants its marker again and again
-    assert tokenizer.decode(output[0]).split("</think>")[0].endswith(".")
+    length = len(THOUGHTS) * (count // 2) + (18 if count % 2 else -1)
+    assert tokenizer.decode(output[0]) == "Q<think>\n" + (THOUGHTS * 3)[:length] + "</think><eos>"
+    assert len(thinking_of(tokenizer, vocabulary, output[0])) == count
 
 
 def test_no_budget_changes_nothing(model, tokenizer, vocabulary):
@@ -324,6 +323,19 @@ def test_a_budget_holds_for_samples_and_beams(model, tokenizer, vocabulary, argu
         assert len(thinking_of(tokenizer, vocabulary, row)) <= 2
     for row in ended:
         assert len(thinking_of(tokenizer, vocabulary, row)) == 2
+
+
+@pytest.mark.parametrize("special", [["<think>", "</think>"], []], ids=["token", "text"])
+def test_a_budget_holds_for_drafts(model, special):
+    tokenizer = byte_level_tokenizer(special=special)
+    vocabulary = StepVocabulary.from_tokenizer(tokenizer, {"min_step_chars": 8})
+    prompt = encode(tokenizer, f"{THOUGHTS}{THOUGHTS}</think><think>")
+    outputs = []
+    for arguments in ({}, {"prompt_lookup_num_tokens": 5}):
+        processors = [Wishes(tokenizer, thinks_on), StepBudgetLogitsProcessor(vocabulary, min_steps=3, max_steps=3)]
+        outputs.append(generate(model, tokenizer, prompt, processors, max_new_tokens=90, **arguments))
+    assert torch.equal(*outputs)
+    assert len(thinking_of(tokenizer, vocabulary, outputs[0][0])) == 3
 
 
 @pytest.mark.parametrize("pieces", [[], [b"</", b"think"]], ids=["bytes", "pieces"])

@@ -125,7 +125,10 @@ def static_cache_by_hand(case: Case) -> Iterator[Heard]:
 def crop(case: Case) -> Iterator[Heard]:
     ids, length = row(case)
     cache = DynamicCache(config=case.model.config)
-    cache.activate_past_recording()
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    elif any(cache.is_sliding):
+        pytest.skip("this release of transformers cannot roll sliding windows back")
     case.model(torch.tensor([ids[:30]]), past_key_values=cache, **case.prompt_length(length))
     case.model(torch.tensor([encode("x. Wrong. No")]), past_key_values=cache, **case.prompt_length(length))
     cache.crop(-14)

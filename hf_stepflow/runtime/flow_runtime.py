@@ -18,7 +18,7 @@ from .configuration_stepflow import StepFlowSettings
 from .errors import StepFlowInputError, StepFlowUnsupportedError
 from .flow_attention import AttentionLink
 from .flow_pass import FlowPass, FlowPlan
-from .flow_state import FlowState, cached_tokens, carry, state_of
+from .flow_state import FlowState, carry, state_of
 from .report import FlowReport
 from .steps import StepVocabulary
 from .tally import Tally
@@ -192,7 +192,7 @@ class FlowRuntime:
         if state is not None:
             if torch.compiler.is_compiling():
                 return state
-            cached = cached_tokens(cache)
+            cached = int(cache.get_seq_length())
             if cached and state.batch != ids.shape[0]:
                 raise StepFlowInputError(
                     f"the cache was labelled for {state.batch} rows, but input_ids has {ids.shape[0]}",
@@ -209,13 +209,11 @@ class FlowRuntime:
         state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
         state.tally = Tally(ids.shape[0], tuple(sorted(self.heads)), ids.device)
         if cache is not None:
-            state.follow(cached_tokens(cache), mask)
+            state.follow(int(cache.get_seq_length()), mask)
             carry(cache, state)
         return state
 
-    def after_forward(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: leaves the state on a cache that the model made itself, and checks what attention saw."""
         if torch.compiler.is_compiling():
             return

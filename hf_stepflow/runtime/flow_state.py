@@ -287,13 +287,6 @@ def _rebuild_cache(kind: Any, attributes: dict[str, Any]) -> Any:
 _CARRIERS: dict[type, type] = {}
 
 
-def cached_tokens(cache: Any) -> int:
-    """How many tokens a cache holds. Those of Mamba hybrids in Transformers 4.57 tell the batch size while empty."""
-    if getattr(cache, "has_previous_state", None) is False:
-        return 0
-    return int(cache.get_seq_length())
-
-
 def state_of(cache: Any) -> FlowState | None:
     """The state that a cache carries, or None."""
     return getattr(cache, "stepflow_state", None)

@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from .errors import StepFlowInputError
 from .markers import SUMMARY_START
 from .step_follower import StepFollower
-from .step_record import ASIDE, THINKING, Feature, Field, empty_record
-from .step_tables import long_enough
+from .step_record import THINKING, Feature, Field, empty_record
+from .step_tables import INSIDE_THINKING, LEADS_THINKING, long_enough
 from .steps import StepVocabulary
 from .trace import TraceStep, finished_steps, open_step
 
@@ -146,36 +146,44 @@ class StepBudgetLogitsProcessor(StepFollower):
         self.max_steps = max_steps
         self.summary_ids = list(summary_ids if summary_ids is not None else spelled[0] if spelled else [])
         self._banned: dict[tuple[int, int, int, torch.device], torch.Tensor] = {}
-        # Slot at which a row was made to end its thinking, None for rows that were not.
-        self._ending: list[int | None] = []
+        # Slots at which each row was made to end its thinking; several where drafts were rejected.
+        self._endings: list[list[int]] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Follows the rows, int64 [B, T]; returns the scores, [B, V], with some of them ruled out."""
         self.follow(input_ids)
-        bounded, length = scores.clone(), input_ids.shape[1]
+        bounded = scores.clone()
         for row, record in enumerate(self.records):
             if record[Field.SEGMENT] != THINKING:
-                self._ending[row] = None
                 continue
             chances = bounded[row]
-            if self._ending[row] is None and self._is_spent(record, chances):
-                self._ending[row] = length
-            start = self._ending[row]
-            if start is not None:
+            written = self._written(input_ids[row], self._endings[row])
+            if written is None and self._is_spent(record, chances):
+                self._endings[row].append(input_ids.shape[1])
+                written = 0
+            if written is not None:
                 chances.fill_(-torch.inf)
-                chances[self.summary_ids[length - start]] = 0
+                chances[self.summary_ids[written]] = 0
             elif self._finished(record) < self.min_steps:
                 chances[self._enders(record, chances)] = -torch.inf
         return bounded  # type: ignore[return-value]
 
     def _begun(self, rows: int) -> None:
-        self._ending = [None] * rows
+        self._endings = [[] for _ in range(rows)]
 
     def _moved(self, parents: list[int], common: list[int]) -> None:
-        starts = [self._ending[parent] for parent in parents]
-        self._ending = [
-            start if start is not None and start < kept else None for start, kept in zip(starts, common, strict=True)
+        old = self._endings
+        self._endings = [
+            [slot for slot in old[parent] if slot <= kept] for parent, kept in zip(parents, common, strict=True)
         ]
+
+    def _written(self, ids: torch.Tensor, endings: list[int]) -> int | None:
+        """How many of the ids that end thinking a row ends with, where it was made to; None for a row that was not."""
+        for slot in endings:
+            count = len(ids) - slot
+            if 0 < count < len(self.summary_ids) and ids[slot:].tolist() == self.summary_ids[:count]:
+                return count
+        return None
 
     def _finished(self, record: list[int]) -> int:
         """Thinking steps that are whole."""
@@ -188,43 +196,43 @@ class StepBudgetLogitsProcessor(StepFollower):
         """Whether thinking has to end here, before a step too many; rules out other tokens that would start one."""
         if self.max_steps is None or record[Field.THINKING_STEPS] < self.max_steps or record[Field.IN_HEADER]:
             return False
-        outcome = self._outcomes(record, scores.device)
-        starts = _fitted(outcome[:, Field.THINKING_STEPS] > record[Field.THINKING_STEPS], scores)
-        if bool(starts[scores.argmax()]):
+        likeliest = torch.stack([scores.argmax()]).cpu()
+        if len(self._starting(record, likeliest)):
             return True
-        scores[starts] = -torch.inf
+        vocabulary = self.vocabulary
+        starting = vocabulary.features[: min(vocabulary.size, len(scores)), Feature.LENGTH] > 0
+        if record[Field.STEP_OPEN]:
+            rows = vocabulary.features[: len(starting), Feature.RULE_ROW]
+            codes = vocabulary.rules.transition[:, record[Field.RULE_STATE]][rows]
+            starting &= (codes & (LEADS_THINKING | INSIDE_THINKING)) > 0
+        scores[self._starting(record, starting.nonzero().flatten()).to(scores.device)] = -torch.inf
         return False
+
+    def _starting(self, record: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Those of some tokens that would start a step, int64 [N]."""
+        before = torch.tensor(record).expand(len(tokens), -1)
+        after = self.vocabulary.advance(before, tokens, record[Field.COUNT])
+        return tokens[after[:, Field.THINKING_STEPS] > record[Field.THINKING_STEPS]]
 
     def _enders(self, record: list[int], scores: torch.Tensor) -> torch.Tensor:
         """The tokens that would end thinking, or begin its end: bool [V]."""
-        key = (record[Field.MARKER_STATE], record[Field.IN_HEADER], len(scores), scores.device)
+        state, in_header = record[Field.MARKER_STATE], record[Field.IN_HEADER]
+        key = (state, in_header, len(scores), scores.device)
         if key not in self._banned:
-            vocabulary = self.vocabulary
-            segment = self._outcomes(record, torch.device("cpu"))[:, Field.SEGMENT]
-            banned = (segment != THINKING) & (segment != ASIDE)
-            has_headers = vocabulary.markers.message_open is not None
-            if has_headers and not record[Field.IN_HEADER]:
-                banned |= vocabulary.features[:-1, Feature.SPECIAL] > 0
-            elif not has_headers and not vocabulary.settings.implicit_thinking:
-                for first in {ids[0] for ids in vocabulary.marker_ids[SUMMARY_START]}:
-                    is_symbol = first in vocabulary.markers.atoms
-                    banned[first] |= is_symbol or bool(vocabulary.features[first, Feature.BYTES] > 1)
-            self._banned[key] = _fitted(banned, scores)
+            markers, features = self.vocabulary.markers, self.vocabulary.features
+            banned = markers.found[:, state][features[:, Feature.MARKER_ROW]] == SUMMARY_START
+            banned |= features[:, Feature.END_OF_TURN] > 0
+            if markers.message_open is not None:
+                banned |= (features[:, Feature.SPECIAL] > 0) & (in_header == 0)
+            elif not self.vocabulary.settings.implicit_thinking:
+                for first in {ids[0] for ids in self.vocabulary.marker_ids[SUMMARY_START]}:
+                    banned[first] |= first in markers.atoms or bool(features[first, Feature.BYTES] > 1)
+            # A model may have more ids than its tokenizer, or fewer.
+            fitted = torch.zeros(len(scores), dtype=torch.bool)
+            width = min(self.vocabulary.size, len(scores))
+            fitted[:width] = banned[:width]
+            self._banned[key] = fitted.to(scores.device)
         return self._banned[key]
-
-    def _outcomes(self, record: list[int], device: torch.device) -> torch.Tensor:
-        """The record after each token of the vocabulary, int64 [V, FIELDS]."""
-        tokens = torch.arange(self.vocabulary.size, device=device)
-        before = torch.tensor(record, device=device).expand(len(tokens), -1)
-        return self.vocabulary.advance(before, tokens, record[Field.COUNT])
-
-
-def _fitted(mask: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A mask over a tokenizer's ids as one over a model's scores: models may have more, or fewer."""
-    fitted = torch.zeros_like(scores, dtype=torch.bool)
-    width = min(len(mask), len(scores))
-    fitted[:width] = mask[:width].to(scores.device)
-    return fitted
 
 
 class StepStreamer(BaseStreamer):

@@ -72,30 +72,22 @@ class StepVocabulary:
         if settings.implicit_thinking:
             kinds[THINKING_START] = []
         marker_ids = {kind: [_spelled(tokenizer, marker) for marker in kinds[kind]] for kind in kinds}
-        if text.guessed_space:
-            kinds = {kind: [text.join(ids) for ids in spelled] for kind, spelled in marker_ids.items()}
-        atoms = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        markers = build_marker_table(kinds, text.pieces, atoms)
-        for kind, texts in kinds.items():
-            for marker, ids in zip(texts, marker_ids[kind], strict=True):
-                if markers.read(ids) != kind:
-                    raise _unwritable(marker)
+        markers = _read_markers(tokenizer, text, kinds, marker_ids)
         if end_of_turn_ids is None:
             end_of_turn_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        size = len(text.pieces)
-        ends = [index for index in end_of_turn_ids if 0 <= index < size]
-        plain = text.pieces.copy()
-        special = [index for index in range(size) if text.control[index]]
+        ends = [index for index in end_of_turn_ids if 0 <= index < len(text.pieces)]
+        special = [index for index, is_control in enumerate(text.control) if is_control]
         control = sorted({*special, *markers.atoms, *ends})
+        pieces = text.pieces.copy()
         for index in control:
-            plain[index] = b""
-        rules = build_rule_table(plain, settings.step_rule, settings.min_step_chars, text.guessed_space)
-        features = torch.zeros(size + 1, FEATURES, dtype=torch.long)
+            pieces[index] = b""
+        rules = build_rule_table(pieces, settings.step_rule, settings.min_step_chars, text.guessed_space)
+        features = torch.zeros(len(pieces) + 1, FEATURES, dtype=torch.long)
         features[:, Feature.RULE_ROW] = rules.row
         features[:, Feature.MARKER_ROW] = markers.row
         features[:, Feature.BEFORE : Feature.FLAGS + 1] = rules.parts
         features[:, Feature.SPLIT_ROW] = rules.split_row
-        features[:-1, Feature.BYTES] = torch.tensor([len(piece.strip(b" \t\r\f\v\n")) for piece in plain])
+        features[:-1, Feature.BYTES] = torch.tensor([len(piece.strip(b" \t\r\f\v\n")) for piece in pieces])
         features[control, Feature.CONTROL] = 1
         features[special, Feature.SPECIAL] = 1
         features[ends, Feature.END_OF_TURN] = 1
@@ -165,6 +157,20 @@ class StepVocabulary:
         if not self.settings.implicit_thinking:
             prompt_length = None
         return tables.advance(record, ids, slot, padding, prompt_length)
+
+
+def _read_markers(
+    tokenizer: Any, text: TokenText, kinds: dict[int, list[str]], marker_ids: dict[int, list[list[int]]]
+) -> MarkerTable:
+    if text.guessed_space:
+        kinds = {kind: [text.join(ids) for ids in spelled] for kind, spelled in marker_ids.items()}
+    atoms = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    markers = build_marker_table(kinds, text.pieces, atoms)
+    for kind, texts in kinds.items():
+        for marker, ids in zip(texts, marker_ids[kind], strict=True):
+            if markers.read(ids) != kind:
+                raise _unwritable(marker)
+    return markers
 
 
 def _spelled(tokenizer: Any, marker: str) -> list[int]:
