@@ -1,5 +1,6 @@
 """Shared by the runtime's tests: a tokenizer that fits the tiny models, texts for them, and the oracle's answer."""
 
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
@@ -172,6 +173,33 @@ def reference_logits(
     model = attached(family, variant, IMPLEMENTATIONS.get(family, "sdpa"), dtype=torch.float64)
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False, prompt_length=prompt_length).logits[0]
+
+
+@dataclass
+class Case:
+    """A model and how to feed it."""
+
+    family: str
+    variant: str
+    implementation: str
+
+    @property
+    def model(self):
+        """The model, one for the whole session."""
+        return attached(self.family, self.variant, self.implementation)
+
+    @property
+    def implicit(self) -> bool:
+        """Whether thinking starts at the end of the prompt."""
+        return VARIANTS[self.variant].implicit_thinking
+
+    def text(self, text: str) -> str:
+        """The text as the variant marks it."""
+        return text.replace("<think>", " ").replace("</think>", " So:") if self.implicit else text
+
+    def prompt_length(self, slots: int) -> dict[str, int]:
+        """The argument that implicit thinking needs in a plain forward."""
+        return {"prompt_length": slots} if self.implicit else {}
 
 
 class Script(LogitsProcessor):

@@ -11,6 +11,7 @@ from flow_support import (
     FAMILIES,
     IMPLEMENTATIONS,
     VARIANTS,
+    Case,
     Script,
     attached,
     batch,
@@ -34,31 +35,6 @@ SCRIPTS = (
     "ne.\n\nThat is all.",
 )
 WILD_SCRIPT = "A~~~. Th~~ ~wo.\n\nSo ~~w.</think>T~o.\n\nB~e."
-
-
-@dataclass
-class Case:
-    """A model and how to feed it."""
-
-    family: str
-    variant: str
-    implementation: str
-
-    @property
-    def model(self) -> Any:
-        return attached(self.family, self.variant, self.implementation)
-
-    @property
-    def implicit(self) -> bool:
-        return VARIANTS[self.variant].implicit_thinking
-
-    def text(self, text: str) -> str:
-        """The text as the variant marks it."""
-        return text.replace("<think>", " ").replace("</think>", " So:") if self.implicit else text
-
-    def prompt_length(self, slots: int) -> dict[str, int]:
-        """The argument that implicit thinking needs in a plain forward."""
-        return {"prompt_length": slots} if self.implicit else {}
 
 
 @dataclass
@@ -153,18 +129,22 @@ def left_padded(case: Case) -> Iterator[Heard]:
 
 @mode
 def positional_arguments(case: Case) -> Iterator[Heard]:
-    """The mask as second argument, and the cache inside a tuple; the mask may run ahead of the tokens."""
+    """The mask as second argument and the cache in a tuple; then a mask that is longer than the tokens."""
     ids, length = row(case)
     tokens = torch.tensor([[0, 0, *ids]])
-    mask = (torch.arange(80) > 1).long()[None]
+    mask = (torch.arange(tokens.shape[1]) > 1).long()[None]
     arguments = case.prompt_length(length + 2)
     logits, cache = case.model(tokens[:, :30], mask[:, :30], use_cache=True, return_dict=False, **arguments)[:2]
-    static = StaticCache(config=case.model.config, max_cache_len=80)
-    filled = case.model(tokens[:, :30], mask, None, static, **arguments).logits
-    rest = case.model(tokens[:, 30:], mask[:, : tokens.shape[1]], None, cache, return_dict=False, **arguments)[0]
-    filled_rest = [case.model(tokens[:, [slot]], mask, None, static).logits for slot in range(30, tokens.shape[1])]
+    rest = case.model(tokens[:, 30:], mask, None, cache, return_dict=False, **arguments)[0]
     yield Heard(ids, 0, torch.cat((logits, rest), 1)[0, 2:], length)
-    yield Heard(ids, 0, torch.cat((filled, *filled_rest), 1)[0, 2:], length)
+
+    static = StaticCache(config=case.model.config, max_cache_len=80)
+    made, end = [], 0
+    for part in (torch.tensor([ids[:30]]), *torch.tensor(ids[30:])[:, None, None]):
+        end += part.shape[1]
+        seen = (torch.arange(80) < end).long()[None]
+        made.append(case.model(part, seen, None, static, **case.prompt_length(length)).logits[0])
+    yield Heard(ids, 0, torch.cat(made), length)
 
 
 @mode

@@ -1,7 +1,6 @@
 # ruff: noqa: RUF001 (full-width punctuation is what some of these tests are about)
 import json
 import random
-import re
 import time
 from dataclasses import dataclass
 
@@ -291,17 +290,18 @@ class Cases:
         return segment(row.tokens, rules)
 
 
-# A marker of text may be cut in any way, but a character cannot lie on both of its sides.
-BEFORE_A_CHARACTER = re.compile(rb"(?:>|answer|So)(?=[\xc0-\xff])")
-
-
 def cut(text: str, longest: int, chooser: random.Random) -> list[bytes]:
-    """Cuts a text into pieces of at most so many bytes."""
+    """Cuts a text into pieces of at most so many bytes.
+
+    A marker may be cut in any way, but a character must not lie on both sides of a token that ends one: a piece with
+    the last letter of a marker ends with a whole character.
+    """
     data, pieces = text.encode(), []
     while data:
         size = chooser.randint(1, longest)
-        stop = BEFORE_A_CHARACTER.search(data)
-        size = min(size, stop.end()) if stop else size
+        if set(data[:size]) & set(b">rso"):
+            while size < len(data) and 0x80 <= data[size] < 0xC0:
+                size += 1
         pieces.append(data[:size])
         data = data[size:]
     return pieces
