@@ -79,10 +79,10 @@ def oracle_trace(ids: list[int], settings: StepFlowSettings, prompt_length: int 
     return OracleTrace(trace.segment_ids.tolist(), trace.round_ids.tolist(), trace.step_ids.tolist(), control)
 
 
-def oracle_logits(model, ids: list[int], settings: StepFlowSettings, prompt_length: int | None = None) -> torch.Tensor:
-    """Logits [T, V] of one unpadded row in float64, one token and head at a time."""
+def oracle_settings(model, settings: StepFlowSettings) -> OracleSettings:
+    """Settings as the oracle takes them, resolved against a model with attention in all layers."""
     layers = list(range(model.config.get_text_config().num_hidden_layers))
-    oracle = OracleSettings(
+    return OracleSettings(
         tau_max=settings.tau_max,
         alpha=settings.alpha,
         oeb_layers=resolve_layers("oeb_layers", settings.oeb_layers, layers),
@@ -98,8 +98,12 @@ def oracle_logits(model, ids: list[int], settings: StepFlowSettings, prompt_leng
         length_temperature_layers=resolve_layers("", settings.length_temperature_layers, layers),
         length_temperature_heads=settings.length_temperature_heads,
     )
+
+
+def oracle_logits(model, ids: list[int], settings: StepFlowSettings, prompt_length: int | None = None) -> torch.Tensor:
+    """Logits [T, V] of one unpadded row in float64, one token and head at a time."""
     trace = oracle_trace(ids, settings, prompt_length)
-    return OracleStepFlow(model, oracle)(torch.tensor([ids]), trace)
+    return OracleStepFlow(model, oracle_settings(model, settings))(torch.tensor([ids]), trace)
 
 
 def logits_of(model, ids: torch.Tensor) -> torch.Tensor:

@@ -17,18 +17,18 @@ from flow_support import (
     attach,
     byte_tokenizer,
     encode,
+    oracle_settings,
     oracle_trace,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import OracleSettings
 from safetensors.torch import load_file
 from saliency_oracle import SaliencyOracle, oracle_map
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_stepflow import StepFlowModelForCausalLM, step_saliency
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, resolve_layers
+from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace, segment_trace
 from hf_stepflow.saliency import memory
@@ -95,17 +95,7 @@ def test_long_enough_for_the_window_and_in_blocks(family: str) -> None:
 def test_of_the_intervened_model(family: str, variant: str) -> None:
     chosen = VARIANTS[variant].replace(length_temperature=0.0, length_temperature_base=None)
     ids = encode(SHORT)
-    layers = list(range(4))
-    oracle = OracleSettings(
-        tau_max=chosen.tau_max,
-        alpha=chosen.alpha,
-        oeb_layers=resolve_layers("oeb_layers", chosen.oeb_layers, layers),
-        smi_layers=resolve_layers("smi_layers", chosen.smi_layers, layers),
-        bridge_scope=chosen.bridge_scope,
-        sink_tokens=chosen.sink_tokens,
-        oeb_heads=chosen.oeb_heads,
-        smi_window=chosen.smi_window,
-    )
+    oracle = oracle_settings(model_of(family), chosen)
     trace = segment_trace(byte_tokenizer(), ids, chosen)
     tokens = SaliencyOracle(model_of(family), oracle)(ids, loss_of("trace", ids, trace), oracle_trace(ids, chosen))
     expected = torch.stack([oracle_map(tokens[layer].mean(0), trace, "causal") for layer in sorted(tokens)])
@@ -135,11 +125,11 @@ def test_any_chunk_size_and_checkpoints(family: str, chunk_size: int, checkpoint
     assert relative(found.maps, expected_maps(family, SHORT, "trace")) < 1e-9
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [(family, one) for family in ("llama", "gpt_oss") for one in ("eager", "flex_attention")] + [("llama", "sdpa")],
+)
 def test_every_base_implementation(family: str, implementation: str) -> None:
-    if family == "gpt_oss" and implementation == "sdpa":
-        pytest.skip("gpt_oss does not run on sdpa")
     model = tiny_model(family, dtype=torch.float64)
     model.set_attn_implementation(implementation)
     found = step_saliency(model, encode(SHORT), tokenizer=byte_tokenizer(), config=STEPS)

@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+from .loading import add_model_arguments, load
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds description, arguments and example to the parser of this subcommand."""
@@ -21,10 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "example: hf-stepflow diagnose --model reasoner --trace trace.txt --out report.html\n"
         "         hf-stepflow diagnose --model M --compare correct.jsonl wrong.jsonl --out profile.png --json"
     )
-    parser.add_argument("--model", required=True, help="folder or Hub id of the model, or `reasoner`")
-    parser.add_argument("--revision", help="revision on the Hub")
-    parser.add_argument("--dtype", default="float32", help="of the weights (default: float32)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... or auto (needs accelerate)")
+    add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="a trace that was written before")
     source.add_argument("--prompt", metavar="TEXT", help="a question that the model answers greedily")
@@ -55,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
     groups = [read_traces(path) for path in args.compare or ([args.trace] if args.trace else [])]
     _check(args, groups)
     from hf_stepflow.runtime.preset_lookup import find_preset
-
-    from .loading import load
 
     stepflow = find_preset(args.stepflow)  # a misspelt name is told before the weights are loaded
     settings = read_settings(args.steps)
@@ -117,7 +114,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Any
     """What the model writes, as a trace."""
     import torch
 
-    from hf_stepflow.saliency.written import WrittenTrace, encode_prompt
+    from hf_stepflow.prompts import encode_prompt
+    from hf_stepflow.saliency.written import WrittenTrace
 
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)

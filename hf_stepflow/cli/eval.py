@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+from .loading import add_model_arguments, load
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds description, arguments and example to the parser of this subcommand."""
@@ -22,10 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "example: hf-stepflow eval --model reasoner --problems reasoner:chains-8 --limit 100 \\\n"
         "             --arm base --arm stepflow:tau_max=0.15 --out results.jsonl --report report.html"
     )
-    parser.add_argument("--model", required=True, help="folder or Hub id of the base model, or `reasoner`")
-    parser.add_argument("--revision", help="revision on the Hub")
-    parser.add_argument("--dtype", default="float32", help="of the weights (default: float32: rounding flips results)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... or auto (needs accelerate)")
+    add_model_arguments(parser)
     parser.add_argument(
         "--stepflow", metavar="CONFIG", help="preset, JSON file or folder with the settings that arms start from"
     )
@@ -50,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.evaluation.arms import parse_arm
     from hf_stepflow.evaluation.problems import load_problems
     from hf_stepflow.evaluation.runner import evaluate
-
-    from .loading import load
 
     for path in (args.out, args.report):
         if path is not None and not path.parent.is_dir():

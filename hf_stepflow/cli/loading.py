@@ -1,8 +1,17 @@
 """Loading the model that a subcommand is asked to work on."""
 
+import argparse
 from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which model."""
+    parser.add_argument("--model", required=True, help="folder or Hub id of the base model, or `reasoner`")
+    parser.add_argument("--revision", help="revision on the Hub")
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: float32: rounding flips results)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... or auto (needs accelerate)")
 
 
 def load(name: str, dtype: str, device: str, revision: str | None = None) -> tuple[Any, Any]:

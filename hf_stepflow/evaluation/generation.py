@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.logits_process import StepBudgetLogitsProcessor
 from hf_stepflow.runtime.report import RowReport
@@ -63,13 +64,7 @@ class Sampler:
 
     def encode(self, problem: EvalProblem) -> list[int]:
         """Token ids of a prompt: in the chat template if there is one, else the plain text."""
-        if self.tokenizer.chat_template is None:
-            ids = self.tokenizer.encode(problem.prompt)
-        else:
-            messages = [{"role": "user", "content": problem.prompt}]
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self.template
-            )["input_ids"]
+        ids = encode_prompt(self.tokenizer, problem.prompt, **self.template)
         if not ids:
             raise StepFlowInputError(f"the prompt of problem {problem.id!r} has no tokens")
         return ids

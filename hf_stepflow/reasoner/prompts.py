@@ -2,13 +2,9 @@
 
 from typing import Any
 
+from hf_stepflow.prompts import encode_prompt
+
 from .problems import Problem
-
-
-def encode_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Token ids of a question in the chat template, up to and with `<think>`."""
-    messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def encode_response(tokenizer: Any, response: str) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowFileError
 
 
@@ -28,16 +29,6 @@ class WrittenTrace:
             return response, None
         prompt = encode_prompt(tokenizer, self.prompt)
         return prompt + response, len(prompt)
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt: in the chat template if there is one, else the plain text."""
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
 
 
 def read_traces(path: str | Path) -> list[WrittenTrace]:
