@@ -2,8 +2,9 @@
 
 Forward, nothing but the output is kept; backward, the weights of a chunk are computed anew, the saliency |A * dL/dA|
 is taken and the gradients of query, key and value are made from the same tiles. No [H, q, K] tensor exists in either
-direction. Shapes: B batch, H query heads, Hkv key-value heads, G = H / Hkv, q queries, c a chunk, K keys, D and Dv
-widths of keys and values.
+direction. On a CPU a tile holds the query heads of one key-value head, so that it stays in the caches. Shapes: B
+batch, H query heads, Hkv key-value heads, G = H / Hkv, h the heads of a tile, q queries, c a chunk, K keys, k those of
+a tile, D and Dv widths of keys and values.
 """
 
 from collections.abc import Callable
@@ -16,19 +17,24 @@ from hf_stepflow.runtime.attention_call import AttentionCall, BridgedCall, Outpu
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.flow_masks import RowMask, visible_keys
 
-# Elements of the logits of a chunk where nobody said how many queries it holds: on a CPU what its caches hold, on
+# Elements of the logits of a tile where nobody said how many queries it holds: on a CPU what its caches hold, on
 # other devices what keeps them busy. Chunks of fewer queries make poor products of matrices.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "other": 1 << 26}
+_TILE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 26}
 _SHORTEST_CHUNK = 64
 
-# Called with the first query of a chunk, its first key, and the saliency of its tokens by head, [B, H, c, k].
-Collector = Callable[[int, int, torch.Tensor], None]
+# Called for each tile with its first query, its first key, its query heads, and its saliency by head, [B, h, c, k].
+Collector = Callable[[int, int, slice, torch.Tensor], None]
 
 
 def chunk_length(batch: int, heads: int, keys: int, device: torch.device) -> int:
-    """Queries of a chunk, where nobody said how many."""
-    elements = _CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
+    """Queries of a chunk, where nobody said how many; `heads` are those of a tile."""
+    elements = _TILE_ELEMENTS["cpu" if device.type == "cpu" else "other"]
     return min(keys, max(_SHORTEST_CHUNK, elements // (batch * heads * keys)))
+
+
+def tile_heads(heads: int, key_value_heads: int, device: torch.device, bridged: bool) -> int:
+    """Query heads of a tile."""
+    return heads if bridged or device.type != "cpu" else heads // key_value_heads
 
 
 def salient_attention(call: AttentionCall, chunk_size: int, collect: Collector | None) -> Output:
@@ -51,12 +57,14 @@ def salient_attention(call: AttentionCall, chunk_size: int, collect: Collector |
             f"attention got {key.shape[2]} keys for {query.shape[2]} tokens, and Step-Saliency needs whole traces",
             hint="take learned prefixes off the model, and call it without a cache",
         )
-    if collect is not None and torch.is_grad_enabled() and not query.requires_grad:
-        query = query.detach().requires_grad_()  # the first layer that is looked at: the graph starts here
     if isinstance(call.mask, torch.Tensor) and call.mask.requires_grad:
         call = _with_bias_for_mask(call)
-    tiles = _Tiles(call, chunk_size, collect)
-    return _SalientAttention.apply(query, key, value, call.kwargs.get("position_bias"), tiles), None
+    tensors = (query, key, value, call.kwargs.get("position_bias"))
+    starts = collect is not None and torch.is_grad_enabled()
+    starts = starts and not any(one is not None and one.requires_grad for one in tensors)
+    if starts:
+        tensors = (query.detach().requires_grad_(), *tensors[1:])
+    return _SalientAttention.apply(*tensors, _Tiles(call, chunk_size, collect, starts)), None
 
 
 def _with_bias_for_mask(call: AttentionCall) -> AttentionCall:
@@ -95,11 +103,20 @@ def _as_given(tensor: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Tiles:
-    """The chunks of one call."""
+    """The tiles of one call.
+
+    Attributes:
+        call: the call.
+        chunk: queries of a tile.
+        collect: takes the saliency, if it is wanted.
+        starts_graph: whether nothing below needs a gradient (the first layer that is looked at), so that saliency is
+            all there is to compute.
+    """
 
     call: AttentionCall
     chunk: int
     collect: Collector | None
+    starts_graph: bool
 
     def with_tensors(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position_bias: torch.Tensor | None
@@ -112,6 +129,14 @@ class _Tiles:
         queries = self.call.query.shape[2]
         return [(start, min(start + self.chunk, queries)) for start in range(0, queries, self.chunk)][::-1]
 
+    def head_groups(self) -> list["_HeadGroup"]:
+        """The heads that make a tile together."""
+        call = self.call
+        shared = call.query.shape[1] // call.key.shape[1]
+        bridged = isinstance(call, BridgedCall)
+        size = tile_heads(call.query.shape[1], call.key.shape[1], call.query.device, bridged) // shared
+        return [_HeadGroup.of(call, slice(start, start + size), shared) for start in range(0, call.key.shape[1], size)]
+
     def forward(self) -> torch.Tensor:
         """The output [B, q, H, Dv]."""
         call = self.call
@@ -123,48 +148,98 @@ class _Tiles:
             return output.transpose(1, 2).contiguous()
         batch, heads, queries, _ = call.query.shape
         output = call.value.new_empty(batch, queries, heads, call.value.shape[-1])
+        head_groups = self.head_groups()
         for start, end in self.chunks():
-            chunk = self.open(start, end)
-            packed = _pack(chunk.weights.to(call.value.dtype), call.key.shape[1])
-            values = call.value[:, :, chunk.first : chunk.last]
-            output[:, start:end] = torch.matmul(packed, values).view(batch, heads, end - start, -1).transpose(1, 2)
+            seen = self.see(start, end)
+            for group in head_groups:
+                chunk = self.open(group, start, end, seen)
+                values = group.call.value[:, :, chunk.keys]
+                packed = _pack(chunk.weights.to(values.dtype), values.shape[1])
+                mixed = torch.matmul(packed, values).view(batch, -1, end - start, values.shape[-1])
+                output[:, start:end, group.heads] = mixed.transpose(1, 2)
         return output
 
     def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key, value and position bias, from that of the output [B, q, H, Dv]."""
         call = self.call
         batch, heads, _, _ = call.query.shape
-        groups = call.key.shape[1]
         work = torch.promote_types(call.query.dtype, torch.float32)
         grad_query = torch.zeros_like(call.query)
         grad_key, grad_value = (torch.zeros_like(one, dtype=work) for one in (call.key, call.value))
         # Some families make the bias from hidden states. It is [H, q, K] in itself.
         bias = call.kwargs["position_bias"]
         grad_bias = None if bias is None else call.query.new_zeros(batch, heads, *bias.shape[2:])
+        wants_saliency = self.collect is not None
+        head_groups = self.head_groups()
         for start, end in self.chunks():
-            chunk = self.open(start, end)
-            keys = slice(chunk.first, chunk.last)
-            shape = (batch, heads, end - start, chunk.last - chunk.first)
-            upstream = _pack(grad[:, start:end].transpose(1, 2).to(work), groups)
-            grad_weights = torch.matmul(upstream, call.value[:, :, keys].to(work).transpose(2, 3)).view(shape)
-            grad_value[:, :, keys] += torch.matmul(_pack(chunk.weights, groups).transpose(2, 3), upstream)
-            # In place, here and below: fresh memory costs a CPU more than arithmetic does.
-            of_queries, of_keys, of_bias, saliency = chunk.pull_back(grad_weights, self.collect is not None)
-            grad_query[:, :, start:end] = of_queries.to(grad_query.dtype)
-            grad_key[:, :, keys] += of_keys
-            if grad_bias is not None and of_bias is not None:
-                grad_bias[:, :, start:end, keys] = of_bias.to(grad_bias.dtype)
-            if self.collect is not None and saliency is not None:
-                self.collect(start, chunk.first, saliency)
+            seen = self.see(start, end)
+            for group in head_groups:
+                chunk = self.open(group, start, end, seen)
+                keys, own = chunk.keys, group.key_heads
+                value = group.call.value[:, :, keys].to(work)
+                upstream = _pack(grad[:, start:end, group.heads].transpose(1, 2).to(work), value.shape[1])
+                grad_weights = torch.matmul(upstream, value.transpose(2, 3)).view(chunk.weights.shape)
+                # In place, here and below: fresh memory costs a CPU more than arithmetic does.
+                saliency: torch.Tensor | None
+                if self.starts_graph:
+                    saliency = grad_weights.mul_(chunk.weights).abs_()
+                else:
+                    weights = _pack(chunk.weights, value.shape[1])
+                    grad_value[:, own, keys] += torch.matmul(weights.transpose(2, 3), upstream)
+                    of_queries, of_keys, of_bias, saliency = chunk.pull_back(grad_weights, wants_saliency)
+                    grad_query[:, group.heads, start:end] = of_queries.to(grad_query.dtype)
+                    grad_key[:, own, keys] += of_keys
+                    if grad_bias is not None and of_bias is not None:
+                        grad_bias[:, group.heads, start:end, keys] = of_bias.to(grad_bias.dtype)
+                if self.collect is not None and saliency is not None:
+                    self.collect(start, keys.start, group.heads, saliency)
+        if self.starts_graph:
+            return None, None, None, None
         if grad_bias is not None:
             grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
         return grad_query, grad_key.to(call.key.dtype), grad_value.to(call.value.dtype), grad_bias
 
-    def open(self, start: int, end: int) -> "_PlainChunk | _BridgedChunk":
-        """The weights of queries [start, end)."""
-        if isinstance(self.call, BridgedCall):
-            return _BridgedChunk(self.call, start, end)
-        return _PlainChunk(self.call, start, end)
+    def see(self, start: int, end: int) -> "_Seen | None":
+        """What queries [start, end) see; None where the bridge finds it out itself."""
+        return None if isinstance(self.call, BridgedCall) else _Seen.of(self.call, start, end)
+
+    def open(self, group: "_HeadGroup", start: int, end: int, seen: "_Seen | None") -> "_PlainChunk | _BridgedChunk":
+        """The weights of queries [start, end) in some heads."""
+        if seen is None:
+            assert isinstance(group.call, BridgedCall)
+            return _BridgedChunk(group.call, start, end)
+        return _PlainChunk(group.call, start, end, seen.narrowed(group.heads))
+
+
+@dataclass(frozen=True)
+class _HeadGroup:
+    """Some key-value heads and the query heads that share them.
+
+    Attributes:
+        call: the call with these heads alone.
+        key_heads: the key-value heads.
+        heads: the query heads.
+    """
+
+    call: AttentionCall
+    key_heads: slice
+    heads: slice
+
+    @classmethod
+    def of(cls, call: AttentionCall, key_heads: slice, shared: int) -> "_HeadGroup":
+        heads = slice(key_heads.start * shared, key_heads.stop * shared)
+        if heads == slice(0, call.query.shape[1]):
+            return cls(call, key_heads, heads)
+        kwargs = call.kwargs | {"position_bias": _narrowed(call.kwargs["position_bias"], heads)}
+        if call.sink_logits is not None:
+            kwargs["s_aux"] = call.sink_logits[heads]
+        query, key, value = call.query[:, heads], call.key[:, key_heads], call.value[:, key_heads]
+        return cls(replace(call, query=query, key=key, value=value, kwargs=kwargs), key_heads, heads)
+
+
+def _narrowed(tensor: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
+    """Some heads of something [B, H, ...], or of what is the same for all, [B, 1, ...]."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
 
 
 def _is_fused(call: AttentionCall) -> bool:
@@ -193,49 +268,70 @@ def _pack(tensor: torch.Tensor, groups: int) -> torch.Tensor:
 _Pulled = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-class _PlainChunk:
-    """Weights of queries [start, end) over the keys [first, last) that any of them sees."""
+@dataclass(frozen=True)
+class _Seen:
+    """What some queries see.
 
-    def __init__(self, call: AttentionCall, start: int, end: int):
+    Attributes:
+        keys: the keys that any of them sees.
+        hidden_from: the place among these keys from which on `hidden` tells.
+        hidden: bool [c, k] or [B, 1 or H, c, k], which of the keys from there on are not seen.
+        bias: on the logits, [B, 1 or H, c, k], or None.
+    """
+
+    keys: slice
+    hidden_from: int
+    hidden: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, call: AttentionCall, start: int, end: int) -> "_Seen":
+        """What queries [start, end) see."""
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        if call.mask is None:
+            hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=call.query.device).triu(1)
+            return cls(slice(0, end), start, hidden, None)
+        visible, bias = visible_keys(None, call.mask, start, end, queries, keys)
+        own = slice(0, keys)
+        if isinstance(call.mask, RowMask):
+            seen = visible.flatten(0, 2).any(0).nonzero()
+            own = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)
+        return cls(own, 0, ~visible[..., own], None if bias is None else bias[..., own])
+
+    def narrowed(self, heads: slice) -> "_Seen":
+        """The same for some of the heads."""
+        hidden = self.hidden if self.hidden.ndim == 2 else _narrowed(self.hidden, heads)
+        assert hidden is not None
+        return replace(self, hidden=hidden, bias=_narrowed(self.bias, heads))
+
+
+class _PlainChunk:
+    """Weights [B, H, c, k] of queries [start, end) over the keys that any of them sees."""
+
+    def __init__(self, call: AttentionCall, start: int, end: int, seen: _Seen):
         self.call = call
+        self.keys = seen.keys
         batch, heads, _, _ = call.query.shape
         work = torch.promote_types(call.query.dtype, torch.float32)
-        hidden, bias = self._hidden(start, end)
         self.query = _pack(call.query[:, :, start:end].to(work) * call.scaling, call.key.shape[1])
-        self.key = call.key[:, :, self.first : self.last].to(work)
-        logits = torch.matmul(self.query, self.key.transpose(2, 3))
-        logits = logits.view(batch, heads, end - start, self.last - self.first)
+        self.key = call.key[:, :, self.keys].to(work)
+        logits = torch.matmul(self.query, self.key.transpose(2, 3)).view(batch, heads, end - start, -1)
         self.cap_slope = None
         if call.softcap is not None:
             squashed = logits.div_(call.softcap).tanh_()
             self.cap_slope = 1 - squashed**2
             logits = squashed * call.softcap
-        if bias is not None:
-            logits += bias
+        if seen.bias is not None:
+            logits += seen.bias
         position_bias = call.kwargs["position_bias"]
         if position_bias is not None:
-            logits += position_bias[:, :, start:end, self.first : self.last]
+            logits += position_bias[:, :, start:end, self.keys]
         # A finite stand-in for -inf: a query that sees no key at all gets weights that nobody uses, instead of NaN.
-        logits[..., self.hidden_from :].masked_fill_(hidden, torch.finfo(work).min / 2)
+        logits[..., seen.hidden_from :].masked_fill_(seen.hidden, torch.finfo(work).min / 2)
         self.weights = torch.softmax(logits, -1)
         if call.sink_logits is not None:
             log_total = logits.logsumexp(-1, keepdim=True)
             self.weights *= torch.sigmoid(log_total - call.sink_logits.to(work)[:, None, None])
-
-    def _hidden(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of the keys [first + hidden_from, last) are not seen, and a bias on the logits; sets the bounds."""
-        call = self.call
-        queries, keys = call.query.shape[2], call.key.shape[2]
-        if call.mask is None:
-            self.first, self.last, self.hidden_from = 0, end, start
-            return torch.ones(end - start, end - start, dtype=torch.bool, device=call.query.device).triu(1), None
-        visible, bias = visible_keys(None, call.mask, start, end, queries, keys)
-        self.first, self.last, self.hidden_from = 0, keys, 0
-        if isinstance(call.mask, RowMask):
-            seen = visible.flatten(0, 2).any(0).nonzero()
-            self.first, self.last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
-        visible = visible[..., self.first : self.last]
-        return ~visible, None if bias is None else bias[..., self.first : self.last]
 
     def pull_back(self, grad_weights: torch.Tensor, wants_saliency: bool) -> _Pulled:
         """What follows from the gradient of the weights, [B, H, c, k], which is used up."""
@@ -253,7 +349,7 @@ class _BridgedChunk:
     """The same in a layer of the bridge, whose shifts depend on queries and keys too."""
 
     def __init__(self, call: BridgedCall, start: int, end: int):
-        self.first, self.last = 0, call.key.shape[2]
+        self.keys = slice(0, call.key.shape[2])
         bias = call.kwargs["position_bias"]
         with torch.enable_grad():
             self.query, self.key = (one.detach().requires_grad_() for one in (call.query[:, :, start:end], call.key))

@@ -18,7 +18,7 @@ from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedEr
 from hf_stepflow.runtime.flow_masks import NotATensorError
 from hf_stepflow.runtime.trace import Trace
 
-from .attention import Collector, chunk_length, salient_attention
+from .attention import Collector, chunk_length, salient_attention, tile_heads
 from .loss import LOGITS, decoder_output, hidden_gradient, loss_weights
 from .memory import StepFlowMemoryError, cost_of, demand_fit, free_bytes, saved_bytes
 from .pooling import StepSums, step_of_token
@@ -66,6 +66,7 @@ class Session:
         self._progress = progress
         self._bar: Any = None
         self._bytes_per_token: float | None = None
+        self._tile_heads = 1
 
     def __enter__(self) -> "Session":
         if any(one.is_inference() for one in self.watch.model.parameters()):
@@ -228,7 +229,7 @@ class Session:
             self._bytes_per_token = self._tried(row)
         runtime = getattr(model, "stepflow_runtime", None)
         bridged = runtime is not None and runtime.effective is not None and bool(runtime.effective.plan.tau)
-        heads = max(query_heads(model, module) for module in modules.values())
+        heads = max(query_heads(model, module) for module in modules.values()) if bridged else self._tile_heads
         dtype = torch.promote_types(model.dtype, torch.float32)
         text = model.config.get_text_config(decoder=True)
         cost = cost_of(
@@ -249,7 +250,7 @@ class Session:
         return chunk
 
     def _tried(self, row: torch.Tensor) -> float:
-        """Bytes that autograd keeps of a token, from a short pass."""
+        """Bytes that autograd keeps of a token, from a short pass, which also tells the heads of a tile."""
         model = self.watch.model
         trial = row[None, :_TRIAL].to(self.device)
 
@@ -257,6 +258,8 @@ class Session:
             return decoder_output(self.watch.decoder, lambda: model(input_ids=trial, use_cache=False))
 
         def attend(call: AttentionCall) -> Output:
+            heads = tile_heads(call.query.shape[1], call.key.shape[1], call.query.device, bridged=False)
+            self._tile_heads = max(self._tile_heads, heads)
             return salient_attention(call, _TRIAL, _ignore if call.layer in self.layers else None)
 
         with self._stepflow_off(), ExitStack() as attending:
@@ -264,7 +267,7 @@ class Session:
         return saved / trial.shape[1]
 
 
-def _ignore(query: int, key: int, tile: torch.Tensor) -> None:
+def _ignore(query: int, key: int, heads: slice, tile: torch.Tensor) -> None:
     """Collects nothing."""
 
 
@@ -288,14 +291,29 @@ class _Sums:
             shape = (heads if self._per_head else 1, steps, steps)
             found.setdefault(call.layer, torch.zeros(shape, dtype=dtype, device=device))
 
-        def collect(query: int, key: int, tile: torch.Tensor) -> None:
-            tile = tile if self._per_head else tile.mean(1, keepdim=True)
+        def add(query: int, key: int, heads: slice, tile: torch.Tensor) -> None:
             for row, (found, pool) in enumerate(zip(self._found, pools, strict=True)):
-                pool.add(found[call.layer], query, key, tile[row])
-            if query == 0:
+                pool.add(found[call.layer][heads], query, key, tile[row])
+
+        def advance(query: int, last: int) -> None:
+            if query == 0 and last == heads:
                 self._advance()
 
-        return collect
+        def collect_heads(query: int, key: int, own: slice, tile: torch.Tensor) -> None:
+            add(query, key, own, tile)
+            advance(query, own.stop)
+
+        summed: list[torch.Tensor] = []
+
+        def collect_mean(query: int, key: int, own: slice, tile: torch.Tensor) -> None:
+            # Over the heads of a chunk first, so that they are pooled once.
+            total = tile.sum(1, keepdim=True) if tile.shape[1] > 1 else tile
+            summed[:] = [total if own.start == 0 else summed[0].add_(total)]
+            if own.stop == heads:
+                add(query, key, slice(0, 1), summed.pop() / heads)
+            advance(query, own.stop)
+
+        return collect_heads if self._per_head else collect_mean
 
     def finished(self) -> list[torch.Tensor]:
         """For each trace [layers, S, S], or [layers, heads, S, S], on the CPU, in float32 or float64."""
