@@ -13,6 +13,9 @@ import json
 import os
 import re
 import socketserver
+import subprocess
+import sys
+import textwrap
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +80,7 @@ class HubServer:
         self.token = self.add_user("test-user", "test-org", "org")
         self._faults: list[Fault] = []
         self._lock = RLock()
-        self._pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="hub")
+        self._pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="hub connection")
         self._listeners = [_Listener(self), _Listener(self)]
         self.endpoint, self._storage = (f"http://127.0.0.1:{one.server_address[1]}" for one in self._listeners)
         self._threads = [
@@ -154,6 +157,21 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "*",
         } | ({} if token is None else {"HF_TOKEN": token})  # fmt: skip
+
+    def run(
+        self, script: str, cache_dir: str | Path, token: str | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a Python script in a fresh process that is a client of this Hub.
+
+        Args:
+            script: The source text.
+            cache_dir: As in `environment`.
+            token: As in `environment`.
+            timeout: Seconds after which it is killed.
+        """
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        environment = self.environment(cache_dir, token)
+        return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=timeout)
 
     def signed(self, path: str) -> str:
         """The address of something in the storage, with leave to use it."""
