@@ -1,6 +1,6 @@
 """Routes of the test Hub about files: commits, the large file storage, downloads.
 
-Large files go to and come from a storage at another address, where a signature in the URL replaces the token.
+Large files go to and come from a storage under another host name, where a signature in the URL replaces the token.
 """
 
 import base64

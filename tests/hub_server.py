@@ -1,8 +1,8 @@
 """A Hub on the loopback for tests: it speaks the Hub's HTTP API to the unmodified `huggingface_hub` client.
 
-It holds models with commits, branches and tags, public, private and gated, and large files behind a storage at another
-address. It has no Xet storage, which clients turn off by HF_HUB_DISABLE_XET, no pull requests, and ignores .gitignore.
-A request that it does not know is answered with status 501.
+It holds models with commits, branches and tags, public, private and gated, and large files in a storage under another
+host name. It has no Xet storage, which clients turn off by HF_HUB_DISABLE_XET, and no pull requests, and does not read
+.gitignore. A request that it does not know is answered with status 501.
 
 The `hub` fixture gives one to a test, and makes this process a client of it. Code that needs an empty cache or fresh
 modules runs in a process of its own with `hub.environment(folder)`.
@@ -80,25 +80,23 @@ class HubServer:
         self.token = self.add_user("test-user", "test-org", "org")
         self._faults: list[Fault] = []
         self._lock = RLock()
-        self._pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="hub connection")
-        self._listeners = [_Listener(self), _Listener(self)]
-        self.endpoint, self._storage = (f"http://127.0.0.1:{one.server_address[1]}" for one in self._listeners)
-        self._threads = [
-            Thread(target=one.serve_forever, args=[POLL_SECONDS], name="hub listener", daemon=True)
-            for one in self._listeners
-        ]
+        self._listener = _Listener(self)
+        port = self._listener.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{port}"
+        # By another name, so that clients take it for another host, to which no token may go.
+        self._storage = f"http://localhost:{port}"
+        self._thread = Thread(
+            target=self._listener.serve_forever, args=[POLL_SECONDS], name="hub listener", daemon=True
+        )
 
     def __enter__(self) -> "HubServer":
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for listener, thread in zip(self._listeners, self._threads, strict=True):
-            listener.shutdown()
-            thread.join()
-            listener.server_close()
-        self._pool.shutdown()
+        self._listener.shutdown()
+        self._thread.join()
+        self._listener.server_close()
 
     def add_user(self, name: str, *organizations: str, role: str = "write") -> str:
         """Adds a user, and returns a token of theirs.
@@ -224,10 +222,6 @@ class HubServer:
             self.errors.append(traceback.format_exc())
             return _refused(Refusal(500, "A mistake of the test Hub"))
 
-    def serve(self, connection: Any, address: Any, listener: "_Listener") -> None:
-        """Handles a connection in one of a bounded number of threads."""
-        self._pool.submit(listener.handle_connection, connection, address)
-
 
 def _refused(refusal: Refusal) -> Answer:
     headers = {"X-Error-Message": refusal.message.encode("ascii", "replace").decode()}
@@ -237,22 +231,27 @@ def _refused(refusal: Refusal) -> Answer:
 
 
 class _Listener(HTTPServer):
-    """A listening socket of the Hub."""
+    """The listening socket of the Hub; a bounded number of threads handle the connections."""
 
     request_queue_size = 64
 
     def __init__(self, hub: HubServer):
         self.hub = hub
+        self.pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="hub connection")
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.pool.shutdown()
 
     def server_bind(self) -> None:
         # HTTPServer would look its own name up in the DNS.
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.hub.serve(request, client_address, self)
+        self.pool.submit(self._handle_connection, request, client_address)
 
-    def handle_connection(self, connection: Any, address: Any) -> None:
+    def _handle_connection(self, connection: Any, address: Any) -> None:
         try:
             self.finish_request(connection, address)
         except (ConnectionError, TimeoutError):
@@ -302,14 +301,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return self._read(int(self.headers.get("Content-Length", 0)))
         chunks = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        while self.rfile.readline().strip():
+        while size := int(self._line().split(b";")[0], 16):
+            chunks.append(self._read(size))
+            self._line()
+        while self._line().strip():
             pass  # trailers
         return b"".join(chunks)
+
+    def _read(self, size: int) -> bytes:
+        part = self.rfile.read(size)
+        if len(part) < size:
+            raise ConnectionError("the client went in the middle of a request")
+        return part
+
+    def _line(self) -> bytes:
+        line = self.rfile.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionError("the client went in the middle of a request")
+        return line
 
 
 @pytest.fixture
@@ -341,7 +352,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
-        monkeypatch.setattr(transformers_hub, "_hf_api", None)
+        # Its client since 5.23, kept with the address at which it was made.
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
         for function in (_http._http_backoff_base, _http.http_backoff, _http.http_stream_backoff.__wrapped__):
             monkeypatch.setitem(function.__kwdefaults__, "base_wait_time", 0.01)
             monkeypatch.setitem(function.__kwdefaults__, "max_wait_time", 0.01)
