@@ -140,6 +140,11 @@ class FlowRuntime:
         overrides = self._slot.overrides
         return overrides[-1] if overrides else self.rules
 
+    @property
+    def is_overridden(self) -> bool:
+        """Whether this thread is inside a block with settings of its own."""
+        return bool(self._slot.overrides)
+
     def current(self) -> FlowPass | None:
         """The pass that runs in this thread; None where StepFlow is off.
 
