@@ -106,7 +106,8 @@ def _card(args: argparse.Namespace) -> int:
         if file is not None:
             _save(card, file)
     if args.json:
-        print(json.dumps([_card_as_json(card, file) for file, card in cards.items()], indent=2, ensure_ascii=False))
+        data = [_card_as_json(card, file) for file, card in cards.items()]
+        print(json.dumps(data if args.all is not None else data[0], indent=2, ensure_ascii=False))
     else:
         print("\n".join(str(card) if file is None else f"wrote {file}" for file, card in cards.items()))
     return 0

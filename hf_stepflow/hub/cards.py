@@ -15,7 +15,7 @@ from hf_stepflow.calibration.presets import Preset
 from hf_stepflow.runtime.configuration_stepflow import resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .markdown import inline_code, inline_text, one_line, table
+from .markdown import inline_code, inline_text, json_code, one_line, table
 
 Kind = Literal["preset", "merged"]
 
@@ -179,9 +179,7 @@ def _provenance(preset: Preset) -> str:
 def _settings(preset: Preset) -> str:
     """All settings as a table, after the layers that the bands come to."""
     settings = preset.to_dict()["settings"]
-    rows = [
-        (part, f"`{name}`", inline_code(settings[name])) for part, names in _PARTS.items() for name in names.split()
-    ]
+    rows = [(part, f"`{name}`", json_code(settings[name])) for part, names in _PARTS.items() for name in names.split()]
     text = table(("part", "setting", "value"), rows)
     if preset.architecture is None:
         return text

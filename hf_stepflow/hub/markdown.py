@@ -19,13 +19,16 @@ def inline_text(value: Any) -> str:
 
 
 def inline_code(value: Any) -> str:
-    """A JSON value as code; what is not printed in a visible form is shown as its JSON escape."""
+    """A value as one line of code."""
+    text = one_line(value)
+    # Backticks would not keep a pipe or a backslash inside a table's cell.
+    return f"`{text}`" if _PLAIN_CODE.fullmatch(text) else f"<code>{_escaped(text)}</code>"
+
+
+def json_code(value: Any) -> str:
+    """A JSON value as code; characters that would not be visible stand there as JSON escapes."""
     written = json.dumps(value, ensure_ascii=False)
-    if not written.isprintable():
-        written = json.dumps(value)
-    if _PLAIN_CODE.fullmatch(written):
-        return f"`{written}`"
-    return f"<code>{_escaped(written)}</code>"  # backticks would not keep a pipe or a backslash inside a table's cell
+    return inline_code(written if written.isprintable() else json.dumps(value))
 
 
 def one_line(value: Any) -> str:
