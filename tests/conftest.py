@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import hub as hub  # a fixture
 from hypothesis import settings
 
 torch.set_num_threads(1)
