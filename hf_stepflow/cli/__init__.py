@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "diagnose": "which steps of a trace draw on which: Step-Saliency",
     "doctor": "what is installed here and what of it StepFlow can use",
     "eval": "StepFlow settings and baselines, compared on the same problems",
-    "presets": "settings for models and where they come from: list, show, validate",
+    "presets": "settings for models and where they come from: list, show, card, validate",
 }
 EXIT_ERROR = 2
 
