@@ -1,7 +1,7 @@
 """The base model of a StepFlow repository: how it is named, and what of a call's arguments is meant for it.
 
-A call such as `AutoModelForCausalLM.from_pretrained("org/preset", revision="v2", dtype="bfloat16")` names a revision of
-the preset's repository, but a dtype of the base's weights.
+A call such as `AutoModelForCausalLM.from_pretrained("org/preset", revision="v2", dtype="bfloat16")` names a revision
+of the preset's repository, but a dtype of the base's weights.
 """
 
 import json

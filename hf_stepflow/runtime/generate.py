@@ -1,7 +1,4 @@
-"""StepFlow for one call of any loaded model, as a `custom_generate` repository brings it:
-
-    model.generate(**inputs, custom_generate="org/stepflow-generate", trust_remote_code=True, tokenizer=tokenizer)
-"""
+"""StepFlow for one call of any loaded model, as a repository for `generate(custom_generate=...)` brings it."""
 
 import threading
 from typing import Any

@@ -1,5 +1,6 @@
-"""What `from_pretrained` loads: a model with its settings and tokenizer, from any of the folders and repositories
-that StepFlow comes in.
+"""What `from_pretrained` loads: a model with its settings and tokenizer.
+
+It comes from one of three kinds of folders and repositories:
 
 * a preset repository (model type "stepflow"): its base model, from elsewhere;
 * a whole model that was saved with StepFlow: itself, with the settings in its generation config;
@@ -46,7 +47,9 @@ class Loaded:
     block: dict[str, Any] | None = None
 
 
-def load(path: Any, args: tuple[Any, ...], stepflow: Any, tokenizer: Any, config: Any, kwargs: dict[str, Any]) -> Loaded:
+def load(
+    path: Any, args: tuple[Any, ...], stepflow: Any, tokenizer: Any, config: Any, kwargs: dict[str, Any]
+) -> Loaded:
     """Loads a model.
 
     Args:

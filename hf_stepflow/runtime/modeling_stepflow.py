@@ -286,20 +286,20 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             repository = upload.pop("repo_id", None) or Path(save_directory).name
             self.push_to_hub(repository, preset_only=preset_only, **upload)
 
-    def push_to_hub(self, repo_id: str, *args: Any, preset_only: bool = False, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, *, preset_only: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         """Uploads what `save_pretrained` saves.
 
         Args:
             repo_id: the repository.
-            *args: passed on to the base model's `push_to_hub`.
             preset_only: as in `save_pretrained`.
-            **kwargs: passed on.
+            **kwargs: as for the base model's `push_to_hub`.
 
         Raises:
             StepFlowInputError: as `save_pretrained`; or the base model is a folder of this machine.
         """
-        push = super().push_to_hub
-        return push_files(self, repo_id, **kwargs) if preset_only else push(repo_id, *args, **kwargs)
+        if preset_only:
+            return push_files(self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching packs many requests into one row, which StepFlow cannot follow."""

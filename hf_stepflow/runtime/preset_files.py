@@ -70,10 +70,24 @@ class PresetFiles(PushToHubMixin):
             **self.settings.to_dict(), **block, **fields, auto_map=_CLASSES, architectures=[MODEL_CLASS.split(".")[1]]
         )
         config.to_json_file(folder / "config.json")
-        _generation_config(self.generation_config, self.settings).to_json_file(folder / "generation_config.json")
+        generation = generation_config_with(self.generation_config, self.settings)
+        generation.to_json_file(folder / "generation_config.json")
         text = json.dumps(_TOKENIZER, indent=2, sort_keys=True) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         copy_code(folder, *PRESET_CODE)
+
+
+def generation_config_with(base: Any, settings: StepFlowSettings) -> GenerationConfig:
+    """A generation config with the settings of StepFlow in it.
+
+    Args:
+        base: the rest of it, or None.
+        settings: the settings.
+    """
+    config = GenerationConfig() if base is None else GenerationConfig.from_dict(base.to_dict())
+    config._from_model_config = False  # else its file would be read without our block
+    config.__dict__["stepflow"] = settings.to_dict()
+    return config
 
 
 def base_fields(config: Any) -> dict[str, Any]:
@@ -107,13 +121,6 @@ def apply_generation_config(model: Any, data: dict[str, Any], stored: dict[str, 
     for name, value in data.items():
         if name not in ("stepflow", "transformers_version", "_from_model_config"):
             setattr(model.generation_config, name, value)
-
-
-def _generation_config(base: Any, settings: StepFlowSettings) -> GenerationConfig:
-    config = GenerationConfig() if base is None else GenerationConfig.from_dict(base.to_dict())
-    config._from_model_config = False  # else its file would be read without our block
-    config.stepflow = settings.to_dict()
-    return config
 
 
 def _refuse_whole_model(folder: Path) -> None:

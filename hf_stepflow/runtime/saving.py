@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .base_model import MODEL_CLASS
+from .configuration_stepflow import StepFlowSettings
 from .errors import StepFlowInputError
 from .preset_files import PresetFiles, is_redirected
 from .repository_code import copy_code
@@ -16,7 +17,7 @@ from .repository_code import copy_code
 logger = logging.get_logger(__name__)
 
 MODEL_CODE = MODEL_CLASS.split(".")[0]
-_BASE = ("base_model_name_or_path", "base_model_revision")
+AUTO_MAP = {"AutoModelForCausalLM": MODEL_CLASS}
 
 
 def save_files(
@@ -71,13 +72,8 @@ def preset_files(model: Any) -> PresetFiles:
     if not settings.base_model_name_or_path:
         path = getattr(model.config, "_name_or_path", None) or None
         if path is not None and os.path.isdir(path):
-            logger.warning("The preset names a folder of this machine as its base model, and loads only here: %s", path)
-        files = PresetFiles(
-            settings.replace(base_model_name_or_path=path, base_model_revision=None),
-            base_config=model.config,
-            generation_config=model.generation_config,
-        )
-        return files
+            logger.warning("The preset names a folder of this machine as its base model: %s", path)
+        settings = settings.replace(base_model_name_or_path=path, base_model_revision=None)
     return PresetFiles(settings, block if settings == attached else None, model.config, model.generation_config)
 
 
@@ -97,7 +93,12 @@ def push_files(model: Any, repo_id: str, **kwargs: Any) -> Any:
     return files.push_to_hub(repo_id, **{"commit_message": "Upload StepFlow preset"} | kwargs)
 
 
-def _settings_in_force(model: Any) -> Any:
+def without_base(settings: StepFlowSettings) -> StepFlowSettings:
+    """Settings for a folder with weights: the base is what is in the folder, whatever its origin is called."""
+    return settings.replace(base_model_name_or_path=None, base_model_revision=None)
+
+
+def _settings_in_force(model: Any) -> StepFlowSettings:
     """Those of a call without settings of its own; those of the preset where such calls run without StepFlow."""
     rules = model._call_rules(None, None)
     return (model.stepflow_runtime.rules if rules is None else rules).plan.settings
@@ -108,10 +109,9 @@ def _as_stored(model: Any, own_code: bool) -> Iterator[None]:
     """Inside the block, config and generation config say what the files are to say."""
     config, generation = model.config, model.generation_config
     auto_map, block = config.__dict__.get("auto_map"), generation.stepflow
-    # The weights are in this folder, whatever their origin is called.
-    generation.stepflow = _settings_in_force(model).replace(**dict.fromkeys(_BASE)).to_dict()
+    generation.stepflow = without_base(_settings_in_force(model)).to_dict()
     if not own_code:
-        config.auto_map = {"AutoModelForCausalLM": MODEL_CLASS}
+        config.auto_map = AUTO_MAP
     try:
         yield
     finally:

@@ -60,6 +60,6 @@ def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: A
         raise
     except (OSError, ValueError, KeyError) as error:
         raise StepFlowConfigError(
-            f"StepFlow needs the model's tokenizer to find steps, and none could be loaded from {str(path)!r}: {error}",
+            f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
             hint="pass tokenizer=...",
         ) from error
