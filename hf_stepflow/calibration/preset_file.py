@@ -84,10 +84,14 @@ def check_link(file: Path) -> None:
     """
     if not file.is_symlink():
         return
-    target, root = file.resolve(), file.parent.resolve()
-    if root.parent.name == "snapshots":  # a Hub cache: snapshots/REVISION/FILE links to blobs of the same repository
-        root = root.parent.parent
-    if root not in target.parents:
+    target, folder = file.resolve(), file.parent.resolve()
+    roots = {folder}
+    if folder.parent.name == "snapshots":
+        # A Hub cache: snapshots/REVISION/FILE links to blobs of the same repository, and those that came from Xet
+        # storage are links to blobs that all repositories of the cache share.
+        repository = folder.parent.parent
+        roots = {repository, repository.parent / "blobs"}
+    if roots.isdisjoint(target.parents):
         raise StepFlowFileError(
             f"{str(file)!r} is a link out of its folder, to {str(target)!r}", hint="give the path of the file itself"
         )
