@@ -363,10 +363,12 @@ def _fetch(repository: str, revision: str | None, token: str | bool | None) -> P
     try:
         fetched = hf_hub_download(repository, "config.json", revision=revision, token=token)
     except (OSError, ValueError) as error:
+        # Where the Hub answered, the first line is the status, the next one what it is about.
+        reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
         raise StepFlowFileError(
             f"there is no preset {repository!r}: no such name, base model or path, and no config.json could be "
-            f"fetched from the Hub: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint=_LIST_HINT,
+            f"fetched from the Hub: {reason}",
+            hint=f"{_LIST_HINT}; a private one needs a token: `hf auth login`, or token=...",
         ) from error
     # The cache's own link, followed here because it is ours.
     file = Path(fetched)

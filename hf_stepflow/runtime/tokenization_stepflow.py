@@ -61,5 +61,5 @@ def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: A
     except (OSError, ValueError, KeyError) as error:
         raise StepFlowConfigError(
             f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
-            hint="pass tokenizer=...",
+            hint="where the model is private or gated, pass token=...; to put StepFlow on it, pass tokenizer=...",
         ) from error
