@@ -16,6 +16,7 @@ from hf_stepflow import StepFlowModelForCausalLM, load_preset
 from hf_stepflow.hub.export import export_preset
 from hf_stepflow.hub.push import push_custom_generate, push_preset
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
+from hf_stepflow.runtime.tokenization_stepflow import StepFlowTokenizer
 
 BASE, PRESET = "org/Tiny", "test-org/preset"
 # A fresh process without this package, as that of a user who has transformers only.
@@ -196,6 +197,9 @@ def test_a_base_that_is_closed_is_named(hub, base, tmp_path, closed, reason):
     ) as caught:
         StepFlowModelForCausalLM.from_pretrained(PRESET, cache_dir=tmp_path / "empty")
     assert "pass token=" in caught.value.hint
+    with pytest.raises(StepFlowConfigError, match=f"from '{BASE}'") as caught:
+        StepFlowTokenizer.from_pretrained(PRESET, cache_dir=tmp_path / "empty")
+    assert "pass token=" in caught.value.hint
     assert StepFlowModelForCausalLM.from_pretrained(PRESET, token=hub.token).stepflow_config.tau_max == 0.15
 
 
@@ -213,8 +217,9 @@ def test_a_preset_can_pin_the_revision_of_its_base(hub, base, tmp_path):
 def test_a_preset_by_its_id_on_a_model(hub, base, tmp_path):
     older = pushed(hub, tmp_path, settings={"tau_max": 0.3}, private=True).commit
     pushed(hub, tmp_path, settings={"tau_max": 0.4})
-    with pytest.raises(StepFlowFileError, match=f"no preset '{PRESET}'.*401"):
+    with pytest.raises(StepFlowFileError, match=f"no preset '{PRESET}'.*401.*Repository Not Found") as caught:
         load_preset(PRESET)
+    assert "a private one needs a token" in caught.value.hint
     preset = load_preset(PRESET, token=hub.token)
     assert (preset.base_model, preset.settings.tau_max, preset.kind) == (BASE, 0.4, "measured")
     assert load_preset(PRESET, revision=older, token=hub.token).settings.tau_max == 0.3
@@ -230,6 +235,19 @@ def test_a_preset_by_its_id_on_a_model(hub, base, tmp_path):
     assert on_another.stepflow_config.tau_max == 0.4
     with pytest.raises(StepFlowConfigError, match=r"is for llama.*this model is qwen3"):
         StepFlowModelForCausalLM.attach(tiny_model("qwen3"), PRESET, tokenizer=byte_tokenizer())
+
+
+@pytest.mark.parametrize("branch", [None, "new"])
+def test_an_attached_model_pushes_its_preset_to_no_models_place(hub, base, branch):
+    model = StepFlowModelForCausalLM.from_pretrained(BASE, stepflow={"tau_max": 0.3})
+    how = {"preset_only": True, "token": hub.token, "revision": branch}
+    files = hub.repos[BASE].files
+    with pytest.raises(StepFlowFileError, match=f"'{BASE}' holds a model of type 'llama'"):
+        model.push_to_hub(BASE, **how)
+    assert hub.repos[BASE].files == files
+    for _ in range(2):
+        model.push_to_hub(PRESET, **how)
+    assert StepFlowModelForCausalLM.from_pretrained(PRESET, revision=branch).stepflow_config.tau_max == 0.3
 
 
 @pytest.mark.parametrize("performed", [False, True])

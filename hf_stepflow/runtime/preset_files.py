@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import PushToHubMixin, logging
 
-from .base_model import MODEL_CLASS
+from .base_model import MODEL_CLASS, read_repository_file
 from .configuration_stepflow import BASE_FIELDS, StepFlowConfig, StepFlowSettings, read_json
 from .errors import StepFlowFileError, StepFlowInputError
 from .repository_code import copy_code
@@ -76,6 +76,11 @@ class PresetFiles(PushToHubMixin):
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         copy_code(folder, *PRESET_CODE)
 
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The end of `push_to_hub`, at which the repository is there and its id is whole."""
+        _refuse_other_repository(repo_id, kwargs.get("token"), kwargs.get("revision"))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
 
 def generation_config_with(base: Any, settings: StepFlowSettings) -> GenerationConfig:
     """A generation config with the settings of StepFlow in it.
@@ -131,4 +136,21 @@ def _refuse_whole_model(folder: Path) -> None:
         raise StepFlowFileError(
             f"{str(folder)!r} holds weights ({weights}); a preset's config.json would take the place of theirs",
             hint="save the preset to a folder of its own",
+        )
+
+
+def _refuse_other_repository(repo_id: str, token: Any, revision: str | None) -> None:
+    """As `_refuse_whole_model`, for a repository: that of the base model itself, for instance."""
+    try:
+        data = read_repository_file(repo_id, "config.json", {"token": token, "revision": revision})
+    except OSError:
+        if revision is None:
+            raise
+        # There is no such branch yet: it will be made from the main one.
+        data = read_repository_file(repo_id, "config.json", {"token": token})
+    if data and data.get("model_type") != "stepflow":
+        raise StepFlowFileError(
+            f"{repo_id!r} holds a model of type {str(data.get('model_type'))[:60]!r}; a preset's config.json would "
+            "take the place of that model's",
+            hint="push the preset to a repository of its own",
         )
