@@ -1,4 +1,4 @@
-"""A base model in a folder, a preset for it, and an environment that has torch and transformers but not hf_stepflow."""
+"""A base model in a folder, a preset for it, and an environment with torch and transformers but not hf_stepflow."""
 
 import copy
 import os

@@ -143,7 +143,7 @@ def test_what_is_refused_there(bare):
 
 
 def test_what_is_loaded_there(bare):
-    folder, *_, told = bare
+    *_, told = bare
     assert told["config"] == ["stepflow", 320, 512, SETTINGS.tau_max]
     assert told["model"] == ["LlamaForCausalLM", "llama", "transformers"]
     assert "steps" in told["report"]

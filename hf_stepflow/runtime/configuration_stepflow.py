@@ -189,6 +189,8 @@ def read_settings(
         return source
     if isinstance(source, dict):
         return StepFlowSettings().replace(**source)
+    if type(source).__name__ == "StepFlowSettings":  # of another copy of this code
+        return StepFlowSettings(**source.to_dict())
     if getattr(source, "model_type", None) == "stepflow":
         return StepFlowSettings(**{name: getattr(source, name, _DEFAULTS[name]) for name in SETTING_NAMES})
     if isinstance(source, str | Path):
