@@ -269,6 +269,26 @@ def test_a_push_that_breaks_off_is_completed_by_the_next(hub, base, tmp_path, re
     assert len(repository.commits) == 2
 
 
+def test_a_push_is_one_commit_where_the_client_has_xet_too(hub, base, tmp_path, monkeypatch):
+    """Its upload_folder would then try again with fewer and fewer files a commit."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.fail_next(f"POST .*/{PRESET}/commit/", 500)
+    with pytest.raises(StepFlowFileError, match="could not be pushed"):
+        pushed(hub, tmp_path)
+    assert len(hub.asked(f"POST .*/{PRESET}/commit/")) == 1
+    pushed(hub, tmp_path)
+    assert len(hub.repos[PRESET].commits) == 2
+
+
+def test_a_merge_leaves_no_shards_of_another_model(hub, base, tmp_path):
+    pushed(hub, tmp_path, merge_weights=True)
+    files = hub.repos[PRESET].files
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        hub.api().upload_file(repo_id=PRESET, path_in_repo=name, path_or_fileobj=b"{}")
+    pushed(hub, tmp_path, merge_weights=True)
+    assert hub.repos[PRESET].files == files
+
+
 def test_weights_that_break_off_are_completed_by_the_next_push(hub, base, tmp_path):
     hub.fail_next(f"PUT /storage/{PRESET}/", times=6)
     with pytest.raises(StepFlowFileError, match=r"could not be pushed: Error while uploading 'model\.safetensors'"):

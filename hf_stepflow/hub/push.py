@@ -121,7 +121,7 @@ def push_custom_generate(
 def _push(export: Export, repo_id: str, private: bool | None, revision: str | None, token: Any, dry_run: bool) -> Push:
     if dry_run:
         return Push(repo_id, revision, None, None, export)
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError  # of the transport too
 
     api = HfApi(token=token)
@@ -131,24 +131,32 @@ def _push(export: Export, repo_id: str, private: bool | None, revision: str | No
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-        # Of a model with other shards, some would be left over and be taken for its weights.
-        stale = ["*.safetensors", INDEX] if export.kind == "merged" else None
-        commit = api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=export.folder,
-            revision=revision,
-            delete_patterns=stale,
+        stale = _leftovers(api, url.repo_id, export, revision)
+        # Not upload_folder: where the Hub is in trouble, that makes several commits, and shows half a preset.
+        commit = api.create_commit(
+            url.repo_id,
+            [CommitOperationDelete(path) for path in stale]
+            + [CommitOperationAdd(path, export.folder / path) for path in export.files],
             commit_message=f"hf-stepflow: {name}",
+            revision=revision,
         )
     except StepFlowError:
         raise
-    except (HTTPError, OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise StepFlowFileError(
             f"{repo_id!r} could not be pushed: {reason}",
             hint=f"{_LOGIN}, if it asks for one; running the same again completes an interrupted push",
         ) from error
     return Push(url.repo_id, revision, str(url), commit.oid, export)
+
+
+def _leftovers(api: "HfApi", repo_id: str, export: Export, revision: str | None) -> list[str]:
+    """Weights in the repository that would be taken for the model's: those of one with other shards."""
+    if export.kind != "merged":
+        return []
+    there = api.list_repo_files(repo_id, revision=revision)
+    return [path for path in there if path not in export.files and (path.endswith(".safetensors") or path == INDEX)]
 
 
 def _check_repository(api: "HfApi", repo_id: str, kind: str, private: bool | None, revision: str | None) -> None:
