@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 from transformers.utils import logging
@@ -190,7 +190,7 @@ def read_settings(
     if isinstance(source, dict):
         return StepFlowSettings().replace(**source)
     if type(source).__name__ == "StepFlowSettings":  # of another copy of this code
-        return StepFlowSettings(**source.to_dict())
+        return StepFlowSettings(**cast(Any, source).to_dict())
     if getattr(source, "model_type", None) == "stepflow":
         return StepFlowSettings(**{name: getattr(source, name, _DEFAULTS[name]) for name in SETTING_NAMES})
     if isinstance(source, str | Path):

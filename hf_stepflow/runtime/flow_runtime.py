@@ -63,6 +63,7 @@ class FlowRuntime:
         heads: {layer: query heads} of its softmax attention layers.
         base_implementation: the attention implementation underneath.
         last: the state and plan of the last pass, for the report.
+        for_everyone: whether it is on in every thread; else only inside a block with settings of its own.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class FlowRuntime:
         heads: dict[int, int],
         base_implementation: str,
         ends: list[int],
+        for_everyone: bool = True,
     ):
         self.tokenizer = tokenizer
         self.heads = heads
         self.base_implementation = base_implementation
         self.end_of_turn_ids = ends
+        self.for_everyone = for_everyone
         self.last: tuple[FlowState, FlowPlan] | None = None
         self.hands_down: bool | None = None
         self._slot = _ThreadSlot()
@@ -142,7 +145,7 @@ class FlowRuntime:
     def effective(self) -> FlowRules | None:
         """The settings in force in this thread; None where StepFlow is off."""
         overrides = self._slot.overrides
-        return overrides[-1] if overrides else self.rules
+        return overrides[-1] if overrides else self.rules if self.for_everyone else None
 
     @property
     def is_overridden(self) -> bool:

@@ -15,7 +15,7 @@ _MAKING_LOCKS = threading.Lock()
 def generate(model: Any, inputs: Any = None, stepflow: Any = None, tokenizer: Any = None, **kwargs: Any) -> Any:
     """Generates with StepFlow on a model, and leaves the model as it was.
 
-    While it runs, the model has StepFlow for everyone who calls it; calls of this function take turns.
+    Calls on one model take turns; other threads may call the model's own `generate` meanwhile, without StepFlow.
 
     Args:
         model: any model that StepFlow runs on; one that has StepFlow already keeps it, and its settings are what a
@@ -38,9 +38,11 @@ def generate(model: Any, inputs: Any = None, stepflow: Any = None, tokenizer: An
         if stepflow is False:
             return type(model).generate(model, inputs, **kwargs)
         known = tokenizer if tokenizer is not None else _TOKENIZERS.get(model)
-        StepFlowModelForCausalLM.attach(model, None if stepflow is True else stepflow, tokenizer=known)
+        StepFlowModelForCausalLM._put_on(model, None if stepflow is True else stepflow, known, for_everyone=False)
         try:
-            _TOKENIZERS[model] = model.stepflow_runtime.tokenizer
-            return type(model).generate(model, inputs, **kwargs)
+            runtime = model.stepflow_runtime
+            _TOKENIZERS[model] = runtime.tokenizer
+            with runtime.override(runtime.rules):
+                return type(model).generate(model, inputs, **kwargs)
         finally:
             model.detach_stepflow()

@@ -118,6 +118,11 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             StepFlowConfigError: settings that do not fit the model or its tokenizer; a preset for another model.
             StepFlowFileError: no preset of this name.
         """
+        return cls._put_on(model, config, tokenizer)
+
+    @classmethod
+    def _put_on(cls, model: Any, config: Any, tokenizer: Any, for_everyone: bool = True) -> Any:
+        """As `attach`; where it is not for everyone, only blocks with settings of their own run StepFlow."""
         if getattr(model, "stepflow_runtime", None) is not None:
             raise StepFlowInputError(
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
@@ -128,7 +133,8 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         base = _base_implementation(modules.values())
         tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
         heads = {layer: query_heads(model, module) for layer, module in modules.items()}
-        runtime = FlowRuntime(settings, tokenizer, heads, base, _end_of_turn_ids(model, tokenizer))
+        ends = _end_of_turn_ids(model, tokenizer)
+        runtime = FlowRuntime(settings, tokenizer, heads, base, ends, for_everyone)
         if settings.thinking_start == "<think>" and not settings.implicit_thinking:
             _warn_if_never_thinking(tokenizer, settings)
 
@@ -223,6 +229,11 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         Raises:
             StepFlowError: settings that do not fit, an empty prompt or one of padding only, continuous batching.
         """
+        runtime = getattr(self, "stepflow_runtime", None)
+        if runtime is None or not (runtime.for_everyone or runtime.is_overridden):
+            # A call in another thread has put StepFlow on for itself, and takes it off when it ends.
+            kwargs |= {} if stepflow is None else {"stepflow": stepflow}
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         rules = self._call_rules(stepflow, kwargs.get("generation_config"))
         if rules is None:
             with self.disable_stepflow():
