@@ -157,7 +157,7 @@ class HubServer:
         } | ({} if token is None else {"HF_TOKEN": token})  # fmt: skip
 
     def run(
-        self, script: str, cache_dir: str | Path, token: str | None = None, timeout: float = 120
+        self, script: str, cache_dir: str | Path, token: str | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         """Runs a Python script in a fresh process that is a client of this Hub.
 
