@@ -15,7 +15,7 @@ from .base_facts import BaseFacts, facts_of
 from .cards import preset_card
 from .custom_generate import write_custom_generate
 from .folder import fresh_folder
-from .merged import fetch_base, write_merged
+from .merged import check_base, fetch_base, write_merged
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +94,7 @@ def export_preset(
     with fresh_folder(Path(folder)) as new:
         if merge_weights:
             source = fetch_base(preset.base_model, preset.base_model_revision, token)
+            check_base(source, preset.base_model)
             facts = _known(facts_of(str(source)), preset)
             write_merged(new, source, preset.base_model, preset.settings, facts.generation_config)
             warnings = []  # what is loaded is the folder itself

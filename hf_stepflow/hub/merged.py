@@ -58,16 +58,14 @@ def write_merged(folder: Path, source: Path, base: str, settings: Any, generatio
         generation_config: that which the base loads with.
 
     Raises:
-        StepFlowUnsupportedError: a base that cannot be copied into a repository that loads on its own.
-        StepFlowFileError: a base of which files are missing or lead out of its folder.
+        StepFlowFileError: files that lead out of the base's folder.
     """
-    config = _read(source / "config.json", base)
-    _check(source, base, config)
     for pattern in FILES:
         for file in sorted(source.glob(pattern)):
             if file.name not in _NOT_COPIED and file.is_file():
                 check_link(file)
                 shutil.copyfile(file, folder / file.name)
+    config = _read(source / "config.json", base)
     config = {name: value for name, value in config.items() if name != "_name_or_path"} | {"auto_map": AUTO_MAP}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -75,7 +73,18 @@ def write_merged(folder: Path, source: Path, base: str, settings: Any, generatio
     copy_code(folder, MODEL_CODE)
 
 
-def _check(source: Path, base: str, config: dict[str, Any]) -> None:
+def check_base(source: Path, base: str) -> None:
+    """Checks that a base's files make a repository that loads on its own.
+
+    Args:
+        source: the base's folder.
+        base: what it is called.
+
+    Raises:
+        StepFlowUnsupportedError: it brings code of its own.
+        StepFlowFileError: files are missing, broken, or lead out of its folder.
+    """
+    config = _read(source / "config.json", base)
     if config.get("model_type") not in CONFIG_MAPPING:
         raise StepFlowUnsupportedError(
             f"{base!r} brings code of its own (model type {str(config.get('model_type'))[:60]!r}), not to be copied",
