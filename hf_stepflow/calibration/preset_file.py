@@ -47,7 +47,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     name = str(file)
     if not file.is_file():
         raise StepFlowFileError(f"there is no file {name!r}", hint="`hf-stepflow presets list` shows the known names")
-    _check_link(file)
+    check_link(file)
     try:
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
@@ -76,14 +76,22 @@ def _refuse(name: str, problem: str) -> NoReturn:
     raise StepFlowFileError(f"{name!r} {problem}", hint=_HINT)
 
 
-def _check_link(file: Path) -> None:
-    """Refuses a link that leads out of its folder: a folder from elsewhere could show any file of this machine."""
+def check_link(file: Path) -> None:
+    """Refuses a link that leads out of its folder: a folder from elsewhere could show any file of this machine.
+
+    Raises:
+        StepFlowFileError: it does.
+    """
     if not file.is_symlink():
         return
-    target, root = file.resolve(), file.parent.resolve()
-    if root.parent.name == "snapshots":  # a Hub cache: snapshots/REVISION/FILE links to blobs of the same repository
-        root = root.parent.parent
-    if root not in target.parents:
+    target, folder = file.resolve(), file.parent.resolve()
+    roots = {folder}
+    if folder.parent.name == "snapshots":
+        # A Hub cache: snapshots/REVISION/FILE links to blobs of the same repository, and those that came from Xet
+        # storage are links to blobs that all repositories of the cache share.
+        repository = folder.parent.parent
+        roots = {repository, repository.parent / "blobs"}
+    if roots.isdisjoint(target.parents):
         raise StepFlowFileError(
             f"{str(file)!r} is a link out of its folder, to {str(target)!r}", hint="give the path of the file itself"
         )

@@ -44,7 +44,7 @@ RULE_STATEMENT = (
 )
 # Model types whose markers are fixed by the format that all their models write.
 _MARKERS = {"gpt_oss": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")}
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 _LIST_HINT = "`hf-stepflow presets list` shows the names; a path or the Hub id of a preset repository will do too"
 
 
@@ -188,7 +188,7 @@ def load_preset(
             return preset
     if name and Path(name).exists():
         return _read(_file_in(Path(name)))
-    if isinstance(name_or_path_or_hub_id, str) and _HUB_ID.fullmatch(name) and ".." not in name:
+    if isinstance(name_or_path_or_hub_id, str) and HUB_ID.fullmatch(name) and ".." not in name:
         return _fetch(name, revision, token)
     close = difflib.get_close_matches(name.lower(), [file.stem for file in _preset_files()], 1)
     raise StepFlowFileError(
@@ -363,10 +363,12 @@ def _fetch(repository: str, revision: str | None, token: str | bool | None) -> P
     try:
         fetched = hf_hub_download(repository, "config.json", revision=revision, token=token)
     except (OSError, ValueError) as error:
+        # Where the Hub answered, the first line is the status, the next one what it is about.
+        reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
         raise StepFlowFileError(
             f"there is no preset {repository!r}: no such name, base model or path, and no config.json could be "
-            f"fetched from the Hub: {(str(error) or type(error).__name__).splitlines()[0]}",
-            hint=_LIST_HINT,
+            f"fetched from the Hub: {reason}",
+            hint=f"{_LIST_HINT}; a private one needs a token: `hf auth login`, or token=...",
         ) from error
     # The cache's own link, followed here because it is ours.
     file = Path(fetched)

@@ -1,4 +1,4 @@
-"""`hf-stepflow presets`: the settings that come with the package, and the check of a contributed file."""
+"""`hf-stepflow presets`: the settings that come with the package, their cards, and the check of a file."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.errors import StepFlowError
+from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
 
 _WIDTH = 100
 _KINDS = {
@@ -31,6 +31,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = _action(actions, "show", "all of one preset", "hf-stepflow presets show Qwen/Qwen3-8B --json")
     show.add_argument("name", metavar="NAME", help="name, base model, path, or Hub id of a preset repository")
     show.add_argument("--revision", help="of the preset repository")
+    card = _action(actions, "card", "the model card of a preset's repository", "hf-stepflow presets card qwen3-8b")
+    wanted = card.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("name", metavar="NAME", nargs="?", help="as for `show`")
+    wanted.add_argument("--all", metavar="FOLDER", type=Path, help="one file for each preset of `list`, NAME.md")
+    card.add_argument(
+        "--repo-id", help="id of the repository that the card is for; without it a placeholder stands there"
+    )
+    card.add_argument("--out", metavar="FILE", type=Path, help="write it to a file")
+    card.add_argument("--revision", help="of the preset repository")
     validate = _action(
         actions, "validate", "check files before they are contributed", "hf-stepflow presets validate my-model.json"
     )
@@ -39,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does what was asked; `validate` returns 2 where a file is wrong."""
-    return {"list": _list, "show": _show, "validate": _validate}[args.action](args)
+    return {"list": _list, "show": _show, "card": _card, "validate": _validate}[args.action](args)
 
 
 def _action(actions: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -81,6 +90,38 @@ def _show(args: argparse.Namespace) -> int:
     preset = load_preset(args.name, revision=args.revision)
     print(json.dumps(_as_json(preset), indent=2, ensure_ascii=False) if args.json else _described(preset))
     return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from hf_stepflow.calibration.presets import list_presets, load_preset
+    from hf_stepflow.hub.cards import preset_card
+
+    if args.all is not None:
+        if args.repo_id or args.out or args.revision:
+            raise StepFlowInputError("--all takes no --repo-id, --out or --revision", hint="leave them out")
+        cards = {args.all / f"{preset.name}.md": preset_card(preset) for preset in list_presets()}
+    else:
+        cards = {args.out: preset_card(load_preset(args.name, revision=args.revision), args.repo_id)}
+    for file, card in cards.items():
+        if file is not None:
+            _save(card, file)
+    if args.json:
+        data = [_card_as_json(card, file) for file, card in cards.items()]
+        print(json.dumps(data if args.all is not None else data[0], indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(str(card) if file is None else f"wrote {file}" for file, card in cards.items()))
+    return 0
+
+
+def _save(card: Any, file: Path) -> None:
+    try:
+        card.save(file)
+    except OSError as error:
+        raise StepFlowFileError(f"{str(file)!r} cannot be written: {error}", hint="choose another path") from error
+
+
+def _card_as_json(card: Any, file: Path | None) -> dict[str, Any]:
+    return {"metadata": card.data.to_dict(), "card": str(card), "path": None if file is None else str(file)}
 
 
 def _validate(args: argparse.Namespace) -> int:

@@ -1,0 +1,195 @@
+"""The cards of the repositories on the Hub: what they hold, how to use it, and what stands behind the settings.
+
+A card says no more than the preset's provenance does: only settings that were measured on the model get evaluation
+results in the metadata, the paper's figures appear in the text as the paper's, and a rule says that it is one.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from hf_stepflow.calibration.presets import Preset
+from hf_stepflow.runtime.configuration_stepflow import resolve_layers
+from hf_stepflow.runtime.errors import StepFlowInputError
+
+from .markdown import inline_code, inline_text, json_code, one_line, table
+
+Kind = Literal["preset", "merged"]
+
+_TEMPLATE = Path(__file__).with_name("card.md")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
+_PARTS = {
+    "Odds-Equal Bridge": "oeb_layers oeb_heads tau_max bridge_scope bridge_floor sink_tokens oeb_span",
+    "Step Momentum Injection": "smi_layers alpha smi_window",
+    "length temperature": "length_temperature length_temperature_base length_temperature_layers "
+    "length_temperature_heads",
+    "segments and steps": "thinking_start summary_start tool_start tool_end implicit_thinking step_rule "
+    "min_step_chars",
+}
+_VERDICTS = {
+    "gain": "**Measured on this model: a gain.**",
+    "no measurable gain": "**Measured on this model: NO measurable gain.**",
+    "harm": "**Measured on this model: HARM.**",
+}
+
+
+def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "preset") -> ModelCard:
+    """The card of a repository that is made from a preset.
+
+    Args:
+        preset: the preset; its texts are treated as somebody else's and never as markup.
+        repo_id: id of the repository; None leaves a placeholder that the card explains.
+        kind: "preset" for settings and code that point at the base model, "merged" for a repository with weights.
+
+    Raises:
+        StepFlowInputError: an id that the Hub would refuse, or another kind.
+    """
+    if kind not in get_args(Kind):
+        raise StepFlowInputError(
+            f"kind must be one of {', '.join(map(repr, get_args(Kind)))}, got {kind!r}",
+            hint="the repository of custom_generate belongs to no preset: custom_generate_card()",
+        )
+    name, revision = one_line(preset.name), preset.base_model_revision
+    base = preset.base_model if preset.base_model and _HUB_ID.fullmatch(preset.base_model) else None
+    results = _eval_results(preset.provenance) if preset.kind == "measured" else None
+    data = ModelCardData(
+        base_model=base,
+        # Of the Hub's relations the only one that leaves the base's weights as they are and puts something on top;
+        # without it the Hub takes the repository for a fine-tuned model.
+        base_model_relation="adapter" if base else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["stepflow"],
+        model_name=name if results else None,
+        eval_results=results,
+    )
+    placeholder = f"YOUR-NAME/{name if _HUB_ID.fullmatch(f'o/{name}') else 'PRESET'}-stepflow"
+    return _card(
+        data,
+        repo_id,
+        placeholder,
+        kind=kind,
+        subject=inline_text(base or name),
+        base_link=f"[{base}](https://huggingface.co/{base})" if base else "its base model",
+        base_id=base or "ORGANISATION/BASE-MODEL",
+        base_revision=f', revision="{revision}"' if revision and _REVISION.fullmatch(revision) else "",
+        provenance_kind=preset.kind,
+        provenance=_provenance(preset),
+        notes=preset.notes and inline_text(preset.notes),
+        settings=_settings(preset),
+    )
+
+
+def custom_generate_card(repo_id: str | None = None) -> ModelCard:
+    """The card of the repository for `generate(custom_generate=...)`, which is made from no preset.
+
+    Args:
+        repo_id: as in `preset_card`.
+
+    Raises:
+        StepFlowInputError: an id that the Hub would refuse.
+    """
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["custom_generate", "stepflow"],
+    )
+    return _card(
+        data, repo_id, "YOUR-NAME/stepflow-generate", kind="custom_generate", subject="any model, as custom_generate"
+    )
+
+
+def _card(data: ModelCardData, repo_id: str | None, placeholder: str, **texts: Any) -> ModelCard:
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise StepFlowInputError(
+                f"repo_id is {repo_id!r}, which the Hub refuses: {error}",
+                hint='an id looks like "your-name/qwen3-8b-stepflow"',
+            ) from error
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    return ModelCard.from_template(
+        data, template_str=template, repo_id=repo_id or placeholder, is_placeholder=repo_id is None, **texts
+    )
+
+
+def _eval_results(provenance: dict[str, Any]) -> list[EvalResult]:
+    """The differences that were measured, each with n and interval, under names that no score of a model has."""
+    dataset = one_line(provenance["dataset"])
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=f"{dataset} (n = {provenance['n']})",
+            metric_type=f"{metric}_difference",
+            metric_name=f"{metric}, with StepFlow minus without, {_interval(each)}, n = {provenance['n']}",
+            metric_value=each["delta"],
+            metric_args={
+                "n": provenance["n"],
+                "low": each["low"],
+                "high": each["high"],
+                "confidence": each["confidence"],
+                "p_value": provenance["p_value"],
+            },
+        )
+        for each in provenance["deltas"]
+        for metric in [one_line(each["metric"])]
+    ]
+
+
+def _interval(delta: dict[str, Any]) -> str:
+    return f"{100 * delta['confidence']:g} % interval [{delta['low']:g}, {delta['high']:g}]"
+
+
+def _provenance(preset: Preset) -> str:
+    """What stands behind the settings, so that nobody takes one kind for another."""
+    stated = preset.provenance
+    if preset.kind == "paper":
+        headline = "**Published in the paper, NOT measured by this project.**"
+        text = f"{headline} {inline_text(stated['statement'])} Source: {inline_text(stated['section'])}."
+        rows = [(inline_text(each["benchmark"]), f"{each['base']:.1f}", f"{each['stepflow']:.1f}")
+                for each in stated["figures"]]  # fmt: skip
+        head = ("benchmark", "without, % (the paper's)", "with StepFlow, % (the paper's)")
+        return f"{text}\n\n{table(head, rows)}" if rows else text
+    if preset.kind == "rule":
+        return (
+            "**A rule, NOT calibrated for this model.** These are the paper's constants on a model that the paper did "
+            f"not try. The preset says: {inline_text(stated['statement'])}"
+        )
+    if preset.kind == "measured":
+        rows = [(inline_text(each["metric"]), f"{each['delta']:+g}", _interval(each)) for each in stated["deltas"]]
+        facts = {"data set": "dataset", "problems": "n", "p-value": "p_value", "date": "date",
+                 "hf-stepflow": "library_version", "seed": "seed", "machine": "machine"}  # fmt: skip
+        lines = [f"* {label}: {inline_text(stated[key])}" for label, key in facts.items() if key in stated]
+        lines.append(f"* command: {inline_code(stated['command'])}")
+        head = ("metric", "with StepFlow minus without", "how sure")
+        return f"{_VERDICTS[stated['verdict']]}\n\n{table(head, rows)}\n\n" + "\n".join(lines)
+    return (
+        "**Not stated.** Nobody says where these settings come from: take them for untested. No result on this "
+        "model is claimed."
+    )
+
+
+def _settings(preset: Preset) -> str:
+    """All settings as a table, after the layers that the bands come to."""
+    settings = preset.to_dict()["settings"]
+    rows = [(part, f"`{name}`", json_code(settings[name])) for part, names in _PARTS.items() for name in names.split()]
+    text = table(("part", "setting", "value"), rows)
+    if preset.architecture is None:
+        return text
+    layers = preset.architecture.layers
+    bridged, injected = (resolve_layers(name, settings[name], layers) for name in ("oeb_layers", "smi_layers"))
+    return (
+        f"Made for {inline_text(preset.architecture)}; hf-stepflow refuses it on another architecture. Layers of the "
+        f"bridge: {_listed(bridged)}. Layers of the injection: {_listed(injected)}.\n\n{text}"
+    )
+
+
+def _listed(layers: list[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
