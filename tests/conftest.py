@@ -1,15 +1,19 @@
 """What every test stands on: no network, one thread, fixed seeds, reproducible property tests on CI."""
 
 import os
+import tempfile
 
 # Read by huggingface_hub and transformers when they are imported, so set before anything imports them.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")  # the code of repositories that tests load
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import hub as hub  # a fixture
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -17,6 +21,10 @@ torch.set_num_threads(1)
 settings.register_profile("local", deadline=None)
 settings.register_profile("continuous", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("continuous" if os.environ.get("CI") else "local")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

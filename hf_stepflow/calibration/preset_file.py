@@ -51,7 +51,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         raise StepFlowFileError(
             f"there is no file {shown(name)}", hint="`hf-stepflow presets list` shows the known names"
         )
-    _check_link(file)
+    check_link(file)
     try:
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)
@@ -80,8 +80,12 @@ def _refuse(name: str, problem: str) -> NoReturn:
     raise StepFlowFileError(f"{name!r} {problem}", hint=_HINT)
 
 
-def _check_link(file: Path) -> None:
-    """Refuses a link that leads out of its folder: a folder from elsewhere could show any file of this machine."""
+def check_link(file: Path) -> None:
+    """Refuses a link that leads out of its folder: a folder from elsewhere could show any file of this machine.
+
+    Raises:
+        StepFlowFileError: it does.
+    """
     if not file.is_symlink():
         return
     target, root = file.resolve(), file.parent.resolve()

@@ -45,7 +45,7 @@ RULE_STATEMENT = (
 )
 # Model types whose markers are fixed by the format that all their models write.
 _MARKERS = {"gpt_oss": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")}
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 _LIST_HINT = "`hf-stepflow presets list` shows the names; a path or the Hub id of a preset repository will do too"
 
 
@@ -189,7 +189,7 @@ def load_preset(
             return preset
     if name and os.path.exists(name):  # unlike Path's own, it takes a name that no file can have
         return _read(_file_in(Path(name)))
-    if isinstance(name_or_path_or_hub_id, str) and _HUB_ID.fullmatch(name) and ".." not in name:
+    if isinstance(name_or_path_or_hub_id, str) and HUB_ID.fullmatch(name) and ".." not in name:
         return _fetch(name, revision, token)
     close = difflib.get_close_matches(name.lower(), [file.stem for file in _preset_files()], 1)
     raise StepFlowFileError(

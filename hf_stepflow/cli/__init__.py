@@ -17,7 +17,9 @@ SUBCOMMANDS = {
     "diagnose": "which steps of a trace draw on which: Step-Saliency",
     "doctor": "what is installed here and what of it StepFlow can use",
     "eval": "StepFlow settings and baselines, compared on the same problems",
+    "export": "a preset as a folder that transformers loads",
     "presets": "settings for models and where they come from: list, show, card, validate",
+    "push": "a preset's repository on the Hub",
 }
 EXIT_ERROR = 2
 

@@ -40,6 +40,8 @@ def examine() -> dict[str, Any]:
     """
     import torch
 
+    from hf_stepflow.hub.custom_generate import transformers_range
+
     version, supported_range = metadata.version("transformers"), transformers_range()
     return {
         "hf_stepflow": metadata.version("hf-stepflow"),
@@ -51,14 +53,6 @@ def examine() -> dict[str, Any]:
         "transformers_supported": supported_range.contains(version, prereleases=True),
         "attention": {name: reason_against(name) for name in IMPLEMENTATIONS},
     }
-
-
-def transformers_range() -> Any:
-    """Returns the versions of transformers that the installed hf-stepflow asks for, as a `SpecifierSet`."""
-    from packaging.requirements import Requirement
-
-    requirements = map(Requirement, metadata.requires("hf-stepflow") or [])
-    return next(requirement.specifier for requirement in requirements if requirement.name == "transformers")
 
 
 def reason_against(implementation: str) -> str | None:

@@ -8,7 +8,7 @@ import operator
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 from transformers.utils import logging
@@ -204,6 +204,8 @@ def read_settings(
         return source
     if isinstance(source, dict):
         return StepFlowSettings().replace(**source)
+    if type(source).__name__ == "StepFlowSettings":  # of another copy of this code
+        return StepFlowSettings(**cast(Any, source).to_dict())
     if getattr(source, "model_type", None) == "stepflow":
         return StepFlowSettings(**{name: getattr(source, name, _DEFAULTS[name]) for name in SETTING_NAMES})
     if isinstance(source, str | Path):
@@ -266,9 +268,14 @@ def settings_from_data(data: dict[str, Any], source: str) -> StepFlowSettings:
     return StepFlowSettings(**{name: data[name] for name in SETTING_NAMES if name in data})
 
 
+# Fields of the base's config that a preset carries over.
+BASE_FIELDS = (
+    "bos_token_id", "eos_token_id", "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id", "vocab_size",
+)  # fmt: skip
 _TRANSFORMERS_FIELDS = set(PretrainedConfig().to_dict()) | {
-    "architectures", "auto_map", "dtype", "max_position_embeddings", "model_type",
-    "stepflow_preset", "torch_dtype", "transformers_version", "vocab_size",
+    *BASE_FIELDS, "architectures", "auto_map", "dtype", "model_type", "stepflow_preset", "torch_dtype",
+    "transformers_version",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.utils import logging
@@ -30,8 +31,10 @@ _STEP_SETTINGS = (
     "tool_start",
 )  # fmt: skip
 
-# Step rules that are kept for when they are asked for again: each holds tables of the whole vocabulary.
-_VOCABULARIES = 8
+# Step rules of a tokenizer that are kept for when they are asked for again: each holds tables of the whole vocabulary,
+# which take a second to make.
+_LIMIT = 8
+_VOCABULARIES: "WeakKeyDictionary[Any, dict[tuple[Any, ...], StepVocabulary]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class FlowRuntime:
         heads: {layer: query heads} of its softmax attention layers.
         base_implementation: the attention implementation underneath.
         last: the state and plan of the last pass, for the report.
+        for_everyone: whether it is on in every thread; else only inside a block with settings of its own.
     """
 
     def __init__(
@@ -69,15 +73,17 @@ class FlowRuntime:
         heads: dict[int, int],
         base_implementation: str,
         ends: list[int],
+        for_everyone: bool = True,
     ):
         self.tokenizer = tokenizer
         self.heads = heads
         self.base_implementation = base_implementation
         self.end_of_turn_ids = ends
+        self.for_everyone = for_everyone
         self.last: tuple[FlowState, FlowPlan] | None = None
         self.hands_down: bool | None = None
         self._slot = _ThreadSlot()
-        self._vocabularies: dict[tuple[Any, ...], StepVocabulary] = {}
+        self._vocabularies = _VOCABULARIES.setdefault(tokenizer, {})
         self._plans: dict[str, FlowPlan] = {}
         self.rules = self.rules_for(settings)
 
@@ -103,9 +109,10 @@ class FlowRuntime:
 
     def vocabulary_for(self, settings: StepFlowSettings) -> StepVocabulary:
         """The step rules for these settings, built once."""
-        key = tuple(repr(getattr(settings, name)) for name in _STEP_SETTINGS)
+        named = (repr(getattr(settings, name)) for name in _STEP_SETTINGS)
+        key = (len(self.tokenizer), *self.end_of_turn_ids, *named)
         if key not in self._vocabularies:
-            if len(self._vocabularies) >= _VOCABULARIES:
+            if len(self._vocabularies) >= _LIMIT:
                 del self._vocabularies[next(iter(self._vocabularies))]
             self._vocabularies[key] = StepVocabulary.from_tokenizer(
                 self.tokenizer, settings, end_of_turn_ids=self.end_of_turn_ids
@@ -138,7 +145,12 @@ class FlowRuntime:
     def effective(self) -> FlowRules | None:
         """The settings in force in this thread; None where StepFlow is off."""
         overrides = self._slot.overrides
-        return overrides[-1] if overrides else self.rules
+        return overrides[-1] if overrides else self.rules if self.for_everyone else None
+
+    @property
+    def is_overridden(self) -> bool:
+        """Whether this thread is inside a block with settings of its own."""
+        return bool(self._slot.overrides)
 
     def current(self) -> FlowPass | None:
         """The pass that runs in this thread; None where StepFlow is off.

@@ -14,22 +14,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .attention_modules import attention_modules, query_heads
-from .configuration_stepflow import StepFlowConfig, StepFlowSettings, read_settings, settings_from_data
+from .configuration_stepflow import StepFlowConfig, StepFlowSettings, read_settings
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_attention import make_flow_attention
 from .flow_runtime import FlowRules, FlowRuntime
-from .preset_lookup import find_preset, settings_for
+from .loading import load, settings_on
+from .preset_lookup import find_preset
 from .report import FlowReport
+from .repository_code import code_files
+from .saving import push_files, save_files
+from .tokenization_stepflow import load_base_tokenizer
 
 logger = logging.get_logger(__name__)
 
 # A name of its own for each copy of this code (a preset repo brings one), free of names that models look for.
-_STAMP = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+_STAMP = hashlib.sha256(b"".join(file.read_bytes() for file in code_files(Path(__file__).stem))).hexdigest()[:8]
+_UPLOAD = (
+    "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
+)  # fmt: skip
+# What an attached model has beside its base's attributes.
+_STATE = "stepflow_runtime _stepflow_preset _stepflow_replaced _stepflow_stored _compiled_call"
 _NAMES = {"eager": "plain", "flex_attention": "flexible", "sdpa": "fused"}
 
 
@@ -43,30 +52,54 @@ class StepFlowModelForCausalLM(PreTrainedModel):
     config_class = StepFlowConfig
     stepflow_runtime: FlowRuntime
     generation_config: Any
+    _stepflow_preset: Any
     _stepflow_replaced: Any
     _stepflow_stored: Any
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, stepflow: Any = None, tokenizer: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        stepflow: Any = None,
+        tokenizer: Any = None,
+        config: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        """Loads a base model and attaches StepFlow.
+        """Loads a model and attaches StepFlow.
 
         Args:
-            pretrained_model_name_or_path: the base model, as for `AutoModelForCausalLM.from_pretrained`.
+            pretrained_model_name_or_path: a model, as for `AutoModelForCausalLM.from_pretrained`, one that was saved
+                with StepFlow included; or a preset repository, whose base model is loaded then.
             *args: passed on.
             stepflow: a `StepFlowConfig`, a dict, or the path of a JSON file or folder; a preset: its name, its base
                 model's id, a `Preset`, its path or its Hub id; "auto" for the preset of this model, or else the rule;
-                None takes the `stepflow` block of the model's generation config, or else the defaults.
+                None takes the preset repository's settings, or those that the model was saved with, or else the
+                defaults. On a preset repository a dict is merged over its settings.
             tokenizer: the model's tokenizer; None loads it from the base's path.
-            **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
+            config: of the model or of the preset.
+            **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`; `revision` and `subfolder` of a preset
+                repository say nothing of its base, which has a revision of its own (`base_model_revision`).
 
         Raises:
             StepFlowError: as `attach`.
         """
         stepflow = find_preset(stepflow)  # a misspelt name is told before the weights are loaded
-        model = AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return cls.attach(model, stepflow, tokenizer=tokenizer)
+        loaded = load(pretrained_model_name_or_path, args, stepflow, tokenizer, config, kwargs)
+        model = cls.attach(loaded.model, loaded.settings, tokenizer=loaded.tokenizer)
+        model._stepflow_preset = loaded.settings, loaded.block
+        return model if loaded.info is None else (model, loaded.info)
+
+    def __init__(self, config: Any = None, *args: Any, **kwargs: Any):
+        raise _no_constructor(config)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        raise _no_constructor(config)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Does nothing: what is saved says itself how it is loaded."""
 
     @classmethod
     def attach(cls, model: Any, config: Any = None, *, tokenizer: Any = None) -> Any:
@@ -85,24 +118,28 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             StepFlowConfigError: settings that do not fit the model or its tokenizer; a preset for another model.
             StepFlowFileError: no preset of this name.
         """
+        return cls._put_on(model, config, tokenizer)
+
+    @classmethod
+    def _put_on(cls, model: Any, config: Any, tokenizer: Any, for_everyone: bool = True) -> Any:
+        """As `attach`; where it is not for everyone, only blocks with settings of their own run StepFlow."""
         if getattr(model, "stepflow_runtime", None) is not None:
             raise StepFlowInputError(
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
             )
         stored = getattr(model.generation_config, "stepflow", None)
-        if config is None and isinstance(stored, dict):
-            settings = settings_from_data(stored, "generation_config.stepflow")
-        else:
-            settings = read_settings(settings_for(config, model))
+        settings, block = settings_on(model, config)
         modules = attention_modules(model)
         base = _base_implementation(modules.values())
         tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
         heads = {layer: query_heads(model, module) for layer, module in modules.items()}
-        runtime = FlowRuntime(settings, tokenizer, heads, base, _end_of_turn_ids(model, tokenizer))
+        ends = _end_of_turn_ids(model, tokenizer)
+        runtime = FlowRuntime(settings, tokenizer, heads, base, ends, for_everyone)
         if settings.thinking_start == "<think>" and not settings.implicit_thinking:
             _warn_if_never_thinking(tokenizer, settings)
 
         name = _register(base)
+        model._stepflow_preset = settings, block
         model._stepflow_replaced = {}
         for layer, module in modules.items():
             module.stepflow_link = runtime.link(layer)
@@ -129,7 +166,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             del self.generation_config.stepflow
         else:
             self.generation_config.stepflow = stored
-        for name in "stepflow_runtime _stepflow_replaced _stepflow_stored _compiled_call".split():
+        for name in _STATE.split():
             self.__dict__.pop(name, None)
         _change_class(self, type(self).__mro__[2])
         return self
@@ -156,7 +193,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         if settings is None or settings is True:
             rules = runtime.effective
         elif isinstance(settings, dict):
-            current = (runtime.effective or runtime.rules).plan.settings
+            current = (self._call_rules(None, None) or runtime.rules).plan.settings
             rules = runtime.rules_for(current.replace(**settings))
         elif settings is not False:
             rules = runtime.rules_for(read_settings(settings))
@@ -192,6 +229,11 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         Raises:
             StepFlowError: settings that do not fit, an empty prompt or one of padding only, continuous batching.
         """
+        runtime = getattr(self, "stepflow_runtime", None)
+        if runtime is None or not (runtime.for_everyone or runtime.is_overridden):
+            # A call in another thread has put StepFlow on for itself, and takes it off when it ends.
+            kwargs |= {} if stepflow is None else {"stepflow": stepflow}
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         rules = self._call_rules(stepflow, kwargs.get("generation_config"))
         if rules is None:
             with self.disable_stepflow():
@@ -208,7 +250,9 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         if stepflow is False or runtime.effective is None:
             return None
         settings, is_on = runtime.effective.plan.settings, True
-        stored = [getattr(source, "stepflow", None) for source in (self.generation_config, generation_config)]
+        # Settings of an enclosing block were merged over those of the model's generation config already.
+        configs = (generation_config,) if runtime.is_overridden else (self.generation_config, generation_config)
+        stored = [getattr(source, "stepflow", None) for source in configs]
         for source in (*stored, stepflow):
             if source is None:
                 continue
@@ -218,6 +262,55 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             elif not isinstance(source, bool):
                 settings = read_settings(source)
         return runtime.rules_for(settings) if is_on else None
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *args: Any,
+        preset_only: bool = False,
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the whole model with StepFlow, or the preset alone.
+
+        The whole model is a folder that loads without anything else: `AutoModelForCausalLM.from_pretrained` gives the
+        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone is a few kB: it
+        names its base model, and is loaded with `trust_remote_code=True`.
+
+        Args:
+            save_directory: the folder.
+            *args: passed on to the base model's `save_pretrained`.
+            preset_only: leave the weights out; changes that were made to them since the base was loaded are lost.
+            push_to_hub: upload it too; `repo_id` and other arguments of `push_to_hub` may be given then.
+            is_main_process: whether this process writes files that all processes share.
+            **kwargs: passed on.
+
+        Raises:
+            StepFlowInputError: `preset_only`, and nothing says which the base model is.
+            StepFlowFileError: `preset_only`, and the folder holds weights.
+        """
+        upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs} if push_to_hub else {}
+        save_files(self, save_directory, super().save_pretrained, preset_only, is_main_process, args, kwargs)
+        if push_to_hub and is_main_process:
+            upload = {"token": kwargs["token"]} | upload if "token" in kwargs else upload
+            repository = upload.pop("repo_id", None) or Path(save_directory).name
+            self.push_to_hub(repository, preset_only=preset_only, **upload)
+
+    def push_to_hub(self, repo_id: str, *, preset_only: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Uploads what `save_pretrained` saves.
+
+        Args:
+            repo_id: the repository.
+            preset_only: as in `save_pretrained`.
+            **kwargs: as for the base model's `push_to_hub`.
+
+        Raises:
+            StepFlowInputError: as `save_pretrained`; or the base model is a folder of this machine.
+        """
+        if preset_only:
+            return push_files(self, repo_id, **kwargs)
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching packs many requests into one row, which StepFlow cannot follow."""
@@ -270,6 +363,17 @@ def _change_class(model: Any, kind: Any) -> None:
         if getattr(kept, "__func__", None) is type(model).forward:
             model.__dict__[name] = types.MethodType(kind.forward, model)
     model.__class__ = kind
+
+
+def _no_constructor(config: Any) -> StepFlowUnsupportedError:
+    base = getattr(config, "base_model_name_or_path", None)
+    return StepFlowUnsupportedError(
+        "a StepFlow model is not made from a config: a preset holds settings for a base model"
+        + (f" ({base})" if base else "")
+        + ", no weights",
+        hint="use AutoModelForCausalLM.from_pretrained on the preset's repository, or StepFlowModelForCausalLM.attach "
+        "on a model",
+    )
 
 
 def _no_continuous_batching() -> StepFlowUnsupportedError:
@@ -331,13 +435,7 @@ def _load_tokenizer(model: Any, settings: StepFlowSettings) -> Any:
             "StepFlow needs the model's tokenizer to find steps, and the model names no path to load it from",
             hint="pass tokenizer=...",
         )
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=settings.base_model_revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise StepFlowConfigError(
-            f"StepFlow needs the model's tokenizer to find steps, and none could be loaded from {path!r}: {error}",
-            hint="pass tokenizer=...",
-        ) from error
+    return load_base_tokenizer(path, settings.base_model_revision)
 
 
 def _end_of_turn_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .configuration_stepflow import read_json
+from .configuration_stepflow import StepFlowSettings, read_json, read_settings
 from .errors import StepFlowConfigError
 
 
@@ -27,12 +27,15 @@ def find_preset(source: Any) -> Any:
     return _presets(str(source)).load_preset(source)
 
 
-def settings_for(source: Any, model: Any) -> Any:
-    """What `read_settings` understands of this source, checked against the model where it is a preset.
+def settings_for(source: Any, model: Any) -> tuple[StepFlowSettings, dict[str, Any] | None]:
+    """The settings that are meant for a model, and the preset that they are.
 
     Args:
         source: as for `find_preset`.
-        model: the model that the settings are for.
+        model: the model, which a preset is checked against.
+
+    Returns:
+        The settings; name, architecture and provenance of the preset for this very model, else None.
 
     Raises:
         StepFlowError: as `find_preset`; or a preset for another architecture.
@@ -40,8 +43,12 @@ def settings_for(source: Any, model: Any) -> Any:
     source = find_preset(source)
     if isinstance(source, str) and source == "auto":
         source = _presets(source).preset_for(model)
+    if not hasattr(source, "for_model"):
+        return read_settings(source), None
     # As plain data, because the package's classes are others than those of a copy of this code.
-    return source.for_model(model).to_dict() if hasattr(source, "for_model") else source
+    settings = StepFlowSettings(**source.for_model(model).to_dict())
+    is_its_base = settings.base_model_name_or_path == source.base_model
+    return settings, source.to_config().to_dict().get("stepflow_preset") if is_its_base else None
 
 
 def _is_settings(source: str | Path) -> bool:

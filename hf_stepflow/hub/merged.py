@@ -1,0 +1,117 @@
+"""A repository with the base model's weights: its files, copied byte for byte, and StepFlow's beside them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from hf_stepflow.calibration.preset_file import check_link
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowUnsupportedError
+from hf_stepflow.runtime.preset_files import generation_config_with
+from hf_stepflow.runtime.repository_code import copy_code
+from hf_stepflow.runtime.saving import AUTO_MAP, MODEL_CODE, without_base
+
+INDEX = "model.safetensors.index.json"
+# The weights, the tokenizer in all the forms that transformers reads, and the terms of use.
+FILES = (
+    "*.safetensors", INDEX, "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_NOT_COPIED = ("config.json", "generation_config.json")
+
+
+def fetch_base(base: str, revision: str | None, token: str | bool | None) -> Path:
+    """The folder with a base model's files, fetched from the Hub where it is none of this machine.
+
+    Raises:
+        StepFlowFileError: it cannot be fetched.
+    """
+    if os.path.isdir(base):
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Subfolders hold the same weights in other formats.
+        return Path(
+            snapshot_download(base, revision=revision, token=token, allow_patterns=list(FILES), ignore_patterns="*/*")
+        )
+    except (OSError, ValueError) as error:
+        raise StepFlowFileError(
+            f"the weights of {base!r} could not be fetched: {str(error).strip().splitlines()[0]}",
+            hint="export without --merge-weights needs none; or give a folder with --base",
+        ) from error
+
+
+def write_merged(folder: Path, source: Path, base: str, settings: Any, generation_config: Any) -> None:
+    """Writes the files of a whole model with StepFlow to a folder.
+
+    Args:
+        folder: an empty one.
+        source: the base's folder.
+        base: what it is called.
+        settings: of StepFlow.
+        generation_config: that which the base loads with.
+
+    Raises:
+        StepFlowUnsupportedError: a base that cannot be copied into a repository that loads on its own.
+        StepFlowFileError: a base of which files are missing or lead out of its folder.
+    """
+    config = _read(source / "config.json", base)
+    _check(source, base, config)
+    for pattern in FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.name not in _NOT_COPIED and file.is_file():
+                check_link(file)
+                shutil.copyfile(file, folder / file.name)
+    config = {name: value for name, value in config.items() if name != "_name_or_path"} | {"auto_map": AUTO_MAP}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    generation_config_with(generation_config, without_base(settings)).to_json_file(folder / "generation_config.json")
+    copy_code(folder, MODEL_CODE)
+
+
+def _check(source: Path, base: str, config: dict[str, Any]) -> None:
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise StepFlowUnsupportedError(
+            f"{base!r} brings code of its own (model type {str(config.get('model_type'))[:60]!r}), not to be copied",
+            hint="export without --merge-weights: the preset loads the base from where it is",
+        )
+    tokenizer = source / "tokenizer_config.json"
+    if not tokenizer.is_file():
+        raise StepFlowFileError(f"{base!r} has no tokenizer_config.json", hint="save the tokenizer beside the model")
+    if _read(tokenizer, base).get("auto_map"):
+        raise StepFlowUnsupportedError(
+            f"the tokenizer of {base!r} brings code of its own, which is not copied",
+            hint="export without --merge-weights: the preset loads the base from where it is",
+        )
+    present = {file.name for file in source.glob("*.safetensors")}
+    index = source / INDEX
+    wanted = set(_read(index, base).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    missing = sorted(wanted - present)
+    if missing or not wanted:
+        raise StepFlowFileError(
+            f"{base!r} lacks weights: {', '.join(map(repr, missing[:3])) or 'its index names none'}",
+            hint="only safetensors are exported: load the model, save it, and give that folder with --base",
+        )
+
+
+def _read(file: Path, base: str) -> dict[str, Any]:
+    if not file.is_file():
+        adapter = " (it is an adapter)" if (file.parent / "adapter_config.json").is_file() else ""
+        raise StepFlowFileError(
+            f"{base!r} has no {file.name}{adapter}",
+            hint="merge an adapter into its model first (merge_and_unload), and give that folder with --base",
+        )
+    check_link(file)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StepFlowFileError(f"{file.name} of {base!r} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise StepFlowFileError(f"{file.name} of {base!r} holds {type(data).__name__}, expected an object")
+    return data

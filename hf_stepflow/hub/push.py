@@ -1,0 +1,194 @@
+"""Pushing a preset's repository to the Hub: an export to a temporary folder, uploaded as one commit."""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_stepflow.calibration.preset_file import read_json_object
+from hf_stepflow.calibration.presets import Preset, load_preset
+from hf_stepflow.runtime.base_model import is_saved_with_stepflow
+from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
+
+from .export import Export, export_custom_generate, export_preset, is_local, with_base
+from .folder import CUSTOM_GENERATE
+from .merged import INDEX
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_LOGIN = "`hf auth login`, or a token that may write there in the environment variable HF_TOKEN"
+_ANYWHERE = {".gitattributes", "README.md"}
+
+
+@dataclass(frozen=True)
+class Push:
+    """What was uploaded, or would be.
+
+    Attributes:
+        repo_id: where to.
+        revision: the branch, None for the main one.
+        url: of the repository; None for a dry run.
+        commit: what the branch is at; None for a dry run.
+        export: the files.
+    """
+
+    repo_id: str
+    revision: str | None
+    url: str | None
+    commit: str | None
+    export: Export
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        data = self.export.to_dict()
+        del data["folder"]
+        own = {"repo_id": self.repo_id, "revision": self.revision, "url": self.url, "commit": self.commit}
+        return own | {"dry_run": self.commit is None} | data
+
+
+def push_preset(
+    preset: "str | Path | Preset",
+    repo_id: str,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    merge_weights: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Push:
+    """Pushes the repository of a preset; running it again completes a push that was interrupted.
+
+    Args:
+        preset: as for `load_preset`.
+        repo_id: id of the repository; it is made where there is none.
+        base: Hub id of another base model than the preset's.
+        base_revision: its revision.
+        merge_weights: push the base's weights too.
+        private: whether a new repository is private; None leaves that to the Hub.
+        revision: the branch; it is made where there is none.
+        token: as in huggingface_hub; None takes the one of the environment or of `hf auth login`.
+        dry_run: only tell what would be uploaded; the Hub is not asked about the repository.
+
+    Raises:
+        StepFlowInputError: a base that is a folder of this machine; an id that the Hub would refuse.
+        StepFlowFileError: a repository with something else in it, or a Hub that cannot be reached or refuses.
+        StepFlowError: as `export_preset`.
+    """
+    preset = with_base(load_preset(preset, token=token), base, base_revision)
+    assert preset.base_model is not None
+    if is_local(preset.base_model):
+        raise StepFlowInputError(
+            f"the base model {preset.base_model!r} is a folder of this machine, which nobody else can load",
+            hint="push the base model first, and give its Hub id with --base",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        export = export_preset(
+            preset, Path(folder) / "export", merge_weights=merge_weights, repo_id=repo_id, token=token
+        )
+        return _push(export, repo_id, private, revision, token, dry_run)
+
+
+def push_custom_generate(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Push:
+    """Pushes the repository for `generate(custom_generate=...)`.
+
+    Args:
+        repo_id: as for `push_preset`.
+        private: as for `push_preset`.
+        revision: as for `push_preset`.
+        token: as for `push_preset`.
+        dry_run: as for `push_preset`.
+
+    Raises:
+        StepFlowError: as `push_preset`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        export = export_custom_generate(Path(folder) / "export", repo_id=repo_id)
+        return _push(export, repo_id, private, revision, token, dry_run)
+
+
+def _push(export: Export, repo_id: str, private: bool | None, revision: str | None, token: Any, dry_run: bool) -> Push:
+    if dry_run:
+        return Push(repo_id, revision, None, None, export)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of the transport too
+
+    api = HfApi(token=token)
+    name = "custom_generate" if export.preset is None else f"the StepFlow preset {export.preset.name}"
+    try:
+        _check_repository(api, repo_id, export.kind, private, revision)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        # Of a model with other shards, some would be left over and be taken for its weights.
+        stale = ["*.safetensors", INDEX] if export.kind == "merged" else None
+        commit = api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=export.folder,
+            revision=revision,
+            delete_patterns=stale,
+            commit_message=f"hf-stepflow: {name}",
+        )
+    except StepFlowError:
+        raise
+    except (HTTPError, OSError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise StepFlowFileError(
+            f"{repo_id!r} could not be pushed: {reason}",
+            hint=f"{_LOGIN}, if it asks for one; running the same again completes an interrupted push",
+        ) from error
+    return Push(url.repo_id, revision, str(url), commit.oid, export)
+
+
+def _check_repository(api: "HfApi", repo_id: str, kind: str, private: bool | None, revision: str | None) -> None:
+    """Refuses a repository that holds something else, or that others can see where it should be private."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return
+    if private and not info.private:
+        raise StepFlowInputError(
+            f"{repo_id!r} is there already and is public, but --private was asked for",
+            hint="make it private in its settings on the Hub first, or push to another one",
+        )
+    if revision is not None:
+        with contextlib.suppress(RevisionNotFoundError):  # it is made from the main branch, which is looked at then
+            info = api.model_info(repo_id, revision=revision)
+    names = {sibling.rfilename for sibling in info.siblings or []} - _ANYWHERE
+    foreign = _foreign(api, repo_id, info.sha, names, kind)
+    if foreign is not None:
+        raise StepFlowFileError(
+            f"{repo_id!r} holds something else already ({foreign})",
+            hint="push to a repository of its own, which is made where there is none",
+        )
+
+
+def _foreign(api: "HfApi", repo_id: str, sha: str | None, names: set[str], kind: str) -> str | None:
+    """What stands against a push, by the files that are there; None where nothing does."""
+    of_generate = next((name for name in sorted(names) if name.startswith(f"{CUSTOM_GENERATE}/")), None)
+    if kind == "custom_generate":
+        return next((name for name in sorted(names) if not name.startswith(f"{CUSTOM_GENERATE}/")), None)
+    weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)
+    if of_generate is not None or not names:
+        return of_generate
+    if "config.json" not in names:
+        return min(names)
+    config = read_json_object(Path(os.path.realpath(api.hf_hub_download(repo_id, "config.json", revision=sha))))
+    if config.get("model_type") == "stepflow" and weights is None:
+        return None
+    if kind == "merged" and is_saved_with_stepflow(config):
+        return None
+    return weights or f"the config of a model of type {str(config.get('model_type'))[:60]!r}"

@@ -1,0 +1,138 @@
+"""The base model of a StepFlow repository: how it is named, and what of a call's arguments is meant for it.
+
+A call such as `AutoModelForCausalLM.from_pretrained("org/preset", revision="v2", dtype="bfloat16")` names a revision
+of the preset's repository, but a dtype of the base's weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+from transformers.utils.hub import cached_file
+
+from .configuration_stepflow import SETTING_NAMES
+from .errors import StepFlowConfigError, StepFlowFileError
+
+MODEL_CLASS = "modeling_stepflow.StepFlowModelForCausalLM"
+
+# How files are fetched: the same for the preset's repository and for the base's.
+_FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+# Where in the preset's repository they are, and what transformers hands along for itself.
+_OF_THE_REPOSITORY = ("revision", "subfolder", "code_revision", "_commit_hash", "_from_auto", "_from_pipeline")
+# Fields of a preset's config that say nothing of the base.
+_OF_THE_PRESET = {
+    *SETTING_NAMES, "_name_or_path", "architectures", "auto_map", "model_type", "stepflow_preset",
+    "transformers_version",
+}  # fmt: skip
+
+
+def read_repository_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object in a file of a folder or Hub repository, empty where there is no such file.
+
+    Args:
+        path: folder or Hub id.
+        name: of the file.
+        kwargs: of the call that is being answered; those that say where files are and how they are fetched count.
+
+    Raises:
+        OSError: the repository cannot be reached, or its file is no JSON object.
+    """
+    where = {key: kwargs[key] for key in (*_FETCHING, "revision", "subfolder") if kwargs.get(key) is not None}
+    file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **where)
+    if file is None:
+        return {}
+    try:
+        data = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StepFlowFileError(f"{name} of {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise StepFlowFileError(f"{name} of {str(path)!r} holds {type(data).__name__}, expected an object")
+    return data
+
+
+def fetching(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that say how files are fetched."""
+    return {name: kwargs[name] for name in _FETCHING if kwargs.get(name) is not None}
+
+
+def meant_for_base(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call on a preset's repository that are meant for the base: its revision is not."""
+    kept = {name: value for name, value in kwargs.items() if name not in _OF_THE_REPOSITORY}
+    adapter = kept.pop("adapter_kwargs", None) or {}
+    if "_adapter_model_path" not in adapter:  # else there is an adapter in the repository, of that very revision
+        adapter = {name: value for name, value in adapter.items() if name != "revision"}
+    return kept | {"adapter_kwargs": adapter} if adapter else kept
+
+
+def changed_fields(config: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """What a call or its user changed in a preset's config that only the base can honour, as arguments for it.
+
+    Transformers puts arguments into the config wherever it has such a field: attention implementation, dtype, and
+    every field that the preset carries over from its base.
+
+    Args:
+        config: as the call has it.
+        data: as it is stored.
+    """
+    before, after = type(config).from_dict(dict(data)).to_dict(), config.to_dict()
+    changed = {
+        name: value
+        for name, value in after.items()
+        if name not in _OF_THE_PRESET and not name.startswith("_") and value != before.get(name)
+    }
+    for name in ("attn_implementation", "experts_implementation"):
+        value = getattr(config, f"_{name}", None)
+        if value is not None:
+            changed[name] = value
+    return changed
+
+
+def base_of(config: Any, source: Any) -> tuple[str, str | None]:
+    """The base model that a preset names, and its revision.
+
+    Raises:
+        StepFlowConfigError: it names none.
+    """
+    base = getattr(config, "base_model_name_or_path", None)
+    if not base:
+        raise StepFlowConfigError(
+            f"the preset {str(source)!r} names no base model, so there is nothing to put StepFlow on",
+            hint="set base_model_name_or_path in its config.json, or load the base model and attach the preset to it",
+        )
+    return base, getattr(config, "base_model_revision", None)
+
+
+def adapter_base(path: Any, kwargs: dict[str, Any]) -> str | None:
+    """The model that the adapter in a repository is for; None where there is no adapter."""
+    return read_repository_file(path, "adapter_config.json", kwargs).get("base_model_name_or_path")
+
+
+def trust_for(path: Any, trust: Any, kwargs: dict[str, Any]) -> Any:
+    """Whether code of a base model's own may run: never where transformers has code for it.
+
+    Args:
+        path: folder or Hub id of the base.
+        trust: `trust_remote_code` of the call.
+        kwargs: of the loading of the base.
+
+    Raises:
+        StepFlowConfigError: the base is a preset itself.
+    """
+    data = read_repository_file(path, "config.json", kwargs)
+    if not data:
+        adapted = adapter_base(path, kwargs)
+        return trust if adapted is None else trust_for(adapted, trust, fetching(kwargs))
+    if data.get("model_type") == "stepflow":
+        raise StepFlowConfigError(
+            f"the base model {str(path)!r} is a StepFlow preset itself",
+            hint="name the model that the preset is for as base_model_name_or_path",
+        )
+    return False if data.get("model_type") in CONFIG_MAPPING else trust
+
+
+def is_saved_with_stepflow(config: Any) -> bool:
+    """Whether a config is that of a full model whose repository brings this code."""
+    auto_map = config.get("auto_map") if isinstance(config, dict) else getattr(config, "auto_map", None)
+    named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return isinstance(named, str) and named.split("--")[-1] == MODEL_CLASS

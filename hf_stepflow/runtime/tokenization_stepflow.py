@@ -1,0 +1,65 @@
+"""The tokenizer of a preset repository: that of its base model, since the repository holds no tokenizer files."""
+
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from .base_model import adapter_base, base_of, fetching, meant_for_base, read_repository_file, trust_for
+from .configuration_stepflow import StepFlowConfig
+from .errors import StepFlowConfigError, StepFlowError
+
+
+class StepFlowTokenizer:
+    """What the tokenizer_config.json of a preset repository names, for `AutoTokenizer.from_pretrained`.
+
+    There are no instances: what is loaded is an ordinary tokenizer, and saves itself as one.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads the tokenizer of the preset's base model.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the preset.
+            *args: passed on.
+            **kwargs: passed on, except those that say where in the preset's repository something is.
+
+        Raises:
+            StepFlowConfigError: the preset names no base model, or its tokenizer cannot be loaded.
+        """
+        data = read_repository_file(pretrained_model_name_or_path, "config.json", kwargs)
+        base, revision = base_of(StepFlowConfig.from_dict(data), pretrained_model_name_or_path)
+        return load_base_tokenizer(base, revision, *args, **meant_for_base(kwargs))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Does nothing: the base's tokenizer is saved as what it is."""
+
+
+def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: Any) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        path: folder or Hub id of the model; of an adapter that brings no tokenizer, it is that of its model.
+        revision: of the model.
+        *args: passed on to `AutoTokenizer.from_pretrained`.
+        **kwargs: passed on, but code of the model's own runs only where transformers has none for it.
+
+    Raises:
+        StepFlowConfigError: it cannot be loaded.
+    """
+    where = fetching(kwargs) | {"revision": revision}
+    try:
+        if not read_repository_file(path, "tokenizer_config.json", where):
+            adapted = adapter_base(path, where)
+            if adapted is not None:
+                return load_base_tokenizer(adapted, None, *args, **kwargs)
+        kwargs["trust_remote_code"] = trust_for(path, kwargs.get("trust_remote_code"), where)
+        return AutoTokenizer.from_pretrained(path, *args, revision=revision, **kwargs)
+    except StepFlowError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise StepFlowConfigError(
+            f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
+            hint="pass tokenizer=...",
+        ) from error
