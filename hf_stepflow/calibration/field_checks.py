@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hf_stepflow.runtime.errors import shown
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -32,12 +34,6 @@ class Problem:
 
 
 Check = Callable[[Any, str], Iterator[Problem]]
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    written = repr(value)
-    return written if len(written) <= 80 else written[:77] + "..."
 
 
 def wrong(value: Any, field: str, expected: str) -> Iterator[Problem]:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from hf_stepflow.runtime.configuration_stepflow import SETTING_NAMES, STEP_RULES, StepFlowSettings
-from hf_stepflow.runtime.errors import StepFlowConfigError
+from hf_stepflow.runtime.errors import StepFlowConfigError, shown
 from hf_stepflow.runtime.flow_pass import FlowPlan
 
 from .architecture import Architecture
-from .field_checks import Check, Problem, count, list_of, number, one_of, or_null, record, shown, text, wrong
+from .field_checks import Check, Problem, count, list_of, number, one_of, or_null, record, text, wrong
 from .preset_file import calibrations_folder
 
 SCHEMA_VERSION = 1
@@ -176,7 +176,7 @@ _SETTINGS: dict[str, Check] = {
     "smi_layers": _layers,
     "alpha": partial(number, low=-100, high=100),
     "smi_window": or_null(partial(count, low=1)),
-    "length_temperature": partial(number, low=0, high=100),
+    "length_temperature": partial(number, low=0, high=10),
     "length_temperature_base": or_null(partial(number, low=2, high=10**9)),
     "length_temperature_layers": _layers,
     "length_temperature_heads": or_null(_heads),

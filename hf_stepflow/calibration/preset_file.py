@@ -2,17 +2,19 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_stepflow.runtime.errors import StepFlowFileError
+from hf_stepflow.runtime.errors import StepFlowFileError, shown
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 10
 
-# Control characters (terminals obey them) and lone surrogates (no encoding writes them); markers may hold line breaks.
-_BAD_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Control characters (terminals obey them), marks that turn the direction of text (what is read is not what is there)
+# and lone surrogates (no encoding writes them); markers may hold line breaks.
+_BAD_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _HINT = "docs/presets.md shows what a preset file looks like"
 
 
@@ -45,8 +47,10 @@ def read_json_object(file: Path) -> dict[str, Any]:
             Infinity, numbers beyond a float, a key given twice, deep nesting, control characters.
     """
     name = str(file)
-    if not file.is_file():
-        raise StepFlowFileError(f"there is no file {name!r}", hint="`hf-stepflow presets list` shows the known names")
+    if not os.path.isfile(file):  # unlike Path's own, it takes a name that no file can have
+        raise StepFlowFileError(
+            f"there is no file {shown(name)}", hint="`hf-stepflow presets list` shows the known names"
+        )
     check_link(file)
     try:
         with file.open("rb") as opened:

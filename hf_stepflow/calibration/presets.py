@@ -6,6 +6,7 @@ calibrated) or "measured" (an evaluation on this very model, whatever it found).
 """
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from hf_stepflow.runtime.configuration_stepflow import (
     StepFlowSettings,
     settings_from_data,
 )
-from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError
+from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
 
 from .architecture import Architecture, architecture_of, is_model
 from .field_checks import Problem
@@ -186,13 +187,13 @@ def load_preset(
         preset = _of_base_model(name)
         if preset is not None:
             return preset
-    if name and Path(name).exists():
+    if name and os.path.exists(name):  # unlike Path's own, it takes a name that no file can have
         return _read(_file_in(Path(name)))
     if isinstance(name_or_path_or_hub_id, str) and HUB_ID.fullmatch(name) and ".." not in name:
         return _fetch(name, revision, token)
     close = difflib.get_close_matches(name.lower(), [file.stem for file in _preset_files()], 1)
     raise StepFlowFileError(
-        f"there is no preset {name!r}: no such name, base model or path",
+        f"there is no preset {shown(name)}: no such name, base model or path",
         hint=f"did you mean {close[0]!r}? {_LIST_HINT}" if close else _LIST_HINT,
     )
 
@@ -366,8 +367,8 @@ def _fetch(repository: str, revision: str | None, token: str | bool | None) -> P
         # Where the Hub answered, the first line is the status, the next one what it is about.
         reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
         raise StepFlowFileError(
-            f"there is no preset {repository!r}: no such name, base model or path, and no config.json could be "
-            f"fetched from the Hub: {reason}",
+            f"there is no preset {shown(repository)}: no such name, base model or path, and no config.json could be "
+            f"fetched from the Hub: {reason[:300]}",
             hint=f"{_LIST_HINT}; a private one needs a token: `hf auth login`, or token=...",
         ) from error
     # The cache's own link, followed here because it is ours.

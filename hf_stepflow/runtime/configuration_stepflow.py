@@ -4,18 +4,26 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
+import os
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from .errors import StepFlowConfigError, StepFlowFileError
+from .errors import StepFlowConfigError, StepFlowFileError, shown
 
 logger = logging.get_logger(__name__)
 
 Layers = str | list[int]
 STEP_RULES = ("sentence", "paragraph", "cue")
+
+# More than any settings need, and little enough that no file or marker holds up the program.
+MAX_FILE_BYTES = 4 * 1024 * 1024
+MAX_COUNT = 10**9
+MAX_MARKER, MAX_MARKERS = 200, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +44,7 @@ class StepFlowSettings:
         smi_layers: layers of Step Momentum Injection, as `oeb_layers`.
         alpha: weight of the previous step's mean value; 0 turns the injection off.
         smi_window: only the last n tokens of the previous step count, None for all (the paper).
-        length_temperature: gamma of the log-length temperature, 0 for off (METHOD section 4b).
+        length_temperature: gamma of the log-length temperature, 0 for off, 10 at most (METHOD section 4b).
         length_temperature_base: n0, the context length up to which it does nothing; no default.
         length_temperature_layers: layers of the temperature, as `oeb_layers`.
         length_temperature_heads: {layer: [query heads]}, None for all heads.
@@ -74,9 +82,12 @@ class StepFlowSettings:
     min_step_chars: int = 15
 
     def __post_init__(self) -> None:
+        for name in ("base_model_name_or_path", "base_model_revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise StepFlowConfigError(f"{name} must be a text or null, got {shown(getattr(self, name))}")
         _check_number("tau_max", self.tau_max, 0.0, 1.0)
         _check_number("alpha", self.alpha)
-        _check_number("length_temperature", self.length_temperature, 0.0)
+        _check_number("length_temperature", self.length_temperature, 0.0, 10.0)
         _check_choice("bridge_scope", self.bridge_scope, ("segment", "step"))
         _check_choice("bridge_floor", self.bridge_floor, ("share", "absolute"))
         _check_choice("step_rule", self.step_rule, STEP_RULES)
@@ -86,20 +97,23 @@ class StepFlowSettings:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
         if not isinstance(self.implicit_thinking, bool):
-            raise StepFlowConfigError(f"implicit_thinking must be true or false, got {self.implicit_thinking!r}")
+            raise StepFlowConfigError(f"implicit_thinking must be true or false, got {shown(self.implicit_thinking)}")
         for name in ("oeb_layers", "smi_layers", "length_temperature_layers"):
             _check_layers(name, getattr(self, name))
         for name in ("oeb_heads", "length_temperature_heads"):
             object.__setattr__(self, name, _checked_heads(name, getattr(self, name)))
-        for name in ("tool_start", "tool_end", "thinking_start", "summary_start"):
+        for name in _MARKERS:
             _check_markers(name, getattr(self, name))
-        if self.length_temperature > 0:
-            if self.length_temperature_base is None:
-                raise StepFlowConfigError(
-                    f"length_temperature is {self.length_temperature} but length_temperature_base is not set",
-                    hint="give the context length up to which the model needs no sharpening, e.g. its trained length",
-                )
+        length = sum(len(marker) for name in _MARKERS for marker in self.markers(name))
+        if length > MAX_MARKERS:
+            raise StepFlowConfigError(f"the markers must have {MAX_MARKERS} characters at most together, got {length}")
+        if self.length_temperature_base is not None:
             _check_number("length_temperature_base", self.length_temperature_base, 2.0)
+        elif self.length_temperature > 0:
+            raise StepFlowConfigError(
+                f"length_temperature is {self.length_temperature} but length_temperature_base is not set",
+                hint="give the context length up to which the model needs no sharpening, e.g. its trained length",
+            )
         if not self.implicit_thinking and not self.thinking_start:
             raise StepFlowConfigError(
                 "thinking_start is empty and implicit_thinking is off, so thinking could never start",
@@ -144,6 +158,7 @@ class StepFlowSettings:
         return [value] if isinstance(value, str) else list(value or [])
 
 
+_MARKERS = ("tool_start", "tool_end", "thinking_start", "summary_start")
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(StepFlowSettings))
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
 
@@ -213,15 +228,22 @@ def read_json(path: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         StepFlowFileError: nothing there, or something else.
     """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(file):  # unlike Path's own, these take a name that no file can have
         raise StepFlowFileError(
-            f"no StepFlow settings at {str(path)!r}",
+            f"no StepFlow settings at {shown(str(path))}",
             hint="give the path of a JSON file or of a folder with a config.json, a dict, or a StepFlowConfig",
         )
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise StepFlowFileError(f"{str(file)!r} cannot be read: {error}", hint="check its permissions") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise StepFlowFileError(f"{str(file)!r} is longer than {MAX_FILE_BYTES} bytes, expected a file of settings")
+    try:
+        data = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, an integer of thousands of digits, too deep
         raise StepFlowFileError(f"{str(file)!r} is not JSON: {error}", hint="export the settings again") from error
     if not isinstance(data, dict):
         raise StepFlowFileError(f"{str(file)!r} holds {type(data).__name__}, expected an object with settings")
@@ -278,7 +300,7 @@ def resolve_layers(name: str, spec: Layers, layers: list[int]) -> list[int]:
     wrong = [layer for layer in spec if layer not in layers]
     if wrong:
         raise StepFlowConfigError(
-            f"{name} names layers {wrong}, which this model does not have as softmax attention layers",
+            f"{name} names layers {shown(wrong)}, which this model does not have as softmax attention layers",
             hint=f"its attention layers are {_ranges(layers)}",
         )
     return sorted(spec)
@@ -310,7 +332,7 @@ def _check_layers(name: str, spec: Any) -> None:
         if len(set(spec)) == len(spec):
             return
         expected = "each layer once"
-    raise StepFlowConfigError(f"{name} must be {expected}, got {spec!r}")
+    raise StepFlowConfigError(f"{name} must be {expected}, got {shown(spec)}")
 
 
 def _checked_heads(name: str, heads: Any) -> dict[int, list[int]] | None:
@@ -318,16 +340,22 @@ def _checked_heads(name: str, heads: Any) -> dict[int, list[int]] | None:
     if heads is None:
         return None
     try:
-        table = {int(layer): [int(head) for head in chosen] for layer, chosen in heads.items()}
+        table = {_index(layer, is_key=True): list(map(_index, chosen)) for layer, chosen in heads.items()}
     except (AttributeError, TypeError, ValueError):
         table = {-1: []}
     if any(
         layer < 0 or min(chosen, default=0) < 0 or len(set(chosen)) < len(chosen) for layer, chosen in table.items()
     ):
         raise StepFlowConfigError(
-            f"{name} must be null or {{layer: [query heads]}} with each head once, got {heads!r}"
+            f"{name} must be null or {{layer: [query heads]}} with each head once, got {shown(heads)}"
         )
     return table
+
+
+def _index(value: Any, is_key: bool = False) -> int:
+    if isinstance(value, bool):
+        raise TypeError("true and false are no indices")
+    return int(value) if is_key and isinstance(value, str) else operator.index(value)
 
 
 def _check_markers(name: str, value: Any) -> None:
@@ -335,22 +363,27 @@ def _check_markers(name: str, value: Any) -> None:
     if markers is None:
         return
     if not isinstance(markers, list | tuple) or not all(isinstance(marker, str) and marker for marker in markers):
-        raise StepFlowConfigError(f"{name} must be a non-empty string, a list of such, or null, got {value!r}")
+        raise StepFlowConfigError(f"{name} must be a non-empty string, a list of such, or null, got {shown(value)}")
+    longest = max(map(len, markers), default=0)
+    if longest > MAX_MARKER:
+        raise StepFlowConfigError(f"{name} must have {MAX_MARKER} characters at most, got {longest}")
 
 
 def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    # Compared before anything else: an integer may be beyond a float.
+    if not is_number or not abs(value) <= sys.float_info.max or not low <= value <= high:
         bounds = f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else "a finite number"
         bounds += f" >= {low:g}" if math.isfinite(low) and not math.isfinite(high) else ""
-        raise StepFlowConfigError(f"{name} must be {bounds}, got {value!r}")
+        raise StepFlowConfigError(f"{name} must be {bounds}, got {shown(value)}")
 
 
 def _check_count(name: str, value: Any, low: int) -> None:
-    if type(value) is not int or value < low:
-        raise StepFlowConfigError(f"{name} must be a whole number >= {low}, got {value!r}")
+    if type(value) is not int or not low <= value <= MAX_COUNT:
+        bounds = f">= {low}" if type(value) is not int or value < low else f"<= {MAX_COUNT}"
+        raise StepFlowConfigError(f"{name} must be a whole number {bounds}, got {shown(value)}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise StepFlowConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise StepFlowConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")

@@ -1,5 +1,16 @@
 """The errors that StepFlow raises: each is a `StepFlowError` and the built-in kind that callers expect."""
 
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 20, 20, 120, 120
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long or deep: it may come from a file that nobody vouches for."""
+    return _SHORT.repr(value)
+
 
 class StepFlowError(Exception):
     """Base of all errors that StepFlow raises.

@@ -58,46 +58,76 @@ def build_marker_table(markers: dict[int, list[str]], pieces: list[bytes], atoms
     words = {_symbols(text, atoms): kind for kind, texts in markers.items() for text in texts}
     goto, found, depth = _aho_corasick(words)
     used = {symbol - 256 for word in words for symbol in word if symbol >= 256}
-    rows: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-
-    def row_of(symbols: tuple[Symbol, ...]) -> int:
-        ends, completed = [], []
-        for state in range(len(goto)):
-            kind = NONE
-            for symbol in symbols:
-                state = goto[state].get(symbol, 0)
-                kind = found[state] or kind
-            ends.append(state)
-            completed.append(kind)
-        return rows.setdefault((tuple(ends), tuple(completed)), len(rows))
-
-    row = [row_of((NO_SYMBOL,))] * len(pieces) + [row_of(())]
+    rows = _Rows(goto, found)
+    row = [rows.of((NO_SYMBOL,))] * len(pieces) + [rows.of(())]
     for index in _touched(words, pieces):
-        row[index] = row_of(tuple(pieces[index]))
+        row[index] = rows.of(tuple(pieces[index]))
     for index in used:
-        row[index] = row_of((256 + index,))
+        row[index] = rows.of((256 + index,))
     headers = {word[-1] - 256 for word in words if len(word) > 1 and word[0] >= 256 and word[-1] >= 256}
     return MarkerTable(
         row=torch.tensor(row),
-        next_state=torch.tensor([ends for ends, _ in rows]),
-        found=torch.tensor([completed for _, completed in rows]),
+        next_state=torch.tensor([ends for ends, _ in rows.numbers]),
+        found=torch.tensor([completed for _, completed in rows.numbers]),
         depth=torch.tensor(depth),
         atoms=frozenset(used),
         message_open=min(headers) if headers else None,
     )
 
 
+class _Rows:
+    """Collects the distinct rows of a `MarkerTable`: what a token does to each state."""
+
+    def __init__(self, goto: list[dict[Symbol, int]], found: list[int]):
+        self.goto = goto
+        self.found = found
+        self.numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        self._known: dict[tuple[Symbol, ...], int] = {}
+        self._openings: dict[Symbol, tuple[list[tuple[int, int]], list[int]]] = {}
+
+    def of(self, symbols: tuple[Symbol, ...]) -> int:
+        """The row of a token that is spelled so."""
+        if not symbols:
+            return self._number([(state, NONE) for state in range(len(self.goto))])
+        # The first symbol leaves few of the states apart; the others are read from those alone.
+        met, place = self._opened(symbols[0])
+        ends = [self._read(state, kind, symbols[1:]) for state, kind in met]
+        key = (symbols[0], *(number for end in ends for number in end))
+        if key not in self._known:
+            self._known[key] = self._number([ends[number] for number in place])
+        return self._known[key]
+
+    def _opened(self, symbol: Symbol) -> tuple[list[tuple[int, int]], list[int]]:
+        """The distinct (state, marker completed) after a first symbol, and which of them each state leads to."""
+        if symbol not in self._openings:
+            met: dict[tuple[int, int], int] = {}
+            place = [met.setdefault(self._read(state, NONE, (symbol,)), len(met)) for state in range(len(self.goto))]
+            self._openings[symbol] = list(met), place
+        return self._openings[symbol]
+
+    def _read(self, state: int, kind: int, symbols: tuple[Symbol, ...]) -> tuple[int, int]:
+        for symbol in symbols:
+            state = self.goto[state].get(symbol, 0)
+            kind = self.found[state] or kind
+        return state, kind
+
+    def _number(self, ends: list[tuple[int, int]]) -> int:
+        row = tuple(state for state, _ in ends), tuple(kind for _, kind in ends)
+        return self.numbers.setdefault(row, len(self.numbers))
+
+
 def _touched(words: Iterable[tuple[Symbol, ...]], pieces: list[bytes]) -> list[int]:
     """The tokens that may lead anywhere but to the start: inside a marker, at its end, or with an opening in them."""
-    texts = [bytes(symbol for symbol in word if symbol < 256) for word in words]
-    found = [re.escape(text[i:]) for text in texts for i in range(1, len(text))]
+    texts = {bytes(symbol for symbol in word if symbol < 256) for word in words}
+    ends = {text[i:] for text in texts for i in range(1, len(text))}
     openings = {word[0] for word in words if word[0] < 256}
-    if openings:
-        opening = re.escape(bytes(openings))
-        found.append(b"[^%s]*[%s]" % (opening, opening))
-    touches = re.compile(b"|".join(found) or b"(?!)").match
-    inside = {text[i:j] for text in (b"", *texts) for i in range(len(text) + 1) for j in range(i, len(text) + 1)}
-    return [index for index, piece in enumerate(pieces) if touches(piece) or piece in inside]
+
+    def touches(piece: bytes) -> bool:
+        if not openings.isdisjoint(piece) or any(piece[:i] in ends for i in range(1, len(piece) + 1)):
+            return True
+        return not piece or any(piece in text for text in texts)
+
+    return [index for index, piece in enumerate(pieces) if touches(piece)]
 
 
 def _symbols(text: str, atoms: dict[str, int]) -> tuple[Symbol, ...]:

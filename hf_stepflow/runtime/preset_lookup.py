@@ -4,6 +4,7 @@ This code travels to Hub repositories, where the package need not be, so it is a
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def settings_for(source: Any, model: Any) -> tuple[StepFlowSettings, dict[str, A
 def _is_settings(source: str | Path) -> bool:
     """Whether a path holds plain settings, or cannot be a preset and is left to `read_settings` to refuse."""
     path = Path(source)
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        return isinstance(source, Path) and not (path / "preset.json").is_file()
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(file):  # unlike Path's own, these take a name that no file can have
+        return isinstance(source, Path) and not os.path.isfile(path / "preset.json")
     _, data = read_json(path)
     is_preset = "provenance" in data or "stepflow_preset" in data or (path / "preset.json").is_file()
     return not is_preset and data.get("model_type", "stepflow") == "stepflow"
