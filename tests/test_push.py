@@ -1,4 +1,4 @@
-"""Pushing: what it makes of repositories, what it leaves alone, and the command; test_hub_life_cycle loads from them."""
+"""Pushing: what it makes of repositories and what it leaves alone; test_hub_life_cycle loads what was pushed."""
 
 import json
 
