@@ -73,7 +73,8 @@ with torch.no_grad():
 pipe = pipeline("text-generation", model=preset, trust_remote_code=True)
 told["single"] = pipe("Two eggs?<think>", max_new_tokens=12)[0]["generated_text"]
 told["chat"] = pipe([{"role": "user", "content": "Two eggs?"}], max_new_tokens=12)[0]["generated_text"]
-told["rows"] = [row[0]["generated_text"] for row in pipe(["Two eggs?<think>", "Hi.<think>"], batch_size=2, max_new_tokens=12)]
+rows = pipe(["Two eggs?<think>", "Hi.<think>"], batch_size=2, max_new_tokens=12)
+told["rows"] = [row[0]["generated_text"] for row in rows]
 inputs = tokenizer("Two eggs?<think>", return_tensors="pt", add_special_tokens=False)
 pipe.model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_prompt=True))
 streamer = TextIteratorStreamer(tokenizer)
