@@ -11,14 +11,14 @@ from hub_support import SETTINGS, save_base, strong_preset
 from preset_support import MEASURED, edited, written
 from test_hub_server import contents
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_imports
 
 from hf_stepflow import list_presets, load_preset
 from hf_stepflow.cli import main
 from hf_stepflow.hub import export as export_module
 from hf_stepflow.hub.cards import custom_generate_card, preset_card
 from hf_stepflow.hub.export import export_custom_generate, export_preset, with_base
-from hf_stepflow.runtime import modeling_stepflow
+from hf_stepflow.runtime import attention_names
 from hf_stepflow.runtime.configuration_stepflow import BASE_FIELDS, read_settings
 from hf_stepflow.runtime.errors import (
     StepFlowConfigError,
@@ -285,14 +285,22 @@ def test_a_presets_data_brings_no_code_and_no_paths(base, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("entry", [*PRESET_CODE, "generate"])
+def test_an_entry_names_all_that_it_needs(entry):
+    """Old releases of transformers copy, of a local folder, only what the entry itself imports."""
+    (file,) = (file for file in code_files(entry) if file.stem == entry)
+    assert {*get_relative_imports(file), entry} == {file.stem for file in code_files(entry)}
+
+
 def test_copies_of_the_code_have_names_of_their_own(tmp_path):
     """Attention is registered under a name that tells copies with other code apart, wherever it differs."""
-    assert len(modeling_stepflow._STAMP) == 8
+    assert len(attention_names.STAMP) == 8
     for file in code_files("modeling_stepflow"):
         shutil.copy(file, tmp_path)
     (tmp_path / "bridge.py").write_text((tmp_path / "bridge.py").read_text() + "\n")
     copied = get_class_from_dynamic_module("modeling_stepflow.StepFlowModelForCausalLM", str(tmp_path))
-    assert sys.modules[copied.__module__]._STAMP != modeling_stepflow._STAMP
+    folder, _, _ = copied.__module__.rpartition(".")
+    assert sys.modules[f"{folder}.attention_names"].STAMP != attention_names.STAMP
 
 
 # The command

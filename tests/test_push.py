@@ -1,7 +1,6 @@
-"""Pushing presets to a Hub and loading them from it by id, in fresh processes with empty caches."""
+"""Pushing: what it makes of repositories and what it leaves alone; test_hub_life_cycle loads what was pushed."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -17,50 +16,16 @@ from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlo
 
 IDS = torch.tensor([encode(SHORT_TEXT)])
 
-# By id: the preset, a branch of it, a pipeline, and custom_generate.
-LOADING = """
-import json, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-torch.set_num_threads(1)
-ids = torch.tensor(json.loads('IDS'))
-told = {}
-
-
-def load(name, path, **options):
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
-    told[name] = model(ids).logits.tolist()
-    return model
-
-
-load("preset", "org/preset")
-load("pinned", "org/preset", revision="old")
-pipe = pipeline("text-generation", model="org/preset", trust_remote_code=True)
-told["pipeline"] = pipe("Two eggs?<think>", max_new_tokens=8)[0]["generated_text"]
-base = AutoModelForCausalLM.from_pretrained("org/Tiny")
-told["plain"] = base(ids).logits.tolist()
-tokenizer = AutoTokenizer.from_pretrained("org/preset", trust_remote_code=True)
-call = {"custom_generate": "org/generate", "trust_remote_code": True, "stepflow": json.loads('SETTINGS')}
-told["custom"] = base.generate(ids, tokenizer=tokenizer, max_new_tokens=8, **call).tolist()
-try:
-    AutoModelForCausalLM.from_pretrained("org/preset", trust_remote_code=False)
-except ValueError as error:
-    told["no trust"] = str(error)
-print("TOLD" + json.dumps(told))
-"""
-
 
 @pytest.fixture
 def preset(tmp_path):
     return strong_preset(tmp_path)
 
 
-def push_base(hub, folder, seed=0, repo_id="org/Tiny"):
-    """A tiny model on the Hub, as `save_base` writes it; returns the commit."""
-    shutil.rmtree(folder, ignore_errors=True)
-    save_base(folder, seed=seed)
-    hub.api().create_repo(repo_id, exist_ok=True)
-    return hub.api().upload_folder(repo_id=repo_id, folder_path=folder).oid
+def push_base(hub, folder):
+    """The base model of the preset on the Hub."""
+    hub.api().create_repo("org/Tiny", exist_ok=True)
+    hub.api().upload_folder(repo_id="org/Tiny", folder_path=save_base(folder))
 
 
 def logits(model) -> torch.Tensor:
@@ -68,37 +33,8 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def attached(seed=0):
-    return StepFlowModelForCausalLM.attach(tiny_model("llama", seed=seed), SETTINGS, tokenizer=byte_tokenizer())
-
-
-def test_from_a_push_to_a_fresh_process(hub, preset, tmp_path):
-    first = push_base(hub, tmp_path / "base", seed=1)
-    second = push_base(hub, tmp_path / "base", seed=0)
-    assert first != second
-    # The branch goes with an older base, by a revision of the base's own.
-    pinned = push_preset(preset, "org/preset", token=hub.token, revision="old", base_revision=first)
-    push = push_preset(preset, "org/preset", token=hub.token)
-    assert set(hub.repos["org/preset"].files) == {".gitattributes", *push.export.files}
-    assert (pinned.revision, push.revision) == ("old", None)
-    push_custom_generate("org/generate", token=hub.token)
-
-    script = LOADING.replace("IDS", json.dumps(IDS.tolist())).replace("SETTINGS", json.dumps(SETTINGS.to_dict()))
-    done = hub.run(script, tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.rsplit("TOLD", 1)[1])
-    new, old = attached(), attached(seed=1)
-    assert told["preset"] == logits(new).tolist()
-    assert told["pinned"] == logits(old).tolist()
-    assert told["plain"] == logits(tiny_model("llama")).tolist() != told["preset"]
-    inputs = byte_tokenizer()("Two eggs?<think>", return_tensors="pt", add_special_tokens=False)
-    written = new.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
-    assert told["pipeline"].replace("<think>", "") == byte_tokenizer().decode(written, skip_special_tokens=True)
-    assert told["custom"] == new.generate(IDS, max_new_tokens=8, do_sample=False).tolist()
-    assert "trust_remote_code=True" in told["no trust"]
-    # The base never saw a revision of the preset's, nor does it hold one.
-    assert not [request.path for request in hub.asked("org/Tiny") if "/old" in request.path]
-    assert not [request.path for request in hub.asked("org/Tiny") if str(push.commit) in request.path]
+def attached():
+    return StepFlowModelForCausalLM.attach(tiny_model("llama"), SETTINGS, tokenizer=byte_tokenizer())
 
 
 def test_loading_by_id_with_the_package(hub, preset, tmp_path):
@@ -115,21 +51,6 @@ def test_loading_by_id_with_the_package(hub, preset, tmp_path):
     model = StepFlowModelForCausalLM.from_pretrained("org/Tiny", stepflow="org/preset")
     assert torch.equal(logits(model), expected)
     assert model.stepflow_config.settings.base_model_name_or_path == "org/Tiny"
-
-
-def test_a_private_preset_needs_a_token(hub, preset, tmp_path):
-    push_base(hub, tmp_path / "base")
-    hub.api().update_repo_settings("org/Tiny", private=True)
-    push_preset(preset, "org/secret", token=hub.token, private=True)
-    assert hub.repos["org/secret"].private
-    with pytest.raises(OSError, match="org/secret"):
-        StepFlowModelForCausalLM.from_pretrained("org/secret")
-    with pytest.raises(StepFlowFileError, match="org/secret"):
-        load_preset("org/secret")
-    # The token is for the preset, its base and the base's tokenizer.
-    model = StepFlowModelForCausalLM.from_pretrained("org/secret", token=hub.token, cache_dir=tmp_path / "cache")
-    assert torch.equal(logits(model), logits(attached()))
-    assert load_preset("org/secret", token=hub.token).name == "tiny"
 
 
 def test_a_second_push_changes_nothing(hub, preset):

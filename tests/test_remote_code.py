@@ -71,9 +71,11 @@ with torch.no_grad():
     assert torch.equal(plain(given["row"]).logits, before)
 
 pipe = pipeline("text-generation", model=preset, trust_remote_code=True)
-told["single"] = pipe("Two eggs?<think>")[0]["generated_text"]
-told["chat"] = pipe([{"role": "user", "content": "Two eggs?"}])[0]["generated_text"]
-told["rows"] = [row[0]["generated_text"] for row in pipe(["Two eggs?<think>", "Hi.<think>"], batch_size=2)]
+greedy = {"max_new_tokens": 12, "do_sample": False}
+told["single"] = pipe("Two eggs?<think>", **greedy)[0]["generated_text"]
+told["chat"] = pipe([{"role": "user", "content": "Two eggs?"}], **greedy)[0]["generated_text"]
+rows = pipe(["Two eggs?<think>", "Hi.<think>"], batch_size=2, **greedy)
+told["rows"] = [row[0]["generated_text"] for row in rows]
 inputs = tokenizer("Two eggs?<think>", return_tensors="pt", add_special_tokens=False)
 pipe.model.generate(**inputs, streamer=TextStreamer(tokenizer, skip_prompt=True))
 streamer = TextIteratorStreamer(tokenizer)

@@ -7,39 +7,57 @@ stay the base model's business. Detaching gives back the very model it was.
 
 import copy
 import functools
-import hashlib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from .attention_modules import attention_modules, query_heads
-from .configuration_stepflow import StepFlowConfig, StepFlowSettings, read_settings
-from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
-from .flow_attention import make_flow_attention
+from .attention_names import base_implementation, register_on
+from .call_checks import check_prompt, no_constructor, no_continuous_batching
+from .configuration_stepflow import StepFlowConfig, read_settings
+from .errors import StepFlowInputError
 from .flow_runtime import FlowRules, FlowRuntime
 from .loading import load, settings_on
 from .preset_lookup import find_preset
 from .report import FlowReport
-from .repository_code import code_files
 from .saving import push_files, save_files
-from .tokenization_stepflow import load_base_tokenizer
+from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_thinking
 
-logger = logging.get_logger(__name__)
+# Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
+if TYPE_CHECKING:
+    from .attention_call import AttentionCall as AttentionCall
+    from .base_model import read_repository_file as read_repository_file
+    from .bridge import odds_equal_bridge as odds_equal_bridge
+    from .bridged_weights import bridged_weights as bridged_weights
+    from .decode_attention import DecodeGroups as DecodeGroups
+    from .flow_attention import AttentionLink as AttentionLink
+    from .flow_masks import NotATensorError as NotATensorError
+    from .flow_pass import FlowPlan as FlowPlan
+    from .flow_state import FlowState as FlowState
+    from .markers import MarkerTable as MarkerTable
+    from .momentum import step_momentum as step_momentum
+    from .preset_files import PresetFiles as PresetFiles
+    from .repository_code import code_files as code_files
+    from .sentence_rules import keeps_letters as keeps_letters
+    from .step_injection import inject as inject
+    from .step_record import Field as Field
+    from .step_tables import RuleTable as RuleTable
+    from .step_tensors import StepTensors as StepTensors
+    from .step_walk import StepWalk as StepWalk
+    from .steps import StepVocabulary as StepVocabulary
+    from .tally import Tally as Tally
+    from .token_text import TokenText as TokenText
+    from .trace import TraceStep as TraceStep
 
-# A name of its own for each copy of this code (a preset repo brings one), free of names that models look for.
-_STAMP = hashlib.sha256(b"".join(file.read_bytes() for file in code_files(Path(__file__).stem))).hexdigest()[:8]
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
 )  # fmt: skip
 # What an attached model has beside its base's attributes.
 _STATE = "stepflow_runtime _stepflow_preset _stepflow_replaced _stepflow_stored _compiled_call"
-_NAMES = {"eager": "plain", "flex_attention": "flexible", "sdpa": "fused"}
 
 
 class StepFlowModelForCausalLM(PreTrainedModel):
@@ -91,11 +109,11 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         return model if loaded.info is None else (model, loaded.info)
 
     def __init__(self, config: Any = None, *args: Any, **kwargs: Any):
-        raise _no_constructor(config)
+        raise no_constructor(config)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        raise _no_constructor(config)
+        raise no_constructor(config)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
@@ -130,15 +148,14 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         stored = getattr(model.generation_config, "stepflow", None)
         settings, block = settings_on(model, config)
         modules = attention_modules(model)
-        base = _base_implementation(modules.values())
-        tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model, settings)
+        base = base_implementation(modules.values())
+        tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model, settings)
         heads = {layer: query_heads(model, module) for layer, module in modules.items()}
-        ends = _end_of_turn_ids(model, tokenizer)
+        ends = end_of_turn_ids(model, tokenizer)
         runtime = FlowRuntime(settings, tokenizer, heads, base, ends, for_everyone)
-        if settings.thinking_start == "<think>" and not settings.implicit_thinking:
-            _warn_if_never_thinking(tokenizer, settings)
+        warn_if_never_thinking(tokenizer, settings)
 
-        name = _register(base)
+        name = register_on(base)
         model._stepflow_preset = settings, block
         model._stepflow_replaced = {}
         for layer, module in modules.items():
@@ -239,7 +256,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             with self.disable_stepflow():
                 return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        _check_prompt(ids, kwargs)
+        check_prompt(ids, kwargs)
         length = None if ids is None else ids.shape[1]
         with self.stepflow_runtime.override(rules, length):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -316,13 +333,13 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         """Continuous batching packs many requests into one row, which StepFlow cannot follow."""
         if self.stepflow_runtime.effective is None:
             return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
-        raise _no_continuous_batching()
+        raise no_continuous_batching()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate_batch`."""
         if self.stepflow_runtime.effective is None:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        raise _no_continuous_batching()
+        raise no_continuous_batching()
 
     def __reduce__(self) -> tuple[Any, ...]:
         own, base = type(self).__mro__[1:3]
@@ -330,7 +347,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
 
 def _rebuild(own: type, base: Any, implementation: str) -> Any:
-    _register(implementation)
+    register_on(implementation)
     kind = _attached_class(own, base)
     return kind.__new__(kind)
 
@@ -363,94 +380,3 @@ def _change_class(model: Any, kind: Any) -> None:
         if getattr(kept, "__func__", None) is type(model).forward:
             model.__dict__[name] = types.MethodType(kind.forward, model)
     model.__class__ = kind
-
-
-def _no_constructor(config: Any) -> StepFlowUnsupportedError:
-    base = getattr(config, "base_model_name_or_path", None)
-    return StepFlowUnsupportedError(
-        "a StepFlow model is not made from a config: a preset holds settings for a base model"
-        + (f" ({base})" if base else "")
-        + ", no weights",
-        hint="use AutoModelForCausalLM.from_pretrained on the preset's repository, or StepFlowModelForCausalLM.attach "
-        "on a model",
-    )
-
-
-def _no_continuous_batching() -> StepFlowUnsupportedError:
-    return StepFlowUnsupportedError(
-        "StepFlow cannot follow continuous batching: it packs the tokens of many requests into one row",
-        hint="use generate(), or call inside `with model.disable_stepflow():`",
-    )
-
-
-def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("cache_implementation") == "paged":
-        raise _no_continuous_batching()
-    if ids is None:
-        if kwargs.get("inputs_embeds") is not None:
-            raise StepFlowInputError(
-                "StepFlow reads steps from token ids, but generate was given inputs_embeds",
-                hint="pass input_ids, or stepflow=False",
-            )
-        return
-    if ids.numel() == 0:
-        raise StepFlowInputError(
-            f"the prompt is empty (input_ids of shape {list(ids.shape)})", hint="pass at least one token a row"
-        )
-    mask = kwargs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and not bool(mask.any(-1).all()):
-        rows = (~mask.bool().any(-1)).nonzero().flatten().tolist()
-        raise StepFlowInputError(
-            f"rows {rows} of the prompt are padding only", hint="drop them, or put at least one token into each"
-        )
-
-
-def _base_implementation(modules: Iterable[Any]) -> str:
-    """The attention implementation that these modules look up, if StepFlow can run on it.
-
-    Raises:
-        StepFlowUnsupportedError: it cannot.
-    """
-    name, *others = sorted({module.config._attn_implementation or "eager" for module in modules})
-    if others or name not in _NAMES:
-        raise StepFlowUnsupportedError(
-            f"StepFlow does not run on attn_implementation={', '.join(map(repr, (name, *others)))}",
-            hint='load the model with attn_implementation="sdpa" (which has flash kernels of its own) or "eager"',
-        )
-    return name
-
-
-def _register(base: str) -> str:
-    """Registers StepFlow's attention on top of a base implementation (once) and returns its name."""
-    name = f"stepflow_{_STAMP}_{_NAMES[base]}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, make_flow_attention(base))
-    return name
-
-
-def _load_tokenizer(model: Any, settings: StepFlowSettings) -> Any:
-    path = settings.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
-    if not path:
-        raise StepFlowConfigError(
-            "StepFlow needs the model's tokenizer to find steps, and the model names no path to load it from",
-            hint="pass tokenizer=...",
-        )
-    return load_base_tokenizer(path, settings.base_model_revision)
-
-
-def _end_of_turn_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that close a turn: the eos ids of generation config, config and tokenizer."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return sorted(found)
-
-
-def _warn_if_never_thinking(tokenizer: Any, settings: StepFlowSettings) -> None:
-    if settings.thinking_start not in tokenizer.get_vocab():
-        logger.warning(
-            "The tokenizer has no token %r; StepFlow will look for it in the text. If this model does not mark its "
-            "thinking, set implicit_thinking=True, or StepFlow has nothing to do.",
-            settings.thinking_start,
-        )

@@ -3,10 +3,13 @@
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from .base_model import adapter_base, base_of, fetching, meant_for_base, read_repository_file, trust_for
-from .configuration_stepflow import StepFlowConfig
+from .configuration_stepflow import StepFlowConfig, StepFlowSettings
 from .errors import StepFlowConfigError, StepFlowError
+
+logger = logging.get_logger(__name__)
 
 
 class StepFlowTokenizer:
@@ -63,3 +66,39 @@ def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: A
             f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
             hint="where the model is private or gated, pass token=...; to put StepFlow on it, pass tokenizer=...",
         ) from error
+
+
+def tokenizer_of(model: Any, settings: StepFlowSettings) -> Any:
+    """The tokenizer of the base that the settings name, or of the model's own path.
+
+    Raises:
+        StepFlowConfigError: neither is named, or it cannot be loaded.
+    """
+    path = settings.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
+    if not path:
+        raise StepFlowConfigError(
+            "StepFlow needs the model's tokenizer to find steps, and the model names no path to load it from",
+            hint="pass tokenizer=...",
+        )
+    return load_base_tokenizer(path, settings.base_model_revision)
+
+
+def end_of_turn_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that close a turn: the eos ids of generation config, config and tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+def warn_if_never_thinking(tokenizer: Any, settings: StepFlowSettings) -> None:
+    """Tells where the defaults are for a model that may not mark its thinking."""
+    if settings.thinking_start != "<think>" or settings.implicit_thinking:
+        return
+    if settings.thinking_start not in tokenizer.get_vocab():
+        logger.warning(
+            "The tokenizer has no token %r; StepFlow will look for it in the text. If this model does not mark its "
+            "thinking, set implicit_thinking=True, or StepFlow has nothing to do.",
+            settings.thinking_start,
+        )
