@@ -1,4 +1,4 @@
-"""Prompts as token ids."""
+"""Prompts and responses as token ids."""
 
 from typing import Any
 
@@ -18,3 +18,9 @@ def encode_prompt(tokenizer: Any, prompt: str, **template: Any) -> list[int]:
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, **template
     )
     return ids["input_ids"]
+
+
+def encode_response(tokenizer: Any, response: str) -> list[int]:
+    """Token ids of a response, the end of the turn included where the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*tokenizer.encode(response, add_special_tokens=False), *end]

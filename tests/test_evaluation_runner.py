@@ -336,3 +336,23 @@ def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     assert "<script>alert" not in page
     assert "<img" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_right_responses_come_with_problems_and_are_never_shown(reasoner, tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"id": 1, "question": "2 + 2?", "answer": 4, "trace": "So 4.</think> It is 4."}))
+    (problem,) = load_problems(path)
+    assert problem.trace == "So 4.</think> It is 4."
+    assert "So 4" not in problem.prompt
+    assert "So 4" not in json.dumps(problem.asked())
+    assert all(one.trace.endswith(f"The answer is {one.answer}.") for one in PROBLEMS)
+    path.write_text(json.dumps({"id": 1, "question": "2 + 2?", "answer": 4, "trace": ["So 4."]}))
+    with pytest.raises(StepFlowFileError, match="trace must be"):
+        load_problems(path)
+
+
+def test_token_ids_are_kept_where_asked_for(reasoner) -> None:
+    tokenizer = reasoner[1]
+    kept = run(reasoner, arms={"base": False}, keep_ids=True)
+    assert all(tokenizer.decode(one["ids"]) == one["text"] for one in kept.results)
+    assert not any("ids" in one for one in run(reasoner, arms={"base": False}).results)

@@ -23,6 +23,7 @@ from .preset_file import calibrations_folder
 SCHEMA_VERSION = 1
 KINDS = ("paper", "rule", "measured")
 NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
+BASE_MODEL = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
 PAPER = "2604.06695"
 # These name the base model, for which a preset has fields of its own.
 BASE_SETTINGS = ("base_model_name_or_path", "base_model_revision")
@@ -157,7 +158,7 @@ _NAME_CHECK: Check = partial(text, longest=100, pattern=NAME, what="a name of a-
 _BASE: Check = partial(
     text,
     longest=200,
-    pattern=r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*",
+    pattern=BASE_MODEL,
     what="a Hub id such as Qwen/Qwen3-8B",
 )
 _REVISION: Check = or_null(

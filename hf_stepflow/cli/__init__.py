@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from hf_stepflow.runtime.errors import StepFlowError
 
 SUBCOMMANDS = {
+    "calibrate": "settings for a model that are better than the base, found and judged on your problems",
     "demo": "a small model on this machine, with and without StepFlow",
     "diagnose": "which steps of a trace draw on which: Step-Saliency",
     "doctor": "what is installed here and what of it StepFlow can use",
@@ -27,6 +28,7 @@ EXIT_ERROR = 2
 _EXTRAS = {
     "datasets": "eval",
     "matplotlib": "saliency",
+    "optuna": "calibrate",
     "math_verify": "eval",
     "rich": "demo",
     "scipy": "eval",

@@ -8,6 +8,7 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .loading import add_model_arguments, load
+from .paths import demand_folders
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -104,10 +105,7 @@ def _check_out(args: argparse.Namespace) -> None:
     kinds = (".png", ".svg", ".pdf", *(() if args.compare else (".html", ".safetensors")))
     if args.out.suffix.lower() not in kinds:
         raise StepFlowInputError(f"--out must end in one of {', '.join(kinds)}, got {str(args.out)!r}")
-    if not args.out.parent.is_dir():
-        raise StepFlowInputError(
-            f"there is no folder {str(args.out.parent)!r}", hint="make it, or choose another path"
-        )
+    demand_folders(args.out)
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .loading import add_model_arguments, load
+from .paths import demand_folders
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.evaluation.problems import load_problems
     from hf_stepflow.evaluation.runner import evaluate
 
-    for path in (args.out, args.report):
-        if path is not None and not path.parent.is_dir():
-            raise StepFlowInputError(
-                f"there is no folder {str(path.parent)!r}", hint="make it, or choose another path"
-            )
+    demand_folders(args.out, args.report)
     arms: dict[str, Any] = {}
     for text in args.arm or ["base", "stepflow"]:
         name, arm = parse_arm(text)

@@ -6,9 +6,13 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which model."""
-    parser.add_argument("--model", required=True, help="folder or Hub id of the base model, or `reasoner`")
+def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """The arguments that say which model; its name as an option, or as what the subcommand is about."""
+    what = "folder or Hub id of the base model, or `reasoner`"
+    if positional:
+        parser.add_argument("model", metavar="MODEL", help=what)
+    else:
+        parser.add_argument("--model", required=True, help=what)
     parser.add_argument("--revision", help="revision on the Hub")
     parser.add_argument("--dtype", default="float32", help="of the weights (default: float32: rounding flips results)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... or auto (needs accelerate)")

@@ -52,6 +52,7 @@ class Sampler:
         generation: further arguments of `generate`.
         template: further arguments of the chat template.
         run_code: whether programs may be run to judge them.
+        keep_ids: whether results hold the token ids of their responses.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class Sampler:
     generation: dict[str, Any] = field(default_factory=dict)
     template: dict[str, Any] = field(default_factory=dict)
     run_code: bool = False
+    keep_ids: bool = False
 
     def encode(self, problem: EvalProblem) -> list[int]:
         """Token ids of a prompt: in the chat template if there is one, else the plain text."""
@@ -108,6 +110,8 @@ class Sampler:
                 "steps": own[chosen].steps,
                 "text": own[chosen].text,
             }
+            if self.keep_ids:
+                result["ids"] = own[chosen].ids
             report = own[chosen].report
             if report is not None:
                 result["stepflow"] = _condense(report)

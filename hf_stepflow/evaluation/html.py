@@ -11,11 +11,7 @@ from .statistics import Estimate
 
 _SHOWN = 30  # gained and lost problems of each arm, each
 
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>StepFlow evaluation</title>
-<style>
-:root { --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --paper: #ffffff; --good: #1a7f37; --bad: #c62828;
+STYLE = """:root { --ink: #1b1f24; --soft: #59636e; --line: #d1d9e0; --paper: #ffffff; --good: #1a7f37; --bad: #c62828;
         --mark: #0b5cad; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --paper: #0d1117; --good: #3fb950; --bad: #ff7b72;
@@ -33,7 +29,13 @@ details { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8re
 .wide { overflow-x: auto; } summary { cursor: pointer; } .gained { color: var(--good); } .lost { color: var(--bad); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } .soft { color: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: .3rem 0; }
-@media (max-width: 45rem) { .pair { grid-template-columns: 1fr; } }
+@media (max-width: 45rem) { .pair { grid-template-columns: 1fr; } }"""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>StepFlow evaluation</title>
+<style>
+$style
 </style></head><body>
 <h1>StepFlow evaluation</h1>
 <p class="soft">$about</p>
@@ -69,6 +71,7 @@ def write_report(result: EvaluationResult, problems: Sequence[EvalProblem], path
         f"transformers {about.get('transformers')}",
     ]
     page = _PAGE.substitute(
+        style=STYLE,
         about=escape(" · ".join(facts)) + ("" if result.is_complete else " · <b>not finished</b>"),
         verdicts="".join(f"<p>{escape(text)}</p>" for text in result.verdicts()),
         reference=escape(result.reference),
@@ -107,24 +110,33 @@ def _arms(result: EvaluationResult) -> str:
 
 
 def _forest(comparisons: list[ArmComparison]) -> str:
-    """Every arm's difference and interval on one axis."""
+    """Every arm's difference and interval."""
     if not comparisons:
         return "<p>There is only one arm.</p>"
-    ends = [end for one in comparisons for end in (one.paired.delta.low, one.paired.delta.high) if end is not None]
+    return forest([(one.name, one.paired.delta) for one in comparisons])
+
+
+def forest(rows: Sequence[tuple[str, Estimate]]) -> str:
+    """Differences in points with their intervals, on one axis.
+
+    Args:
+        rows: a label and a difference each.
+    """
+    ends = [end for _, delta in rows for end in (delta.low, delta.high) if end is not None]
     low, high = min(0.0, *ends), max(0.0, *ends)
     margin = 0.05 * (high - low) or 0.01
     low, high = low - margin, high + margin
     left, width, row = 260, 480, 30
-    height = row * len(comparisons) + 34
+    height = row * len(rows) + 34
 
     def place(value: float) -> float:
         return left + width * (value - low) / (high - low)
 
     parts = [f'<svg viewBox="0 0 {left + width + 180} {height}" role="img" aria-label="differences with intervals">']
     parts.append(f'<line class="zero" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="0" y2="{height - 26}"/>')
-    for index, one in enumerate(comparisons):
-        y, delta = row * index + 16, one.paired.delta
-        label = one.name if len(one.name) <= 36 else one.name[:35] + "…"
+    for index, (name, delta) in enumerate(rows):
+        y = row * index + 16
+        label = name if len(name) <= 36 else name[:35] + "…"
         parts.append(f'<text x="0" y="{y + 4}">{escape(label)}</text>')
         if delta.low is not None and delta.high is not None:
             start, end = place(delta.low), place(delta.high)

@@ -10,7 +10,7 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 KINDS = ("math", "choice", "number", "text", "code")
-_FIELDS = {"id", "question", "answer", "choices", "tests", "kind"}
+_FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
 _TESTS = 'for instance [["2 3\\n", "5\\n"]]'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -26,6 +26,7 @@ class EvalProblem:
         choices: the texts of a multiple choice, in the order shown.
         tests: input and output pairs of a programming problem, as JSON.
         kind: how the answer is checked: `math`, `choice`, `number`, `text` or `code`.
+        trace: a right response, all that follows the prompt, where one is known; never shown to the model.
     """
 
     id: str
@@ -34,6 +35,7 @@ class EvalProblem:
     choices: tuple[str, ...] = ()
     tests: str | None = None
     kind: str = "math"
+    trace: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -41,14 +43,18 @@ class EvalProblem:
         options = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
         return "\n".join([self.question, *options])
 
+    def asked(self) -> dict[str, Any]:
+        """All that a response and its judgement depend on, JSON-ready: everything but the trace."""
+        return {name: value for name, value in vars(self).items() if name != "trace"}
+
 
 def load_problems(source: str | Path, limit: int | None = None, *, split: str = "test", seed: int = 0) -> list[Any]:
     """Problems by name.
 
     Args:
-        source: a JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`); a difficulty of the
-            embedded reasoner, such as `reasoner:chains-3`; or a benchmark: `aime24`, `aime25`, `amc23`, `math500`,
-            `gpqa-diamond`, `livecodebench`, fetched by the `datasets` library.
+        source: a JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`, `trace`); a difficulty
+            of the embedded reasoner, such as `reasoner:chains-3`; or a benchmark: `aime24`, `aime25`, `amc23`,
+            `math500`, `gpqa-diamond`, `livecodebench`, fetched by the `datasets` library.
         limit: how many, from the first on; None takes all of a file or benchmark, and 500 of a generator.
         split: of the reasoner's problems: `train`, `calibration` or `test`.
         seed: shuffles the choices of `gpqa-diamond`.
@@ -128,7 +134,12 @@ def problem_of(data: Any) -> EvalProblem:
     tests = data.get("tests")
     if tests is not None and not isinstance(tests, str):
         tests = json.dumps(tests)
-    return check_problem(EvalProblem(str(data["id"]), str(data["question"]), answer, tuple(choices), tests, kind))
+    trace = data.get("trace")
+    if trace is not None and (not isinstance(trace, str) or not trace):
+        raise StepFlowInputError(f"trace must be the text of a right response, got {trace!r}", hint="or leave it out")
+    return check_problem(
+        EvalProblem(str(data["id"]), str(data["question"]), answer, tuple(choices), tests, kind, trace)
+    )
 
 
 def check_problem(problem: EvalProblem) -> EvalProblem:
@@ -193,7 +204,7 @@ def reasoner_problems(level: str, number: int, split: str = "test", start: int =
     from hf_stepflow.reasoner.levels import problems_of
 
     drawn = problems_of(level, split, number, start)
-    return [EvalProblem(one.id, one.question, one.answer, kind="number") for one in drawn]
+    return [EvalProblem(one.id, one.question, one.answer, kind="number", trace=one.response) for one in drawn]
 
 
 def check_unique(problems: Iterable[EvalProblem]) -> list[EvalProblem]:

@@ -41,6 +41,7 @@ def evaluate(
     progress: bool = True,
     run_code: bool = False,
     template: dict[str, Any] | None = None,
+    keep_ids: bool = False,
     **generation: Any,
 ) -> EvaluationResult:
     """Runs every arm on the same problems and compares them with the first.
@@ -59,6 +60,7 @@ def evaluate(
         progress: show a progress bar with the running accuracies.
         run_code: allow running programs that the model wrote, for problems with tests.
         template: further arguments of the chat template, such as `enable_thinking`.
+        keep_ids: keep the token ids of the responses too.
         **generation: further arguments of `generate`, such as `do_sample`, `temperature`, `top_p`.
 
     Raises:
@@ -84,15 +86,15 @@ def evaluate(
     for problem in asked:
         check_may_run(problem, run_code)
     with _ready(model, tokenizer, chosen) as (vocabulary, tokenizer):
-        sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code)
+        sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code, keep_ids)
         items = _sorted_by_length(sampler, asked, n_samples)
         _check_lengths(model, items, max_new_tokens, chosen)
         runtime = getattr(model, "stepflow_runtime", None)
         header = {
-            "problems": _digest([vars(problem) for problem in asked]),
+            "problems": digest([problem.asked() for problem in asked]),
             "n_problems": len(asked),
             "model": model_digest(model),
-            "tokenizer": _digest([len(tokenizer), tokenizer.chat_template]),
+            "tokenizer": digest([len(tokenizer), tokenizer.chat_template]),
             "dtype": str(model.dtype).removeprefix("torch."),
             "settings": None if runtime is None else runtime.settings.to_dict(),
             "generation_config": _generation_config(model),
@@ -264,7 +266,8 @@ def _seed_of(seed: int, batch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:4], "big")
 
 
-def _digest(data: Any) -> str:
+def digest(data: Any) -> str:
+    """A short hash of JSON-ready data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 

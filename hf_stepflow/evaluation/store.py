@@ -99,16 +99,25 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
 
 
 def _check_same(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
+    changes = changes_of_run(known, asked)
+    if changes or list(known["arms"]) != list(asked["arms"]):
+        raise another_run(path, changes or ["arms in another order"])
+
+
+def changes_of_run(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """What differs between two runs, in words; the first five differences by name."""
     there, now = _flatten(known), _flatten(json.loads(json.dumps(asked)))
     differing = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
-    if differing or list(known["arms"]) != list(asked["arms"]):
-        changes = [f"{key}: {_short(there, key)} there, {_short(now, key)} now" for key in differing[:5]]
-        more = [f"and {len(differing) - 5} more"] if len(differing) > 5 else []
-        raise StepFlowInputError(
-            f"{path} holds another run ({'; '.join(changes + more) or 'arms in another order'}), and results of "
-            "different runs are not mixed",
-            hint="choose another path, or ask for the same run to continue it",
-        )
+    changes = [f"{key}: {_short(there, key)} there, {_short(now, key)} now" for key in differing[:5]]
+    return [*changes, f"and {len(differing) - 5} more"] if len(differing) > 5 else changes
+
+
+def another_run(path: Path, changes: list[str]) -> StepFlowInputError:
+    """The error for a place that holds the results of another run."""
+    return StepFlowInputError(
+        f"{path} holds another run ({'; '.join(changes)}), and results of different runs are not mixed",
+        hint="choose another path, or ask for the same run to continue it",
+    )
 
 
 def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,14 +2,9 @@
 
 from typing import Any
 
-from hf_stepflow.prompts import encode_prompt
+from hf_stepflow.prompts import encode_prompt, encode_response
 
 from .problems import Problem
-
-
-def encode_response(tokenizer: Any, response: str) -> list[int]:
-    """Token ids of a response, the end of the turn included."""
-    return [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def encode_problem(tokenizer: Any, problem: Problem) -> tuple[list[int], list[int]]:

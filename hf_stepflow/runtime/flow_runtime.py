@@ -50,6 +50,7 @@ class _ThreadSlot(threading.local):
 
     def __init__(self) -> None:
         self.overrides: list[FlowRules | None] = []
+        self.cut_by: StepVocabulary | None = None
         self.prompt_length: int | None = None
         self.current: FlowPass | None = None
 
@@ -108,7 +109,9 @@ class FlowRuntime:
         return self._plans[key]
 
     def vocabulary_for(self, settings: StepFlowSettings) -> StepVocabulary:
-        """The step rules for these settings, built once."""
+        """The step rules for these settings, built once; inside of `cutting`, those that were given there."""
+        if self._slot.cut_by is not None:
+            return self._slot.cut_by
         named = (repr(getattr(settings, name)) for name in _STEP_SETTINGS)
         key = (len(self.tokenizer), *self.end_of_turn_ids, *named)
         if key not in self._vocabularies:
@@ -140,6 +143,18 @@ class FlowRuntime:
             slot.overrides.pop()
             slot.prompt_length = outer
             slot.current = None
+
+    @contextmanager
+    def cutting(self, vocabulary: StepVocabulary) -> Iterator[None]:
+        """Inside the block, settings of calls of this thread get these step rules, whatever they ask for.
+
+        For controls that cut a trace where its text does not.
+        """
+        outer, self._slot.cut_by = self._slot.cut_by, vocabulary
+        try:
+            yield
+        finally:
+            self._slot.cut_by = outer
 
     @property
     def effective(self) -> FlowRules | None:

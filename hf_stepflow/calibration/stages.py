@@ -1,0 +1,378 @@
+"""calibrate: from a model and some problems to settings that are better than the base, or the word that none are.
+
+The stages in their order: gate, traces, bands, settings, verdict. Everything is chosen on the calibration split; the
+held-out split is answered once, at the end, by the base, the winner, and the winner's ablations.
+"""
+
+import platform
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import hf_stepflow
+from hf_stepflow.evaluation.answers import check_may_run
+from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
+from hf_stepflow.evaluation.runner import digest, model_digest
+from hf_stepflow.prompts import encode_prompt
+from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+
+from .ablations import RANDOM_STEPS, ablations, depends_on_steps
+from .bands import Bands, propose_bands, quarter_rule
+from .budget import Budget, parse_budget
+from .candidates import EMPTY, Settings, Space, mechanisms
+from .gate import look_for_trend
+from .halving import Halving, Results, halve, rank_correlation, to_run
+from .heads import Head, Heads, find_heads
+from .laboratory import Laboratory, Sampling
+from .presets import rule_preset
+from .proxy import proxy_score
+from .random_steps import random_steps
+from .result import Ablation, Calibration
+from .search import Proposer, Trial, search
+from .splits import Batch, Splits, batches_of, split_problems
+from .traces import Row, Solved, read_answers, rows_to_score, short_and_easy
+from .verdict import BASE, measure
+from .work_folder import WorkFolder
+from .workers import Workers
+
+STEPFLOW = "stepflow"
+
+# Shares of the calibration split that candidates answer up to each rung.
+_RUNGS = (0.25, 0.5, 1.0)
+
+# Problems whose responses are scored for each candidate.
+SCORED = 96
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    problems: Iterable[Any],
+    *,
+    budget: "str | int | Budget" = Budget(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+    work: str | Path | None = None,
+    force: bool = False,
+    stepflow: Any = None,
+    samples: int = 1,
+    temperature: float = 0.7,
+    max_new_tokens: int = 2048,
+    batch_size: int = 16,
+    scored: int = SCORED,
+    run_code: bool = False,
+    template: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Looks for settings that are better than the base on problems that played no part in choosing them.
+
+    Under `accelerate launch` the processes share the work; they need the same work folder.
+
+    Args:
+        model: a causal language model, StepFlow attached or not; left as it was. Judge in float32 on a CPU.
+        tokenizer: its tokenizer.
+        problems: `EvalProblem`s or dicts (see `load_problems`); those with a `trace` are scored on it.
+        budget: a number of candidates for the search, or a time for everything: 40, "90s", "20m", "1.5h".
+        seed: of splits, sampling, search and resampling.
+        work: folder in which everything is kept as soon as it is found; a run that was stopped is continued there, and
+            another one refused. None keeps nothing.
+        force: go on where errors do not rise with length.
+        stepflow: markers and step rules, as for `attach`; None takes those that are attached, or the rule.
+        samples: responses to each problem; 1 is greedy, more are sampled.
+        temperature: of the sampling.
+        max_new_tokens: tokens that a response may have.
+        batch_size: problems that are answered together.
+        scored: problems of the calibration split whose responses are scored for each candidate.
+        run_code: allow running programs that the model wrote.
+        template: further arguments of the chat template.
+        progress: show progress bars.
+
+    Raises:
+        StepFlowInputError: arguments that make no sense, too few problems, another run's folder.
+        StepFlowError: a model that StepFlow cannot reach, or markers that its tokenizer cannot write.
+    """
+    spend = parse_budget(budget)
+    if samples < 1 or max_new_tokens < 1 or batch_size < 1 or scored < 2 or not 0 <= seed <= 10**9:
+        raise StepFlowInputError(
+            f"samples, max_new_tokens and batch_size must be at least 1, scored at least 2 and the seed in 0 to 10^9; "
+            f"got {samples}, {max_new_tokens}, {batch_size}, {scored} and {seed}"
+        )
+    if temperature <= 0:
+        raise StepFlowInputError(f"the temperature must be above 0, got {temperature}", hint="samples=1 is greedy")
+    asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
+    for problem in asked:
+        check_may_run(problem, run_code)
+    splits = split_problems(asked, seed)
+    sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))
+    with _attached(model, tokenizer, stepflow):
+        run = {
+            "problems": digest([vars(problem) for problem in asked]),
+            "n_problems": len(asked),
+            "model": model_digest(model),
+            "tokenizer": digest([len(tokenizer), tokenizer.chat_template]),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "attention": model.stepflow_runtime.base_implementation,
+            "settings": model.stepflow_runtime.settings.replace(**EMPTY).to_dict(),
+            "sampling": vars(sampling),
+            "seed": seed,
+            "budget": vars(spend),
+            "force": force,
+            "scored": scored,
+            "library": hf_stepflow.__version__,
+        }
+        about = {
+            "model": getattr(model.config, "_name_or_path", ""),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(model.device),
+            "platform": platform.platform(),
+        }
+        workers = Workers.join()
+        if workers.count > 1 and work is None:
+            raise StepFlowInputError("several processes meet in a work folder, and none was given", hint="pass work=")
+        if not workers.is_first:  # the first makes the folder
+            workers.wait()
+        folder = WorkFolder(work, run, about, workers.count)
+        if workers.is_first:
+            workers.wait()
+        laboratory = Laboratory(model, tokenizer, sampling, folder, workers, progress)
+        return _Stages(laboratory, spend, splits, scored).run(run, about, force)
+
+
+class _Stages:
+    """The stages of one calibration, each a method that fills in a part of the result."""
+
+    def __init__(self, laboratory: Laboratory, budget: Budget, splits: Splits, scored: int):
+        self.lab = laboratory
+        self.budget = budget
+        self.splits = splits
+        self.scored = scored
+        self.seed = laboratory.sampling.seed
+        size = laboratory.sampling.batch_size
+        self.calibration = batches_of(splits.calibration, size, "calibration")
+        self.held_out = batches_of(splits.held_out, size, "held-out")
+        self.heads: dict[int, int] = laboratory.model.stepflow_runtime.heads
+        self.rows: list[Row] = []
+        self.easy: set[str] = set()
+        self.base: list[float] = []
+
+    def run(self, run: dict[str, Any], about: dict[str, Any], force: bool) -> Calibration:
+        """All stages, or those up to the gate where it is closed."""
+        solved = self.solve()
+        errors = [1 - one.accuracy for one in solved]
+        measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
+        gate = look_for_trend(errors, measures, self.seed)
+        found = Calibration(run, about, gate, held_out=len(self.splits.held_out))
+        if found.gate.is_open or force:
+            found.is_forced = not found.gate.is_open
+            self.rows = rows_to_score(solved, self.lab.tokenizer, self.lab.sampling.template, self.scored)
+            self.easy = short_and_easy(solved)
+            self.base = self.lab.likelihoods(None, self.rows)
+            bases = self.context_lengths(solved)
+            found.bands = self.propose(solved)
+            found.heads = self.probe()
+            found.trials = self.search(Space.of(found.bands.proposals, found.heads.table, bases))
+            self.select(found)
+            if found.winner is not None:
+                self.judge(found, bases[0])
+        found.seconds = self.lab.work.spent()
+        return found
+
+    def solve(self) -> list[Solved]:
+        """Stage 1: the base's own traces."""
+        end = self.budget.end_of("traces")
+        self.lab.answers({BASE: None}, self.calibration[:1], "traces")  # some, however short the time
+        results, done = self.lab.answers({BASE: None}, self.calibration, "traces", end=end)
+        self.calibration = self.calibration[:done]
+        answered = {problem.id for batch in self.calibration for problem in batch.problems}
+        problems = [one for one in self.splits.calibration if one.id in answered]
+        return read_answers(problems, results[BASE], self.lab.tokenizer)
+
+    def context_lengths(self, solved: Sequence[Solved]) -> list[int]:
+        """Context lengths from which a length temperature may start: a quarter and a half of all traces are longer."""
+        prompts = [
+            len(encode_prompt(self.lab.tokenizer, one.problem.prompt, **self.lab.sampling.template)) for one in solved
+        ]
+        lengths = [prompt + one.tokens for prompt, one in zip(prompts, solved, strict=True)]
+        return sorted({max(2, int(value)) for value in np.quantile(lengths, [0.25, 0.5])})
+
+    def propose(self, solved: Sequence[Solved]) -> Bands:
+        """Stage 2: bands by Step-Saliency and by rule."""
+        if self.lab.is_over(self.budget.end_of("bands"), "bands"):
+            reason = "there was no time for Step-Saliency"
+            return Bands([quarter_rule(sorted(self.heads))], (0, 0), sorted(self.heads), reason=reason)
+        traces: dict[bool, list[tuple[list[int], int]]] = {True: [], False: []}
+        for one in solved:
+            prompt = encode_prompt(self.lab.tokenizer, one.problem.prompt, **self.lab.sampling.template)
+            for result in one.results[:1]:
+                # The index of decay needs a summary; a trace that was cut off has none.
+                if result["outcome"] != "unfinished":
+                    traces[result["right"]].append(([*prompt, *result["ids"]], len(prompt)))
+
+        def look() -> dict[str, Any]:
+            return propose_bands(
+                self.lab.model,
+                traces[True],
+                traces[False],
+                self.lab.tokenizer,
+                sorted(self.heads),
+                self.seed,
+                self.lab.progress,
+            ).to_dict()
+
+        return Bands.from_dict(self.lab.decide("bands", look))
+
+    def probe(self) -> Heads:
+        """Stage 3: the heads of the shallow half, one forward pass each."""
+        layers = sorted(self.heads)
+        heads = [(layer, head) for layer in layers[: -(-len(layers) // 2)] for head in range(self.heads[layer])]
+        end = self.budget.end_of("heads")
+
+        def is_over(head: Head) -> bool:
+            return self.lab.is_over(end, "heads", list(head))
+
+        score = partial(_score, self.rows, self.easy)
+        with self.lab.bar("heads", len(heads), "head") as advance:
+            return find_heads(heads, self.counted(advance), score, is_over)
+
+    def search(self, space: Space) -> list[Trial]:
+        """Stage 3: settings by the proxy."""
+        work = self.lab.work
+        journal = None if work.path is None else work.path / "optuna.journal"
+        proposer = Proposer(space, self.seed, journal) if self.lab.workers.is_first else None
+        trials, end = self.budget.candidates, self.budget.end_of("search")
+
+        def propose(number: int) -> dict[str, Any]:
+            return self.lab.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
+
+        def tell(number: int, value: float) -> None:
+            if proposer is not None:
+                proposer.tell(number, value)
+
+        with self.lab.bar("search", trials if end is None else None, "candidate") as advance:
+            likelihoods = self.counted(advance)
+            return search(
+                space,
+                trials,
+                propose,
+                lambda settings: proxy_score(self.rows, self.base, likelihoods(settings), self.easy),
+                tell,
+                lambda number: self.lab.is_over(end, "search", number),
+            )
+
+    def select(self, found: Calibration) -> None:
+        """Stage 3: the best few by generation, and how well the proxy foretold it."""
+        candidates = to_run([one for one in found.trials if mechanisms(one.settings)])
+        ends = sorted({max(1, round(share * len(self.calibration))) for share in _RUNGS})
+        done = [0]
+
+        def answer(alive: Sequence[Trial], rung: int) -> tuple[Results, dict[int, Results]]:
+            arms: dict[str, Settings | None] = {BASE: None, **{str(one.number): one.settings for one in alive}}
+            batches, end = self.calibration[: ends[rung]], self.budget.end_of("generation")
+            results, reached = self.lab.answers(arms, batches, f"rung {rung + 1} of {len(ends)}", end=end)
+            if reached <= done[-1]:
+                return {}, {}
+            done.append(reached)
+            return _shares(results[BASE]), {one.number: _shares(results[str(one.number)]) for one in alive}
+
+        nothing = Halving(reason="there was no time to score any candidate")
+        found.halving = halve(candidates, len(ends), answer, self.easy) if candidates else nothing
+        if found.halving.rungs:
+            proxy = {one.number: one.score.value for one in candidates}
+            found.points = [(one.trial, proxy[one.trial], one.delta) for one in found.halving.rungs[0]]
+            found.correlation = rank_correlation([one[1] for one in found.points], [one[2] for one in found.points])
+        found.winner = next((one for one in candidates if one.number == found.halving.winner), None)
+
+    def judge(self, found: Calibration, base_length: int) -> None:
+        """Stage 4: the winner on the held-out split, and its ablations."""
+        assert found.winner is not None
+        winner = found.settings = found.winner.settings
+        arms: dict[str, Settings | None] = {BASE: None, STEPFLOW: winner}
+        self.lab.answers(arms, self.held_out[:1], "verdict")  # some, however short the time
+        results, done = self.lab.answers(arms, self.held_out, "verdict", end=self.budget.end_of("verdict"))
+        found.measured = self.measured(results, STEPFLOW)
+        variants, found.left_out = ablations(winner, self.heads, base_length, self.seed)
+        for name, settings in variants.items():
+            self.ablate(found, name, settings, self.held_out[:done])
+        if depends_on_steps(winner):
+            self.ablate(found, RANDOM_STEPS, winner, self.held_out[:done], random_cuts=True)
+        else:
+            found.left_out[RANDOM_STEPS] = "it does not matter to the winner where steps end"
+
+    def ablate(
+        self, found: Calibration, name: str, settings: Settings, batches: Sequence[Batch], random_cuts: bool = False
+    ) -> None:
+        """One ablation on the problems that the winner answered, as far as time allows."""
+        steps = None
+        if random_cuts:
+            vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
+            traces = [([*row.ids], len(row.prompt)) for row in self.rows[:32]]
+            steps = (RANDOM_STEPS, random_steps(vocabulary, traces, random.Random(f"{self.seed}/cuts").randrange(997)))
+        end = self.budget.end_of("ablations")
+        own, done = self.lab.answers({name: settings}, batches, name, end=end, steps=steps)
+        if not done:
+            found.left_out[name] = "there was no time"
+            return
+        both, _ = self.lab.answers({BASE: None, STEPFLOW: found.settings}, batches[:done], name)
+        results = {**both, **own}
+        found.ablations[name] = Ablation(
+            self.measured(results, name), self.measured(results, STEPFLOW, against=name), settings
+        )
+
+    def measured(self, results: Mapping[str, Sequence[dict[str, Any]]], name: str, against: str = BASE) -> Any:
+        """Two arms held against each other."""
+        return measure(results, name, against=against, samples=self.lab.sampling.samples, seed=self.seed)
+
+    def counted(self, advance: Any) -> Any:
+        """`likelihoods` of the rows that are scored, counted on a progress bar."""
+
+        def likelihoods(settings: Settings | None) -> list[float]:
+            values = self.lab.likelihoods(settings, self.rows)
+            advance()
+            return values
+
+        return likelihoods
+
+
+def _score(rows: Sequence[Row], easy: set[str], before: list[float], after: list[float]) -> Any:
+    return proxy_score(rows, before, after, easy)
+
+
+def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
+    """Whether each response was right, by problem."""
+    shares: Results = {}
+    for result in results:
+        shares.setdefault(result["problem"], []).append(float(result["right"]))
+    return shares
+
+
+@contextmanager
+def _attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
+    """The model in evaluation mode with StepFlow attached; as it was afterwards."""
+    was_training = model.training
+    attaches = getattr(model, "stepflow_runtime", None) is None
+    if not attaches and stepflow is not None:
+        raise StepFlowInputError(
+            "StepFlow is attached to this model with settings of its own, and stepflow= was given as well",
+            hint="leave stepflow out, or call model.detach_stepflow() first",
+        )
+    if attaches:
+        settings = rule_preset(model).settings.to_dict() if stepflow is None else stepflow
+        if stepflow is None:
+            settings |= {"base_model_name_or_path": None}
+        StepFlowModelForCausalLM.attach(model, settings, tokenizer=tokenizer)
+    try:
+        model.eval()
+        yield
+    finally:
+        if attaches:
+            model.detach_stepflow()
+        model.train(was_training)
