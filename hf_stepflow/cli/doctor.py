@@ -17,17 +17,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds description, arguments and example to the parser of this subcommand."""
     parser.description = (
         "Shows the versions of python, torch and transformers, whether transformers is inside the supported range,\n"
-        "and which attention implementations it can load here. Exit status 1: transformers is outside the range."
+        "and which attention implementations it can load here. With MODEL also whether StepFlow runs on that model,\n"
+        "from its config and tokenizer alone. Exit status 0: all is well. 1: transformers is outside the range, or\n"
+        "the model is not supported. 2: the model cannot be read."
     )
-    parser.epilog = "example: hf-stepflow doctor --json"
+    parser.epilog = "example: hf-stepflow doctor Qwen/Qwen3-8B"
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or Hub id of a model, or `reasoner`")
+    parser.add_argument("--revision", help="of the model on the Hub")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; returns 0 if transformers is inside the supported range, else 1."""
+    """Prints the report; returns 0 if transformers is inside the supported range and the model supported, else 1."""
+    from .model_checkup import examine_model, render_model
+
+    about_model = None if args.model is None else examine_model(args.model, args.revision)
     report = examine()
-    print(json.dumps(report, indent=2) if args.json else render(report))
-    return 0 if report["transformers_supported"] else 1
+    if args.json:
+        told = report if about_model is None else report | {"model": about_model}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        print(render(report))
+        if about_model is not None:
+            print(f"\n{render_model(about_model)}")
+    is_well = report["transformers_supported"] and (about_model is None or about_model["supported"])
+    return 0 if is_well else 1
 
 
 def examine() -> dict[str, Any]:
