@@ -6,7 +6,7 @@ from functools import partial
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from . import chains, errands
+from . import chains
 from .problems import Drawn, Problem, draw
 
 # Chains by the number of quantities to be known; the longest that is trained on has six.
@@ -14,8 +14,8 @@ from .problems import Drawn, Problem, draw
 LEVELS: dict[str, Callable[[random.Random], Drawn]] = {
     **{f"chains-{n}": partial(chains.make, people=n, distractors=n // 2 + 1) for n in (2, 4, 6, 7, 8, 9)},
     **{
-        f"errands-{n}": partial(errands.make, premises=8, terms=3, sentences=n, counts=max(2, n // 20))
-        for n in (10, 30, 60, 120)
+        f"errands-{n}": partial(chains.make, people=5, distractors=3, counts=4, sentences=n)
+        for n in (10, 30, 60, 90, 120)
     },
 }
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .chains import RELATIONS
-from .errands import COLOURS
+from .holdings import COLOURS
 from .problems import LARGEST, NAMES
 
 END = "<|end|>"

@@ -1,16 +1,16 @@
-"""Errands: premises that are read early and needed late, with long stretches of other work in between.
+"""Holdings: sums of what is looked up by two keys, for the first stage of the training.
 
 A plan in the question mixes things to look up among similar ones (the same owner with another colour, the same colour
-with another owner) with counting that has nothing to do with them. The counting may be of any length, and goes on
-between a premise and its use, and between one part of the sum and the next.
+with another owner) with counting that has nothing to do with them. The model does not learn these lookups;
+it learns to follow a plan and to count.
 """
 
 import random
 
+from .counting import count, split
 from .problems import LARGEST, NAMES, Drawn, add
 
 COLOURS = ("red", "blue", "green", "black")
-STRIDES = (1, 2, 3, 5)
 
 
 def make(generator: random.Random, premises: int, terms: int, sentences: int, counts: int) -> Drawn:
@@ -34,12 +34,12 @@ def make(generator: random.Random, premises: int, terms: int, sentences: int, co
     counters = generator.sample(NAMES, counts)
     for one in range(counts):
         errands.insert(generator.randint(0, len(errands) - 1), ("count", one))
-    shares = _shares(generator, sentences, counts)
+    shares = split(generator, sentences, counts)
 
     plan, thinking, total = "", "", None
     for kind, one in errands:
         if kind == "count":
-            said, worked = _count(generator, counters[one], shares[one])
+            said, worked = count(generator, counters[one], shares[one])
         else:
             owner, colour = keys[one]
             said, worked = f" Add the {colour} coins of {owner}.", stated[one]
@@ -63,23 +63,3 @@ def _values(generator: random.Random, premises: int, chosen: list[int]) -> list[
         for one in chosen:
             values[one] = generator.randint(1, LARGEST)
     return values
-
-
-def _shares(generator: random.Random, sentences: int, counts: int) -> list[int]:
-    """Splits a number of sentences among counts, at random, at least one each."""
-    if counts == 0:
-        return []
-    spare = max(sentences - counts, 0)
-    cuts = sorted(generator.randint(0, spare) for _ in range(counts - 1))
-    return [1 + right - left for left, right in zip([0, *cuts], [*cuts, spare], strict=True)]
-
-
-def _count(generator: random.Random, name: str, sentences: int) -> tuple[str, str]:
-    """A count of so many sentences (as many as fit below 100): what the plan says of it, and the work."""
-    stride = generator.choice([one for one in STRIDES if one * sentences < LARGEST] or STRIDES[:1])
-    sentences = min(sentences, (LARGEST - 1) // stride)
-    start = generator.randint(1, LARGEST - stride * sentences)
-    end = start + stride * sentences
-    said = f" {name} counts from {start} by {stride} to {end}."
-    work = "".join(f" {name} now counts {at}." for at in range(start + stride, end + 1, stride))
-    return said, f"{work} {name} is done."
