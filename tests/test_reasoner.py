@@ -176,6 +176,17 @@ def test_training_repeats_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoint.safetensors", "log.jsonl"]
 
 
+@pytest.mark.usefixtures("_one_thread_as_before")
+def test_the_second_stage_starts_from_the_rounded_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = dataclasses.replace(TINY, steps=2), dataclasses.replace(TINY, steps=2, curriculum=0.0, errands=True)
+    monkeypatch.setattr(Recipe, "stages", lambda seed: recipes)
+    found = weights(train.train_stages(0, tmp_path / "both"))
+    first = train.train(recipes[0], tmp_path / "alone")
+    second = train.train(recipes[1], tmp_path / "after", start=train.rounded(first))
+    assert torch.equal(found, weights(second))
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == sorted(train.STAGES)
+
+
 def test_positions_have_gaps_and_stay_in_range() -> None:
     tokenizer = build_tokenizer()
     highest = []
