@@ -19,7 +19,7 @@ from hf_stepflow.runtime.flow_masks import RowMask, visible_keys
 
 # Elements of the logits of a tile where nobody said how many queries it holds: on a CPU what its caches hold, on
 # other devices what keeps them busy. Chunks of fewer queries make poor products of matrices.
-_TILE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 26}
+_TILE_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 26}
 _SHORTEST_CHUNK = 64
 
 # Called for each tile with its first query, its first key, its query heads, and its saliency by head, [B, h, c, k].
@@ -153,9 +153,9 @@ class _Tiles:
             seen = self.see(start, end)
             for group in head_groups:
                 chunk = self.open(group, start, end, seen)
-                values = group.call.value[:, :, chunk.keys]
-                packed = _pack(chunk.weights.to(values.dtype), values.shape[1])
-                mixed = torch.matmul(packed, values).view(batch, -1, end - start, values.shape[-1])
+                values = group.call.value[:, :, chunk.keys].flatten(0, 1)
+                packed = _pack(chunk.weights.to(values.dtype), group.width)
+                mixed = torch.bmm(packed, values).view(batch, -1, end - start, values.shape[-1])
                 output[:, start:end, group.heads] = mixed.transpose(1, 2)
         return output
 
@@ -165,7 +165,8 @@ class _Tiles:
         batch, heads, _, _ = call.query.shape
         work = torch.promote_types(call.query.dtype, torch.float32)
         grad_query = torch.zeros_like(call.query)
-        grad_key, grad_value = (torch.zeros_like(one, dtype=work) for one in (call.key, call.value))
+        # Transposed, [B, Hkv, D, K]: products that add to them then read tiles row by row.
+        grad_key, grad_value = (one.new_zeros(one.mT.shape, dtype=work) for one in (call.key, call.value))
         # Some families make the bias from hidden states. It is [H, q, K] in itself.
         bias = call.kwargs["position_bias"]
         grad_bias = None if bias is None else call.query.new_zeros(batch, heads, *bias.shape[2:])
@@ -176,19 +177,18 @@ class _Tiles:
             for group in head_groups:
                 chunk = self.open(group, start, end, seen)
                 keys, own = chunk.keys, group.key_heads
-                value = group.call.value[:, :, keys].to(work)
-                upstream = _pack(grad[:, start:end, group.heads].transpose(1, 2).to(work), value.shape[1])
-                grad_weights = torch.matmul(upstream, value.transpose(2, 3)).view(chunk.weights.shape)
+                upstream = _pack(grad[:, start:end, group.heads].transpose(1, 2).to(work), group.width)
+                grad_weights = torch.bmm(upstream, group.value[:, keys].mT).view(chunk.weights.shape)
                 # In place, here and below: fresh memory costs a CPU more than arithmetic does.
                 saliency: torch.Tensor | None
                 if self.starts_graph:
                     saliency = grad_weights.mul_(chunk.weights).abs_()
                 else:
-                    weights = _pack(chunk.weights, value.shape[1])
-                    grad_value[:, own, keys] += torch.matmul(weights.transpose(2, 3), upstream)
-                    of_queries, of_keys, of_bias, saliency = chunk.pull_back(grad_weights, wants_saliency)
-                    grad_query[:, group.heads, start:end] = of_queries.to(grad_query.dtype)
-                    grad_key[:, own, keys] += of_keys
+                    weights = _pack(chunk.weights, group.width)
+                    _view(grad_value[:, own, :, keys]).baddbmm_(upstream.mT, weights)
+                    add_to = _view(grad_key[:, own, :, keys])
+                    of_queries, of_bias, saliency = chunk.pull_back(grad_weights, add_to, wants_saliency)
+                    grad_query[:, group.heads, start:end] = of_queries
                     if grad_bias is not None and of_bias is not None:
                         grad_bias[:, group.heads, start:end, keys] = of_bias.to(grad_bias.dtype)
                 if self.collect is not None and saliency is not None:
@@ -197,7 +197,7 @@ class _Tiles:
             return None, None, None, None
         if grad_bias is not None:
             grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
-        return grad_query, grad_key.to(call.key.dtype), grad_value.to(call.value.dtype), grad_bias
+        return grad_query, grad_key.mT.to(call.key.dtype), grad_value.mT.to(call.value.dtype), grad_bias
 
     def see(self, start: int, end: int) -> "_Seen | None":
         """What queries [start, end) see; None where the bridge finds it out itself."""
@@ -208,7 +208,7 @@ class _Tiles:
         if seen is None:
             assert isinstance(group.call, BridgedCall)
             return _BridgedChunk(group.call, start, end)
-        return _PlainChunk(group.call, start, end, seen.narrowed(group.heads))
+        return _PlainChunk(group, start, end, seen.narrowed(group.heads))
 
 
 @dataclass(frozen=True)
@@ -219,22 +219,33 @@ class _HeadGroup:
         call: the call with these heads alone.
         key_heads: the key-value heads.
         heads: the query heads.
+        key: [B * Hkv, K, D], scaled, float32 at least.
+        value: [B * Hkv, K, Dv], float32 at least.
     """
 
     call: AttentionCall
     key_heads: slice
     heads: slice
+    key: torch.Tensor
+    value: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Number of its key-value heads."""
+        return self.call.key.shape[1]
 
     @classmethod
     def of(cls, call: AttentionCall, key_heads: slice, shared: int) -> "_HeadGroup":
         heads = slice(key_heads.start * shared, key_heads.stop * shared)
-        if heads == slice(0, call.query.shape[1]):
-            return cls(call, key_heads, heads)
-        kwargs = call.kwargs | {"position_bias": _narrowed(call.kwargs["position_bias"], heads)}
-        if call.sink_logits is not None:
-            kwargs["s_aux"] = call.sink_logits[heads]
-        query, key, value = call.query[:, heads], call.key[:, key_heads], call.value[:, key_heads]
-        return cls(replace(call, query=query, key=key, value=value, kwargs=kwargs), key_heads, heads)
+        if heads != slice(0, call.query.shape[1]):
+            kwargs = call.kwargs | {"position_bias": _narrowed(call.kwargs["position_bias"], heads)}
+            if call.sink_logits is not None:
+                kwargs["s_aux"] = call.sink_logits[heads]
+            query, key, value = call.query[:, heads], call.key[:, key_heads], call.value[:, key_heads]
+            call = replace(call, query=query, key=key, value=value, kwargs=kwargs)
+        work = torch.promote_types(call.query.dtype, torch.float32)
+        scaled = call.key.to(work) * call.scaling
+        return cls(call, key_heads, heads, scaled.flatten(0, 1), call.value.to(work).flatten(0, 1))
 
 
 def _narrowed(tensor: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
@@ -258,14 +269,19 @@ def _is_fused(call: AttentionCall) -> bool:
 
 
 def _pack(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """[B, H, c, n] as [B, Hkv, G * c, n]: query heads beside those that share their keys."""
+    """[B, H, c, n] as [B * Hkv, G * c, n]: query heads beside those that share their keys."""
     batch, heads, chunk, width = tensor.shape
-    return tensor.reshape(batch, groups, heads // groups * chunk, width)
+    return tensor.reshape(batch * groups, heads // groups * chunk, width)
 
 
-# Gradients of a chunk's queries [B, H, c, D], of its keys [B, Hkv, k, D] and of its bias [B, H, c, k] if there is one,
-# and its saliency [B, H, c, k] if it is wanted.
-_Pulled = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+def _view(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, Hkv, D, k] as [B * Hkv, D, k], the same memory."""
+    return tensor.view(-1, *tensor.shape[2:])
+
+
+# Gradients of a chunk's queries [B, H, c, D] and of its bias [B, H, c, k] if there is one, and its saliency
+# [B, H, c, k] if it is wanted.
+_Pulled = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -300,6 +316,8 @@ class _Seen:
 
     def narrowed(self, heads: slice) -> "_Seen":
         """The same for some of the heads."""
+        if self.hidden.ndim == 2 and self.bias is None:
+            return self
         hidden = self.hidden if self.hidden.ndim == 2 else _narrowed(self.hidden, heads)
         assert hidden is not None
         return replace(self, hidden=hidden, bias=_narrowed(self.bias, heads))
@@ -308,14 +326,15 @@ class _Seen:
 class _PlainChunk:
     """Weights [B, H, c, k] of queries [start, end) over the keys that any of them sees."""
 
-    def __init__(self, call: AttentionCall, start: int, end: int, seen: _Seen):
-        self.call = call
+    def __init__(self, group: _HeadGroup, start: int, end: int, seen: _Seen):
+        call = group.call
+        self.group = group
         self.keys = seen.keys
         batch, heads, _, _ = call.query.shape
-        work = torch.promote_types(call.query.dtype, torch.float32)
-        self.query = _pack(call.query[:, :, start:end].to(work) * call.scaling, call.key.shape[1])
-        self.key = call.key[:, :, self.keys].to(work)
-        logits = torch.matmul(self.query, self.key.transpose(2, 3)).view(batch, heads, end - start, -1)
+        work = group.key.dtype
+        self.query = _pack(call.query[:, :, start:end].to(work), group.width)
+        self.key = group.key[:, self.keys]
+        logits = torch.bmm(self.query, self.key.mT).view(batch, heads, end - start, -1)
         self.cap_slope = None
         if call.softcap is not None:
             squashed = logits.div_(call.softcap).tanh_()
@@ -333,16 +352,16 @@ class _PlainChunk:
             log_total = logits.logsumexp(-1, keepdim=True)
             self.weights *= torch.sigmoid(log_total - call.sink_logits.to(work)[:, None, None])
 
-    def pull_back(self, grad_weights: torch.Tensor, wants_saliency: bool) -> _Pulled:
-        """What follows from the gradient of the weights, [B, H, c, k], which is used up."""
-        call = self.call
+    def pull_back(self, grad_weights: torch.Tensor, grad_key: torch.Tensor, wants_saliency: bool) -> _Pulled:
+        """What follows from the gradient of the weights, [B, H, c, k], which is used up; adds to that of the keys."""
         product = grad_weights.mul_(self.weights)
         saliency = product.abs() if wants_saliency else None
         grad_logits = product.addcmul_(self.weights, product.sum(-1, keepdim=True), value=-1)
         capped = grad_logits if self.cap_slope is None else grad_logits * self.cap_slope
-        packed = _pack(capped, call.key.shape[1])
-        of_query = torch.matmul(packed, self.key).view(*grad_logits.shape[:3], -1) * call.scaling
-        return of_query, torch.matmul(packed.transpose(2, 3), self.query), grad_logits, saliency
+        packed = _pack(capped, self.group.width)
+        of_query = torch.bmm(packed, self.key).view(*grad_logits.shape[:3], -1)
+        grad_key.baddbmm_(self.query.mT, packed, alpha=self.group.call.scaling)
+        return of_query, grad_logits, saliency
 
 
 class _BridgedChunk:
@@ -359,8 +378,9 @@ class _BridgedChunk:
         self.rows = slice(start, end)
         self.weights = self.traced.detach()
 
-    def pull_back(self, grad_weights: torch.Tensor, wants_saliency: bool) -> _Pulled:
+    def pull_back(self, grad_weights: torch.Tensor, grad_key: torch.Tensor, wants_saliency: bool) -> _Pulled:
         inputs = (self.query, self.key) + (() if self.bias is None else (self.bias,))
         of_query, of_key, *of_bias = torch.autograd.grad(self.traced, inputs, grad_weights)
+        grad_key += of_key.mT.flatten(0, 1)
         saliency = grad_weights.mul_(self.weights).abs_() if wants_saliency else None
-        return of_query, of_key, of_bias[0][:, :, self.rows] if of_bias else None, saliency
+        return of_query, of_bias[0][:, :, self.rows] if of_bias else None, saliency
