@@ -15,8 +15,11 @@ from .flow_masks import visible_keys
 from .flow_pass import FlowPass, key_groups
 from .step_record import Field
 
-# Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass.
+# Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass. On a CPU
+# less is faster, as long as it stays in the caches and there are queries enough for a product of matrices.
 _CHUNK_ELEMENTS = 1 << 24
+_CACHED_ELEMENTS = 1 << 19
+_SHORTEST_CHUNK = 32
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -106,8 +109,7 @@ class BridgedCall(AttentionCall):
 
     def rewrite(self, output: torch.Tensor, weights: torch.Tensor | None) -> Output:
         """Many queries: the base's output, with the bridged queries computed anew, chunk by chunk."""
-        batch, heads, keys = self.query.shape[0], self.query.shape[1], self.key.shape[2]
-        chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * keys))
+        chunk = self.chunk_length()
         first, last = self.active_span()
         pieces = [output[:, :first]]
         weight_pieces = [] if weights is None else [weights[:, :, :first]]
@@ -122,6 +124,14 @@ class BridgedCall(AttentionCall):
             weights = torch.cat([*weight_pieces, weights[:, :, last:]], 2)
         return torch.cat([*pieces, output[:, last:]], 1), weights
 
+    def chunk_length(self) -> int:
+        """Queries that are worked on at a time."""
+        elements = self.query.shape[0] * self.query.shape[1] * self.key.shape[2]  # of one query
+        most = max(1, _CHUNK_ELEMENTS // elements)
+        if self.query.device.type != "cpu":
+            return most
+        return min(most, max(_SHORTEST_CHUNK, _CACHED_ELEMENTS // elements))
+
     def active_span(self) -> tuple[int, int]:
         """The queries from the first to the last that any row bridges, [first, last)."""
         queries, host = self.query.shape[2], self.flow.host
@@ -135,14 +145,17 @@ class BridgedCall(AttentionCall):
         (weights, before, after), usable = self.weights(self.query[:, :, start:end], start)
         if self.flow.state.tally is not None:
             self.flow.state.tally.add_bridge(self.layer, before, after, usable)
-        batch, heads, chunk, keys = weights.shape
+        batch, heads, chunk, seen = weights.shape
         groups = self.key.shape[1]
-        spread = weights.to(self.value.dtype).reshape(batch, groups, heads // groups * chunk, keys)
-        output = torch.matmul(spread, self.value).view(batch, heads, chunk, -1)
-        return output.transpose(1, 2).contiguous(), weights.to(self.query.dtype) if self.wants_weights else None
+        spread = weights.to(self.value.dtype).reshape(batch, groups, heads // groups * chunk, seen)
+        output = torch.matmul(spread, self.value[:, :, :seen]).view(batch, heads, chunk, -1).transpose(1, 2)
+        if not self.wants_weights:
+            return output.contiguous(), None
+        whole = torch.nn.functional.pad(weights.to(self.query.dtype), (0, self.key.shape[2] - seen))
+        return output.contiguous(), whole
 
     def weights(self, query: torch.Tensor, start: int) -> tuple[Bridged, torch.Tensor]:
-        """The weights of some of the queries.
+        """The weights of some of the queries, over the keys up to the last that any of them sees, at least.
 
         Args:
             query: [B, H, c, D], the queries from `start` on.
@@ -156,15 +169,17 @@ class BridgedCall(AttentionCall):
         end = start + chunk
         keys, groups = self.key.shape[2], self.key.shape[1]
         visible, bias = visible_keys(self.flow, self.mask, start, end, self.query.shape[2], keys)
+        seen = _seen(visible, keys) if chunk > 1 else keys
+        visible, bias = visible[..., :seen], None if bias is None else bias[..., :seen]
         dtype = torch.promote_types(query.dtype, torch.float32)
         packed = query.reshape(batch, groups, heads // groups * chunk, -1).to(dtype)
-        logits = torch.matmul(packed, self.key.to(dtype).transpose(2, 3)).view(batch, heads, chunk, keys)
+        logits = torch.matmul(packed, self.key[:, :, :seen].to(dtype).transpose(2, 3)).view(batch, heads, chunk, seen)
         logits = logits * self.scaling
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         position_bias = self.kwargs.get("position_bias")
         if position_bias is not None:
-            logits = logits + position_bias[:, :, start:end, :keys]
+            logits = logits + position_bias[:, :, start:end, :seen]
         if bias is not None:
             logits = logits + bias
         logits = logits.masked_fill(~visible, float("-inf"))
@@ -186,3 +201,11 @@ class BridgedCall(AttentionCall):
             dtype = torch.promote_types(self.query.dtype, torch.float32)
             return torch.tensor(self.tau, dtype=dtype, device=self.query.device)[:, None]
         return self.tau
+
+
+def _seen(visible: torch.Tensor, keys: int) -> int:
+    """How many keys, from the first on, hold all that is visible; on other devices than a CPU it is not asked."""
+    if visible.shape[-1] != keys or visible.device.type != "cpu" or torch.compiler.is_compiling():
+        return keys
+    places = visible.flatten(0, -2).any(0).nonzero()
+    return int(places[-1]) + 1 if len(places) else 1

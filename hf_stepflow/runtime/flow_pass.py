@@ -182,14 +182,15 @@ def key_groups(
         flow: the pass.
         records: int32 [B, c, F] of the queries.
         keys: K, the number of keys of the layer.
-        visible: bool broadcastable to [B, 1, c, K], or None for all.
+        visible: bool broadcastable to [B, 1, c, K], or None for all; it may tell of the first of the keys alone.
 
     Returns:
-        same, bridge: bool [B, 1 or H, c, K]; both empty for queries that OEB leaves alone.
+        same, bridge: bool [B, 1 or H, c, K], K as `visible` has it; both empty for queries that OEB leaves alone.
     """
     settings = flow.plan.settings
-    (labels,) = (column[:, None, None, :] for column in flow.key_columns(keys, Field.LABEL))
-    slots = torch.arange(keys, device=records.device) + flow.offset(keys)
+    seen = keys if visible is None or visible.shape[-1] == 1 else visible.shape[-1]
+    (labels,) = (column[:, None, None, :seen] for column in flow.key_columns(keys, Field.LABEL))
+    slots = torch.arange(seen, device=records.device) + flow.offset(keys)
     query = records[:, None, :, None, :]
     label = query[..., Field.LABEL]
     active = query[..., Field.ACTIVE] > 0

@@ -368,7 +368,6 @@ class _BridgedChunk:
     """The same in a layer of the bridge, whose shifts depend on queries and keys too."""
 
     def __init__(self, call: BridgedCall, start: int, end: int):
-        self.keys = slice(0, call.key.shape[2])
         bias = call.kwargs["position_bias"]
         with torch.enable_grad():
             self.query, self.key = (one.detach().requires_grad_() for one in (call.query[:, :, start:end], call.key))
@@ -377,10 +376,11 @@ class _BridgedChunk:
             (self.traced, _, _), _ = replace(call, key=self.key, kwargs=kwargs).weights(self.query, start)
         self.rows = slice(start, end)
         self.weights = self.traced.detach()
+        self.keys = slice(0, self.weights.shape[-1])
 
     def pull_back(self, grad_weights: torch.Tensor, grad_key: torch.Tensor, wants_saliency: bool) -> _Pulled:
         inputs = (self.query, self.key) + (() if self.bias is None else (self.bias,))
         of_query, of_key, *of_bias = torch.autograd.grad(self.traced, inputs, grad_weights)
-        grad_key += of_key.mT.flatten(0, 1)
+        grad_key += of_key[:, :, self.keys].mT.flatten(0, 1)
         saliency = grad_weights.mul_(self.weights).abs_() if wants_saliency else None
-        return of_query, of_bias[0][:, :, self.rows] if of_bias else None, saliency
+        return of_query, of_bias[0][:, :, self.rows, self.keys] if of_bias else None, saliency
