@@ -31,15 +31,14 @@ from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_
 if TYPE_CHECKING:
     from .attention_call import AttentionCall as AttentionCall
     from .base_model import read_repository_file as read_repository_file
-    from .bridge import odds_equal_bridge as odds_equal_bridge
+    from .bridge_shifts import bridge_shifts as bridge_shifts
     from .bridged_weights import bridged_weights as bridged_weights
     from .decode_attention import DecodeGroups as DecodeGroups
     from .flow_attention import AttentionLink as AttentionLink
-    from .flow_masks import NotATensorError as NotATensorError
+    from .flow_masks import visible_keys as visible_keys
     from .flow_pass import FlowPlan as FlowPlan
     from .flow_state import FlowState as FlowState
     from .markers import MarkerTable as MarkerTable
-    from .momentum import step_momentum as step_momentum
     from .preset_files import PresetFiles as PresetFiles
     from .repository_code import code_files as code_files
     from .sentence_rules import keeps_letters as keeps_letters
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from .steps import StepVocabulary as StepVocabulary
     from .tally import Tally as Tally
     from .token_text import TokenText as TokenText
-    from .trace import TraceStep as TraceStep
+    from .trace_steps import TraceStep as TraceStep
 
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
