@@ -288,7 +288,7 @@ class FlowCacheMixin:
         self.stepflow_state.reset()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_cache, (type(self).__mro__[2], self.__dict__)
+        return _rebuild_cache, (type(self).__bases__[1], self.__dict__)
 
 
 def _rebuild_cache(kind: Any, attributes: dict[str, Any]) -> Any:

@@ -163,7 +163,9 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             # A config of its own: the model's may be shared with other models, and goes on to say what masks to make.
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = name
-        _change_class(model, _attached_class(cls, type(model)))
+        # Of a repository's class transformers loads a subclass that goes by its name, and cannot be pickled.
+        own = StepFlowModelForCausalLM if cls.__name__ == StepFlowModelForCausalLM.__name__ else cls
+        _change_class(model, _attached_class(own, type(model)))
         model.stepflow_runtime = runtime
         model.__dict__.pop("_compiled_call", None)
         model._stepflow_stored = stored, model.generation_config._from_model_config
@@ -184,7 +186,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             self.generation_config.stepflow = stored
         for name in _STATE.split():
             self.__dict__.pop(name, None)
-        _change_class(self, type(self).__mro__[2])
+        _change_class(self, type(self).__bases__[1])
         return self
 
     @contextmanager
@@ -341,7 +343,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         raise no_continuous_batching()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own, base = type(self).__mro__[1:3]
+        own, base = type(self).__bases__
         return _rebuild, (own, base, self.stepflow_runtime.base_implementation), self.__dict__
 
 
