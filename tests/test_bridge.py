@@ -14,7 +14,8 @@ from oracles import oracle_bridge
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_stepflow.runtime.bridge import BRIDGE_FLOORS, bridge_shifts, odds_equal_bridge
+from hf_stepflow.runtime.bridge import odds_equal_bridge
+from hf_stepflow.runtime.bridge_shifts import BRIDGE_FLOORS, bridge_shifts
 from hf_stepflow.runtime.bridged_weights import _in_log_space, _in_probabilities
 
 HIDDEN = float("-inf")

@@ -1,7 +1,9 @@
 """Exports: what is written and what never is, folders that are left alone, bases that do not fit, and the command."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -27,9 +29,10 @@ from hf_stepflow.runtime.errors import (
     StepFlowUnsupportedError,
 )
 from hf_stepflow.runtime.preset_files import PRESET_CODE
-from hf_stepflow.runtime.repository_code import code_files
+from hf_stepflow.runtime.repository_code import code_files, travelling_code
 
-RUNTIME = {file.name: file.read_bytes() for file in code_files(*PRESET_CODE, "generate")}
+SOURCES = {file.name: file for file in code_files(*PRESET_CODE, "generate")}
+RUNTIME = {name: travelling_code(file).encode() for name, file in SOURCES.items()}
 DATA = {"README.md", "config.json", "generation_config.json", "tokenizer_config.json"}
 
 
@@ -57,7 +60,7 @@ def test_the_files_of_a_preset(base, preset, tmp_path):
     assert code(tmp_path / "out").items() <= RUNTIME.items()
     assert set(RUNTIME) - set(found) == {"generate.py"}
     assert export.files == {name: len(content) for name, content in sorted(found.items())}
-    assert export.size < 300_000
+    assert export.size < 200_000
     assert len(found["config.json"]) < 3000
     config = json.loads(found["config.json"])
     assert config["model_type"] == "stepflow"
@@ -77,6 +80,7 @@ def test_the_files_of_a_preset(base, preset, tmp_path):
 @pytest.mark.parametrize("name", [preset.name for preset in list_presets()])
 def test_every_committed_preset_can_be_exported_offline(name, tmp_path):
     export = export_preset(name, tmp_path / "out", repo_id=f"me/{name}-stepflow")
+    assert export.size < 199_500  # the base's config adds its fields
     assert load_preset(tmp_path / "out").settings == load_preset(name).settings
     (warning,) = export.warnings
     assert "vocab_size" in warning
@@ -124,6 +128,26 @@ def test_the_repository_of_custom_generate(tmp_path):
     assert {f"custom_generate/{name}": content for name, content in RUNTIME.items()} == code(tmp_path / "out")
     assert found["README.md"].decode() == str(custom_generate_card("me/stepflow-generate"))
     assert (export.kind, export.preset) == ("custom_generate", None)
+    assert export.size < 200_000
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_travels_is_the_same_program(name, tmp_path):
+    """And can be read: what is left out is the rest of docstrings, and indentation by spaces."""
+    travelled = tmp_path / name
+    travelled.write_bytes(RUNTIME[name])
+    texts = [file.read_text(encoding="utf-8") for file in (SOURCES[name], travelled)]
+    before, after = map(ast.parse, texts)
+    for old, new in zip(ast.walk(before), ast.walk(after), strict=True):
+        if isinstance(old, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(old) is not None:
+            whole, kept = ast.get_docstring(old), ast.get_docstring(new)
+            expected = whole if name == "configuration_stepflow.py" else whole.split("\n\n")[0]
+            assert kept.split() == expected.split()
+            del old.body[0], new.body[0]
+    assert ast.dump(before) == ast.dump(after)
+    comments = [re.findall(r"# .*", text) for text in texts]
+    assert comments[0] == comments[1]
+    assert travelling_code(travelled).encode() == RUNTIME[name]
 
 
 # Folders
@@ -297,7 +321,7 @@ def test_copies_of_the_code_have_names_of_their_own(tmp_path):
     assert len(attention_names.STAMP) == 8
     for file in code_files("modeling_stepflow"):
         shutil.copy(file, tmp_path)
-    (tmp_path / "bridge.py").write_text((tmp_path / "bridge.py").read_text() + "\n")
+    (tmp_path / "bridge_shifts.py").write_text((tmp_path / "bridge_shifts.py").read_text() + "\n")
     copied = get_class_from_dynamic_module("modeling_stepflow.StepFlowModelForCausalLM", str(tmp_path))
     folder, _, _ = copied.__module__.rpartition(".")
     assert sys.modules[f"{folder}.attention_names"].STAMP != attention_names.STAMP

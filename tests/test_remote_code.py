@@ -13,7 +13,7 @@ from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.hub.export import export_custom_generate, export_preset
 
 SCRIPT = """
-import importlib.util, json, sys, threading
+import importlib.util, json, pickle, sys, threading
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, TextStreamer, pipeline
@@ -30,6 +30,9 @@ except ValueError as error:
     told["refusal"] = str(error)
 config = AutoConfig.from_pretrained(preset, trust_remote_code=True)
 told["config"] = [config.model_type, config.vocab_size, config.max_position_embeddings, config.tau_max]
+tokenizer = AutoTokenizer.from_pretrained(preset, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(preset, trust_remote_code=True, attn_implementation="eager")
+told["model"] = [type(model).__name__, model.config.model_type, type(tokenizer).__module__.split(".")[0]]
 try:
     AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 except NotImplementedError as error:
@@ -38,10 +41,6 @@ try:
     AutoModelForCausalLM.from_pretrained(preset, trust_remote_code=True, stepflow="qwen3-8b")
 except ValueError as error:
     told["preset"] = str(error)
-
-tokenizer = AutoTokenizer.from_pretrained(preset, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(preset, trust_remote_code=True, attn_implementation="eager")
-told["model"] = [type(model).__name__, model.config.model_type, type(tokenizer).__module__.split(".")[0]]
 with torch.no_grad():
     out["row"] = model(given["row"]).logits
     out["batch"] = model(given["batch"], attention_mask=given["mask"]).logits
@@ -83,6 +82,11 @@ thread = threading.Thread(target=pipe.model.generate, kwargs={**inputs, "streame
 thread.start()
 told["streamed"] = "".join(streamer)
 thread.join()
+# Of the first model that a process loads, transformers makes the class a subclass of the repository's.
+with torch.no_grad():
+    detached = [pickle.loads(pickle.dumps(model)).detach_stepflow(), model.detach_stepflow()]
+    told["detached"] = [f"{type(each).__module__}.{type(each).__name__}" for each in detached]
+    out["detached"] = torch.cat([each(given["row"]).logits for each in detached])
 save_file({name: value.contiguous() for name, value in out.items()}, f"{folder}/out.safetensors")
 print("TOLD" + json.dumps(told))
 """
@@ -128,6 +132,7 @@ def test_the_logits_are_those_of_attach(bare):
     assert not torch.equal(plain, row)
     assert torch.equal(out["whole plain"], plain)
     assert torch.equal(out["merged plain"], plain)
+    assert torch.equal(out["detached"], torch.cat([plain, plain]))
     half = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
     half = StepFlowModelForCausalLM.attach(half, SETTINGS, tokenizer=byte_tokenizer())
     assert torch.equal(out["half"], half(given["row"]).logits)
@@ -149,6 +154,7 @@ def test_what_is_loaded_there(bare):
     assert told["config"] == ["stepflow", 320, 512, SETTINGS.tau_max]
     assert told["model"] == ["LlamaForCausalLM", "llama", "transformers"]
     assert "steps" in told["report"]
+    assert told["detached"] == ["transformers.models.llama.modeling_llama.LlamaForCausalLM"] * 2
 
 
 def test_pipelines_and_streams_there(bare):

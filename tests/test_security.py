@@ -15,6 +15,8 @@ from hub_support import save_base, strong_preset
 
 import hf_stepflow
 from hf_stepflow.hub.export import export_preset
+from hf_stepflow.runtime.preset_files import PRESET_CODE
+from hf_stepflow.runtime.repository_code import code_files
 
 PACKAGE = Path(hf_stepflow.__file__).resolve().parent
 RUNTIME = sorted((PACKAGE / "runtime").glob("*.py"))
@@ -45,7 +47,7 @@ ALLOWED = {
         "(folder / 'tokenizer_config.json').write_text",
     },
     "preset_lookup.py": {"importlib.import_module"},
-    "repository_code.py": {"shutil.copyfile"},
+    "repository_code.py": {"file.read_text", "(folder / file.name).write_bytes"},
     "saving.py": {
         "files.push_to_hub", "model.stepflow_runtime.tokenizer.save_pretrained", "preset_files(model).save_pretrained",
     },
@@ -103,7 +105,9 @@ def test_files_hide_nothing():
 
 def test_the_document_names_every_file():
     listed = set(re.findall(r"`(\w+\.py)`", SECURITY))
-    assert {file.name for file in RUNTIME} - {"__init__.py"} <= listed
+    assert {file.name for file in RUNTIME} - {"__init__.py"} == listed
+    travels = {file.name for file in code_files(*PRESET_CODE, "generate")}
+    assert listed - travels == set(re.findall(r"`(\w+\.py)`", SECURITY.split("stays at home")[1]))
 
 
 WATCHED = """

@@ -7,7 +7,7 @@ other devices, and for compiled code. Shapes: B batch, H query heads, c queries,
 
 import torch
 
-from .bridge import bridge_shifts
+from .bridge_shifts import bridge_shifts
 
 SMALLEST_MASS = 1e-30
 

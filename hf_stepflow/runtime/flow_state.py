@@ -288,7 +288,7 @@ class FlowCacheMixin:
         self.stepflow_state.reset()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_cache, (type(self).__mro__[2], self.__dict__)
+        return _rebuild_cache, (type(self).__bases__[1], self.__dict__)
 
 
 def _rebuild_cache(kind: Any, attributes: dict[str, Any]) -> Any:
@@ -314,10 +314,3 @@ def carry(cache: Any, state: FlowState) -> None:
             _CARRIERS[kind] = type(kind.__name__, (FlowCacheMixin, kind), {"__module__": kind.__module__})
         cache.__class__ = _CARRIERS[kind]
     cache.stepflow_state = state
-
-
-def drop(cache: Any) -> None:
-    """Takes the state off a cache and gives it back its class."""
-    if isinstance(cache, FlowCacheMixin):
-        del cache.stepflow_state
-        cache.__class__ = type(cache).__mro__[2]

@@ -12,20 +12,19 @@ if TYPE_CHECKING:
     from .attention_modules import attention_modules as attention_modules
     from .attention_names import base_implementation as base_implementation
     from .base_model import read_repository_file as read_repository_file
-    from .bridge import odds_equal_bridge as odds_equal_bridge
+    from .bridge_shifts import bridge_shifts as bridge_shifts
     from .bridged_weights import bridged_weights as bridged_weights
     from .call_checks import no_constructor as no_constructor
     from .configuration_stepflow import StepFlowSettings as StepFlowSettings
     from .decode_attention import DecodeGroups as DecodeGroups
     from .errors import StepFlowError as StepFlowError
     from .flow_attention import AttentionLink as AttentionLink
-    from .flow_masks import NotATensorError as NotATensorError
+    from .flow_masks import visible_keys as visible_keys
     from .flow_pass import FlowPlan as FlowPlan
     from .flow_runtime import FlowRules as FlowRules
     from .flow_state import FlowState as FlowState
     from .loading import Loaded as Loaded
     from .markers import MarkerTable as MarkerTable
-    from .momentum import step_momentum as step_momentum
     from .preset_files import PresetFiles as PresetFiles
     from .preset_lookup import find_preset as find_preset
     from .report import LayerReport as LayerReport
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from .tally import Tally as Tally
     from .token_text import TokenText as TokenText
     from .tokenization_stepflow import StepFlowTokenizer as StepFlowTokenizer
-    from .trace import TraceStep as TraceStep
+    from .trace_steps import TraceStep as TraceStep
 
 # Calls on one model take turns, since each changes it; a tokenizer that had to be loaded is loaded once.
 _LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()

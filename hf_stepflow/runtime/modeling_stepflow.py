@@ -31,15 +31,14 @@ from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_
 if TYPE_CHECKING:
     from .attention_call import AttentionCall as AttentionCall
     from .base_model import read_repository_file as read_repository_file
-    from .bridge import odds_equal_bridge as odds_equal_bridge
+    from .bridge_shifts import bridge_shifts as bridge_shifts
     from .bridged_weights import bridged_weights as bridged_weights
     from .decode_attention import DecodeGroups as DecodeGroups
     from .flow_attention import AttentionLink as AttentionLink
-    from .flow_masks import NotATensorError as NotATensorError
+    from .flow_masks import visible_keys as visible_keys
     from .flow_pass import FlowPlan as FlowPlan
     from .flow_state import FlowState as FlowState
     from .markers import MarkerTable as MarkerTable
-    from .momentum import step_momentum as step_momentum
     from .preset_files import PresetFiles as PresetFiles
     from .repository_code import code_files as code_files
     from .sentence_rules import keeps_letters as keeps_letters
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from .steps import StepVocabulary as StepVocabulary
     from .tally import Tally as Tally
     from .token_text import TokenText as TokenText
-    from .trace import TraceStep as TraceStep
+    from .trace_steps import TraceStep as TraceStep
 
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
@@ -164,7 +163,9 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             # A config of its own: the model's may be shared with other models, and goes on to say what masks to make.
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = name
-        _change_class(model, _attached_class(cls, type(model)))
+        # Of a repository's class transformers loads a subclass that goes by its name, and cannot be pickled.
+        own = StepFlowModelForCausalLM if cls.__name__ == StepFlowModelForCausalLM.__name__ else cls
+        _change_class(model, _attached_class(own, type(model)))
         model.stepflow_runtime = runtime
         model.__dict__.pop("_compiled_call", None)
         model._stepflow_stored = stored, model.generation_config._from_model_config
@@ -185,7 +186,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             self.generation_config.stepflow = stored
         for name in _STATE.split():
             self.__dict__.pop(name, None)
-        _change_class(self, type(self).__mro__[2])
+        _change_class(self, type(self).__bases__[1])
         return self
 
     @contextmanager
@@ -342,7 +343,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         raise no_continuous_batching()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own, base = type(self).__mro__[1:3]
+        own, base = type(self).__bases__
         return _rebuild, (own, base, self.stepflow_runtime.base_implementation), self.__dict__
 
 

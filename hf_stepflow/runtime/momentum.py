@@ -1,4 +1,4 @@
-"""Step Momentum Injection (SMI): the mean value vector of the previous step.
+"""The momentum of Step Momentum Injection (SMI) as a plain function: the mean value vector of the previous step.
 
 Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), Step Momentum Injection. At the first token of a
 step, every head output (before the output projection) receives alpha times the mean value vector of the previous step.
@@ -8,6 +8,8 @@ Shapes: B batch, Hkv key-value heads, K cache slots, D width of a value vector.
 
 import torch
 from torch import Tensor
+
+from .step_injection import mean_of_members
 
 
 def step_momentum(
@@ -50,22 +52,3 @@ def step_momentum(
         counts = counts & members
 
     return mean_of_members(counts[:, None], value)[:, :, 0]
-
-
-def mean_of_members(members: Tensor, value: Tensor) -> Tensor:
-    """Averages the value vectors of some slots, for any number of such sets.
-
-    Args:
-        members: Bool [..., n, K]: the slots of each set.
-        value: Value vectors [..., Hkv, K, D]. Half precision is accumulated in float32.
-
-    Returns:
-        The means [..., Hkv, n, D] of the dtype of `value`; zeros for a set without a slot.
-    """
-    # One weight, rounded to the dtype of the values, serves all slots of a set: dividing by the sum of the weights
-    # takes its rounding out again, and the product reads the cache once, without a float32 copy of it.
-    accumulator = torch.promote_types(value.dtype, torch.float32)
-    number = members.sum(-1, keepdim=True).clamp(min=1).to(accumulator)
-    weight = number.reciprocal().to(value.dtype)
-    total = torch.matmul((members * weight).unsqueeze(-3), value)
-    return (total.to(accumulator) / (number * weight.to(accumulator)).unsqueeze(-3)).to(value.dtype)

@@ -7,7 +7,7 @@ from .flow_pass import FlowPlan
 from .flow_state import FlowState
 from .step_record import Field
 from .tally import BRIDGE_QUERIES, BRIDGED, INJECTION_NORM, INJECTIONS, MASS_AFTER, MASS_BEFORE
-from .trace import TraceStep, trace_from_records
+from .trace_steps import TraceStep, steps_of_records
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class FlowReport:
             tally = state.tally.sums.tolist()
         rows = []
         for index, row in enumerate(records):
-            trace = trace_from_records(row, [record[Field.TOKEN] for record in row], tokenizer)
+            steps = steps_of_records(row, [record[Field.TOKEN] for record in row], tokenizer)
             layers = [] if tally is None else _layer_reports(plan, tally[index])
-            rows.append(RowReport(trace.steps, layers))
+            rows.append(RowReport(steps, layers))
         return cls(rows)
 
     def to_dict(self) -> dict[str, Any]:

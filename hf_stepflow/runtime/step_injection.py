@@ -9,7 +9,6 @@ import torch
 
 from .flow_masks import visible_keys
 from .flow_pass import FlowPass
-from .momentum import mean_of_members
 from .step_record import SUMMARY, Field
 
 # Memberships of a chunk of queries, in elements, where they are worked out for all keys at once.
@@ -108,3 +107,22 @@ def _means_of_all(flow: FlowPass, queries: int, value: torch.Tensor, mask: Any) 
 def _from_the_end(members: torch.Tensor) -> torch.Tensor:
     """How many members there are from each slot on."""
     return members.flip(-1).cumsum(-1).flip(-1)
+
+
+def mean_of_members(members: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Averages the value vectors of some slots, for any number of such sets.
+
+    Args:
+        members: Bool [..., n, K]: the slots of each set.
+        value: Value vectors [..., Hkv, K, D]. Half precision is accumulated in float32.
+
+    Returns:
+        The means [..., Hkv, n, D] of the dtype of `value`; zeros for a set without a slot.
+    """
+    # One weight, rounded to the dtype of the values, serves all slots of a set: dividing by the sum of the weights
+    # takes its rounding out again, and the product reads the cache once, without a float32 copy of it.
+    accumulator = torch.promote_types(value.dtype, torch.float32)
+    number = members.sum(-1, keepdim=True).clamp(min=1).to(accumulator)
+    weight = number.reciprocal().to(value.dtype)
+    total = torch.matmul((members * weight).unsqueeze(-3), value)
+    return (total.to(accumulator) / (number * weight.to(accumulator)).unsqueeze(-3)).to(value.dtype)

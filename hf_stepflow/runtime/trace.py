@@ -1,7 +1,7 @@
 """A finished trace cut into segments and steps: what researchers look at, and what reports are made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,26 +10,7 @@ from .configuration_stepflow import StepFlowConfig, StepFlowSettings
 from .errors import StepFlowInputError
 from .step_record import SEGMENT_NAMES, SUMMARY, THINKING, Field
 from .steps import StepVocabulary
-
-
-@dataclass(frozen=True)
-class TraceStep:
-    """One step of a trace.
-
-    Attributes:
-        label: "question", "thinking" or "summary".
-        round: round of the conversation, from 1 (0 for a question before any thinking).
-        index: number of the step inside its round; 0 for a question.
-        start, end: token range [start, end).
-        text: its text, or None where no tokenizer was at hand.
-    """
-
-    label: str
-    round: int
-    index: int
-    start: int
-    end: int
-    text: str | None = None
+from .trace_steps import TraceStep, ids_of_records, steps_of_ids, steps_of_records
 
 
 @dataclass
@@ -69,7 +50,7 @@ class Trace:
                 f"round_ids must be of shape {list(self.segment_ids.shape)}, got {list(self.round_ids.shape)}"
             )
         if not self.steps:
-            self.steps = _derive_steps(self.segment_ids.tolist(), self.step_ids.tolist(), self.round_ids.tolist())
+            self.steps = steps_of_ids(self.segment_ids.tolist(), self.step_ids.tolist(), self.round_ids.tolist())
 
     def __len__(self) -> int:
         return self.segment_ids.shape[0]
@@ -102,20 +83,8 @@ def segment_trace(
         )
     vocabulary = config if isinstance(config, StepVocabulary) else StepVocabulary.from_tokenizer(tokenizer, config)
     records = vocabulary.scan(ids.tolist(), prompt_length=prompt_length)
-    return trace_from_records(records, ids.tolist(), tokenizer)
-
-
-def trace_from_records(
-    records: Sequence[Sequence[int]], ids: Sequence[int] | None = None, tokenizer: Any = None
-) -> Trace:
-    """The trace of one row of records; texts need the ids and a tokenizer."""
-    labels = [record[Field.LABEL] for record in records]
-    segments = [-1 if label < 0 else label % 3 for label in labels]
-    rounds = [0 if label < 0 else label // 3 for label in labels]
-    step_ids = [record[Field.STEP] for record in records]
-    steps = _derive_steps(segments, step_ids, rounds)
-    if tokenizer is not None and ids is not None:
-        steps = [replace(step, text=tokenizer.decode(ids[step.start : step.end])) for step in steps]
+    segments, step_ids, rounds = ids_of_records(records)
+    steps = steps_of_records(records, ids.tolist(), tokenizer)
     return Trace(torch.tensor(segments), torch.tensor(step_ids), torch.tensor(rounds), steps)
 
 
@@ -165,17 +134,3 @@ def _derive_rounds(segments: list[int], step_ids: list[int]) -> list[int]:
         previous = previous if segment < 0 else segment
         rounds.append(current)
     return rounds
-
-
-def _derive_steps(segments: list[int], step_ids: list[int], rounds: list[int]) -> list[TraceStep]:
-    """Ranges of equal (round, segment, step); tokens in no step interrupt nothing."""
-    steps: list[TraceStep] = []
-    for position, (segment, step, number) in enumerate(zip(segments, step_ids, rounds, strict=True)):
-        if segment < 0 or step < 0:
-            continue
-        label = SEGMENT_NAMES[segment]
-        if steps and (steps[-1].label, steps[-1].round, steps[-1].index) == (label, number, step):
-            steps[-1] = TraceStep(label, number, step, steps[-1].start, position + 1)
-        else:
-            steps.append(TraceStep(label, number, step, position, position + 1))
-    return steps

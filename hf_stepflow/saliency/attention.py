@@ -15,7 +15,9 @@ import torch
 
 from hf_stepflow.runtime.attention_call import AttentionCall, BridgedCall, Output
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
-from hf_stepflow.runtime.flow_masks import RowMask, visible_keys
+from hf_stepflow.runtime.flow_masks import visible_keys
+
+from .row_mask import RowMask
 
 # Elements of the logits of a tile where nobody said how many queries it holds: on a CPU what its caches hold, on
 # other devices what keeps them busy. Chunks of fewer queries make poor products of matrices.

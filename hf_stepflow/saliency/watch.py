@@ -17,8 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_stepflow.runtime.attention_call import AttentionCall, Output
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.flow_attention import AttentionLink, make_flow_attention
-from hf_stepflow.runtime.flow_masks import RowMask
 from hf_stepflow.runtime.flow_pass import FlowPass
+
+from .row_mask import RowMask
 
 Attend = Callable[[AttentionCall], Output]
 
