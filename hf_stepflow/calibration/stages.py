@@ -6,7 +6,7 @@ held-out split is answered once, at the end, by the base, the winner, and the wi
 
 import platform
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import look_for_trend
 from .halving import Halving, Results, halve, rank_correlation, to_run
-from .heads import Head, Heads, find_heads
+from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .laboratory import Laboratory, Sampling
 from .presets import rule_preset
 from .proxy import proxy_score
@@ -178,8 +178,9 @@ class _Stages:
             self.base = self.lab.likelihoods(None, self.rows)
             bases = self.context_lengths(solved)
             found.bands = self.propose(solved)
-            found.heads = self.probe()
-            found.trials = self.search(Space.of(found.bands.proposals, found.heads.table, bases))
+            found.heads = self.probe(bases[0])
+            tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
+            found.trials = self.search(Space.of(found.bands.proposals, tables, bases))
             self.select(found)
             if found.winner is not None:
                 self.judge(found, bases[0])
@@ -197,7 +198,7 @@ class _Stages:
         return read_answers(problems, results[BASE], self.lab.tokenizer)
 
     def context_lengths(self, solved: Sequence[Solved]) -> list[int]:
-        """Context lengths from which a length temperature may start: a quarter and a half of all traces are longer."""
+        """Lengths from which a length temperature may start: three quarters and half of all traces are longer."""
         prompts = [
             len(encode_prompt(self.lab.tokenizer, one.problem.prompt, **self.lab.sampling.template)) for one in solved
         ]
@@ -230,18 +231,29 @@ class _Stages:
 
         return Bands.from_dict(self.lab.decide("bands", look))
 
-    def probe(self) -> Heads:
-        """Stage 3: the heads of the shallow half, one forward pass each."""
+    def probe(self, base_length: int) -> dict[str, Heads]:
+        """Stage 3: heads, one forward pass each: the shallow half for the bridge, all for the length temperature."""
         layers = sorted(self.heads)
-        heads = [(layer, head) for layer in layers[: -(-len(layers) // 2)] for head in range(self.heads[layer])]
-        end = self.budget.end_of("heads")
+        everywhere = [(layer, head) for layer in layers for head in range(self.heads[layer])]
+        shallow = [one for one in everywhere if one[0] in layers[: -(-len(layers) // 2)]]
+        # Where time is short, those that are reached are of all layers.
+        random.Random(f"{self.seed}/temperature").shuffle(everywhere)
+        warm = partial(temperature_on, base=base_length)
+        return {
+            "OEB": self.try_heads("bridge heads", shallow, floor_on),
+            "length temperature": self.try_heads("temperature heads", everywhere, warm),
+        }
 
-        def is_over(head: Head) -> bool:
-            return self.lab.is_over(end, "heads", list(head))
+    def try_heads(self, what: str, heads: list[Head], acting_on: Callable[[Sequence[Head]], Settings]) -> Heads:
+        """The heads that profit from one mechanism."""
+        ends = {False: self.budget.end_of(what), True: self.budget.end_of(f"{what} together")}
+
+        def is_over(head: Head, together: bool) -> bool:
+            return self.lab.is_over(ends[together], what, list(head), together)
 
         score = partial(_score, self.rows, self.easy)
-        with self.lab.bar("heads", len(heads), "head") as advance:
-            return find_heads(heads, self.counted(advance), score, is_over)
+        with self.lab.bar(what, len(heads), "head") as advance:
+            return find_heads(heads, acting_on, self.counted(advance), score, is_over)
 
     def search(self, space: Space) -> list[Trial]:
         """Stage 3: settings by the proxy."""
