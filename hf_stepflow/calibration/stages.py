@@ -312,23 +312,24 @@ class _Stages:
         results, done = self.lab.answers(arms, self.held_out, "verdict", end=self.budget.end_of("verdict"))
         found.measured = self.measured(results, STEPFLOW)
         variants, found.left_out = ablations(winner, self.heads, base_length, self.seed)
-        for name, settings in variants.items():
-            self.ablate(found, name, settings, self.held_out[:done])
         if depends_on_steps(winner):
-            self.ablate(found, RANDOM_STEPS, winner, self.held_out[:done], random_cuts=True)
+            variants[RANDOM_STEPS] = winner
         else:
             found.left_out[RANDOM_STEPS] = "it does not matter to the winner where steps end"
+        for left, (name, settings) in zip(range(len(variants), 0, -1), variants.items(), strict=True):
+            self.ablate(found, name, settings, self.held_out[:done], 1 / left)
 
     def ablate(
-        self, found: Calibration, name: str, settings: Settings, batches: Sequence[Batch], random_cuts: bool = False
+        self, found: Calibration, name: str, settings: Settings, batches: Sequence[Batch], share: float
     ) -> None:
-        """One ablation on the problems that the winner answered, as far as time allows."""
+        """One ablation on the problems that the winner answered, as far as its share of the time left allows."""
         steps = None
-        if random_cuts:
+        if name == RANDOM_STEPS:
             vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
             traces = [([*row.ids], len(row.prompt)) for row in self.rows[:32]]
             steps = (RANDOM_STEPS, random_steps(vocabulary, traces, random.Random(f"{self.seed}/cuts").randrange(997)))
-        end = self.budget.end_of("ablations")
+        end, spent = self.budget.end_of("ablations"), self.lab.work.spent()
+        end = None if end is None else spent + share * (end - spent)
         own, done = self.lab.answers({name: settings}, batches, name, end=end, steps=steps)
         if not done:
             found.left_out[name] = "there was no time"
