@@ -17,20 +17,33 @@ FOLDER = Path(__file__).with_suffix("")
 
 
 def calibrate(levels: list[str], budget: str, limit: int, work: Path) -> int:
-    """Runs the command in the work folder and keeps preset, result and report."""
-    words = ["calibrate", "reasoner"]
-    words += [word for level in levels for word in ("--problems", f"reasoner:{level}")]
+    """Calibrates the reasoner on some difficulties."""
+    words = ["reasoner", *(word for level in levels for word in ("--problems", f"reasoner:{level}"))]
     words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", "1200", "--batch-size", "32"]
-    words += ["--out", "reasoner.json", "--report", "report.html", "--json"]
+    return run_and_keep(words, "reasoner", work, FOLDER / "-".join(levels))
+
+
+def run_and_keep(words: list[str], name: str, work: Path, folder: Path) -> int:
+    """Runs the command in the work folder and keeps preset, result and report.
+
+    Args:
+        words: of `hf-stepflow calibrate`, without those that say where results go.
+        name: of the preset.
+        work: folder to work in.
+        folder: where the three files are kept.
+
+    Returns:
+        The exit status of the command.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "hf_stepflow.cli", *words]
+    out = ["--out", f"{name}.json", "--report", "report.html", "--json"]
+    command = [sys.executable, "-m", "hf_stepflow.cli", "calibrate", *words, *out]
     done = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode in (0, 3):
-        folder = FOLDER / "-".join(levels)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
-        for name in ("reasoner.json", "report.html"):
-            shutil.copy(work / name, folder / name)
+        for file in (f"{name}.json", "report.html"):
+            shutil.copy(work / file, folder / file)
     return done.returncode
 
 

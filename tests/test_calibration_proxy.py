@@ -1,6 +1,7 @@
 """The proxy against a naive oracle, the responses it is taken on, and the heads that it finds."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from hf_stepflow.calibration.candidates import EMPTY
-from hf_stepflow.calibration.heads import PROBE, find_heads, floor_on
+from hf_stepflow.calibration.heads import PROBE_FLOOR, PROBE_TEMPERATURE, find_heads, floor_on, temperature_on
 from hf_stepflow.calibration.laboratory import Laboratory, Sampling
 from hf_stepflow.calibration.proxy import CLIP, TOLERANCE, ProxyScore, proxy_score
 from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_score, short_and_easy
@@ -163,12 +164,16 @@ def simulated(gains: dict, joint=None):
     return likelihoods, score, asked
 
 
+def no_end(head, together):
+    return False
+
+
 ALL = [(layer, head) for layer in range(3) for head in range(4)]
 
 
 def test_a_planted_head_is_found() -> None:
     likelihoods, score, _ = simulated({(1, 2): 1.0})
-    found = find_heads(ALL, likelihoods, score, lambda head: False)
+    found = find_heads(ALL, floor_on, likelihoods, score, no_end)
     assert found.chosen == [(1, 2)]
     assert found.table == {1: [2]}
     assert found.untried == 0
@@ -176,51 +181,63 @@ def test_a_planted_head_is_found() -> None:
 
 def test_heads_that_only_help_alone_are_not_both_taken() -> None:
     likelihoods, score, _ = simulated({}, joint=lambda heads: {1: 1.0, 2: -1.0}[len(heads)])
-    assert len(find_heads(ALL[:4], likelihoods, score, lambda head: False).chosen) == 1
+    assert len(find_heads(ALL[:4], floor_on, likelihoods, score, no_end).chosen) == 1
 
 
 def test_heads_that_help_together_are_all_taken_the_best_first() -> None:
     likelihoods, score, _ = simulated({(0, 1): 0.5, (1, 2): 1.0, (2, 0): 0.7})
-    assert find_heads(ALL, likelihoods, score, lambda head: False).chosen == [(1, 2), (2, 0), (0, 1)]
+    assert find_heads(ALL, floor_on, likelihoods, score, no_end).chosen == [(1, 2), (2, 0), (0, 1)]
 
 
 def test_no_head_is_taken_from_noise() -> None:
     likelihoods, score, _ = simulated({})
-    noise = find_heads(ALL, likelihoods, score, lambda head: False)
+    noise = find_heads(ALL, floor_on, likelihoods, score, no_end)
     assert all(abs(gain) < 0.2 for gain in noise.gains.values())
     assert not noise.chosen
 
 
 def test_time_ends_the_trials() -> None:
     likelihoods, score, asked = simulated({(0, 1): 1.0})
-    found = find_heads(ALL, likelihoods, score, lambda head: head == (1, 0))
+    found = find_heads(ALL, floor_on, likelihoods, score, lambda head, together: head == (1, 0))
     assert found.untried == 8
     assert found.chosen == [(0, 1)]
     assert len(asked) == 4 + 1
 
 
-def test_a_head_planted_in_a_model_is_found() -> None:
-    """Traces that the model samples under a floor on one head are likelier under that floor."""
+def test_where_time_ends_the_trials_together_the_best_is_there() -> None:
+    likelihoods, score, _ = simulated({(0, 1): 0.5, (1, 2): 1.0})
+    found = find_heads(ALL, floor_on, likelihoods, score, lambda head, together: together)
+    assert found.chosen == [(1, 2)]
+    assert found.untried == 0
+
+
+BRIDGE = (floor_on, {"tau_max": 0.9}, (0, 1))
+TEMPERATURE = (partial(temperature_on, base=8), {"length_temperature": 4.0}, (1, 2))
+
+
+@pytest.mark.parametrize(("acting_on", "strength", "planted"), [BRIDGE, TEMPERATURE])
+def test_a_head_planted_in_a_model_is_found(acting_on, strength: dict, planted: tuple[int, int]) -> None:
+    """Traces that the model samples under a mechanism on one head are likelier under that mechanism."""
     model = attach(tiny_model("llama", seed=4), "paper")
-    planted = (0, 1)
-    floor = {**floor_on([planted]), "tau_max": 0.9}
+    strong = {**acting_on([planted]), **strength}
     rows = []
     for at in range(24):
         prompt = encode(f"Ann has {at} eggs. Bob has more.<think>")
         made = model.generate(
-            torch.tensor([prompt]), max_new_tokens=40, do_sample=True, top_k=0, stepflow=floor, pad_token_id=0
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=True, top_k=0, stepflow=strong, pad_token_id=0
         )
         rows.append(Row(str(at), tuple(prompt), tuple(made[0, len(prompt) :].tolist()), True))
     laboratory = Laboratory(model, byte_tokenizer(), Sampling(), WorkFolder(None, {}, {}), Workers(), progress=False)
 
     def likelihoods(settings):
-        return laboratory.likelihoods(settings and {**settings, "tau_max": 0.9}, rows)
+        return laboratory.likelihoods(settings and {**settings, **strength}, rows)
 
     found = find_heads(
         [(layer, head) for layer in range(2) for head in range(4)],
+        acting_on,
         likelihoods,
         lambda before, after: proxy_score(rows, before, after, set()),
-        lambda head: False,
+        no_end,
     )
     assert max(found.gains, key=found.gains.get) == planted
     assert found.chosen == [planted]
@@ -228,7 +245,15 @@ def test_a_head_planted_in_a_model_is_found() -> None:
 
 def test_a_floor_on_heads_is_nothing_else() -> None:
     settings = floor_on([(3, 1), (0, 2), (3, 0)])
-    assert settings == {**EMPTY, "oeb_layers": [0, 3], "oeb_heads": {"0": [2], "3": [0, 1]}, "tau_max": PROBE}
+    assert settings == {**EMPTY, "oeb_layers": [0, 3], "oeb_heads": {"0": [2], "3": [0, 1]}, "tau_max": PROBE_FLOOR}
+
+
+def test_a_temperature_on_heads_is_nothing_else() -> None:
+    settings = temperature_on([(3, 1), (0, 2), (3, 0)], 120)
+    assert settings == {
+        **EMPTY, "length_temperature": PROBE_TEMPERATURE, "length_temperature_base": 120,
+        "length_temperature_heads": {"0": [2], "3": [0, 1]},
+    }  # fmt: skip
 
 
 def test_likelihoods_are_those_of_one_row_alone() -> None:

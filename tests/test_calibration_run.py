@@ -69,18 +69,19 @@ def test_every_stage_runs(reasoner, whole) -> None:
     assert whole.is_forced
     assert whole.gate.problems + whole.held_out == len(PROBLEMS)
     assert whole.bands.proposals[0].name == "quarter"
-    assert len(whole.heads.gains) == 4 * 4  # the heads of the shallow half
+    assert len(whole.heads["OEB"].gains) == 4 * 4  # the heads of the shallow half
+    assert len(whole.heads["length temperature"].gains) == 8 * 4
     assert 8 <= len(whole.trials) <= 9
     assert whole.halving.rungs
     assert len(whole.points) == 8
     assert whole.measured.problems == whole.held_out
     assert whole.measured.p_value > 0.01  # the paper's settings do nothing to speak of to so easy problems
     assert list(whole.ablations) == [
-        "OEB only", "SMI only", "length temperature only", "bands in the middle", "random heads",
-        "random step boundaries",
+        "OEB only", "SMI only", "length temperature only", "bands in the middle",
+        "random bridge heads", "random step boundaries",
     ]  # fmt: skip
     assert {one.base.problems for one in whole.ablations.values()} == {whole.held_out}
-    assert whole.left_out == {}
+    assert whole.left_out == {"random temperature heads": "the winner has no length temperature"}
     assert whole.run["n_problems"] == len(PROBLEMS)
     assert model.stepflow_runtime.settings.tau_max == 0.15  # as it was attached
     assert str(whole).endswith(f"Verdict: {whole.verdict}")
@@ -99,7 +100,7 @@ def test_interrupted_anywhere_it_finds_the_same(reasoner, whole, tmp_path: Path,
     monkeypatch.setattr(WorkFolder, "put", put_and_die)
     kills = 0
     while True:
-        left[0] = 18
+        left[0] = 36
         try:
             again = run(reasoner, work=tmp_path / "work")
             break
@@ -158,7 +159,8 @@ def test_the_report_is_one_page(reasoner, whole, tmp_path: Path) -> None:
     assert "<script" not in page
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"(src|href)=", page)
-    assert page.count("<svg") >= 3
+    assert page.count("<svg") >= 5
+    assert page.count('<rect class="raises"') + page.count('<rect class="lowers"') == 4 * 4 + 8 * 4
     assert page.count("</svg>") == page.count("<svg")
 
 

@@ -16,8 +16,11 @@ from hf_stepflow.calibration.search import Proposer, search
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.flow_pass import FlowPlan
 
+NO_HEADS = {"OEB": {}, "length temperature": {}}
 SPACE = Space.of(
-    [Proposal("quarter", [0, 1], [6, 7]), Proposal("saliency", [2], [])], {0: [1, 3], 2: [0]}, [300, 120, 300]
+    [Proposal("quarter", [0, 1], [6, 7]), Proposal("saliency", [2], [])],
+    {"OEB": {0: [1, 3], 2: [0]}, "length temperature": {1: [2]}},
+    [300, 120, 300],
 )
 HEADS = dict.fromkeys(range(8), 4)
 
@@ -104,6 +107,8 @@ def test_every_first_candidate_acts_and_fits() -> None:
     for name in MECHANISMS:
         assert [name] in alone
     assert {"0": [1, 3], "2": [0]} in [one["oeb_heads"] for one in firsts]
+    warm = [one["length_temperature_heads"] for one in firsts if one["length_temperature"]]
+    assert warm == [None, None, {"1": [2]}, {"1": [2]}]
 
 
 class Drawn:
@@ -129,7 +134,8 @@ def test_every_candidate_of_the_space_fits(data) -> None:
 
 
 def test_a_space_without_proposals_still_has_the_temperature() -> None:
-    space = Space.of([], {}, [100])
+    space = Space.of([], NO_HEADS, [100])
+    assert {one["temperature_heads"] for one in space.firsts()} == {"all"}
     assert [mechanisms(space.candidate(one)) for one in space.firsts()] == [["length temperature"]] * 2
 
 

@@ -182,22 +182,30 @@ def test_a_true_gain_is_found() -> None:
 def test_ablations_of_everything() -> None:
     winner = tidied(
         {"oeb_layers": [0, 2], "oeb_heads": {"0": [1], "2": [0, 3]}, "tau_max": 0.2, "bridge_scope": "step",
-         "smi_layers": [6, 7], "alpha": 0.1, "length_temperature": 0.5, "length_temperature_base": 200}
+         "smi_layers": [6, 7], "alpha": 0.1, "length_temperature": 0.5, "length_temperature_base": 200,
+         "length_temperature_heads": {"1": [2], "7": [0]}}
     )  # fmt: skip
     found, left_out = ablations(winner, HEADS, 100, seed=0)
     assert left_out == {}
     assert [mechanisms(one) for one in found.values()] == [
-        ["OEB"], ["SMI"], ["length temperature"], mechanisms(winner), mechanisms(winner),
+        ["OEB"], ["SMI"], ["length temperature"], *[mechanisms(winner)] * 3,
     ]  # fmt: skip
     middle = found["bands in the middle"]
     assert (middle["oeb_layers"], middle["smi_layers"]) == ([3, 4], [3, 4])
     assert middle["oeb_heads"] == {"3": [1], "4": [0, 3]}
-    others = found["random heads"]["oeb_heads"]
-    drawn = {(int(layer), head) for layer, own in others.items() for head in own}
-    assert len(drawn) == 3
-    assert not drawn & {(0, 1), (2, 0), (2, 3)}
+    assert found["length temperature only"]["length_temperature_heads"] == {"1": [2], "7": [0]}
+    for name, changes, own in (
+        ("random bridge heads", {"oeb_heads", "oeb_layers"}, {(0, 1), (2, 0), (2, 3)}),
+        ("random temperature heads", {"length_temperature_heads"}, {(1, 2), (7, 0)}),
+    ):
+        moved = found[name]
+        (others,) = [moved[setting] for setting in changes if setting.endswith("_heads")]
+        drawn = {(int(layer), head) for layer, heads in others.items() for head in heads}
+        assert len(drawn) == len(own)
+        assert not drawn & own
+        assert {setting for setting in winner if moved[setting] != winner[setting]} == changes
     assert ablations(winner, HEADS, 100, seed=0)[0] == found
-    assert ablations(winner, HEADS, 100, seed=1)[0]["random heads"] != found["random heads"]
+    assert ablations(winner, HEADS, 100, seed=1)[0]["random bridge heads"] != found["random bridge heads"]
     for one in found.values():
         FlowPlan.resolve(StepFlowSettings(**one), HEADS)
 
@@ -205,17 +213,22 @@ def test_ablations_of_everything() -> None:
 def test_ablations_say_what_they_leave_out() -> None:
     bridge = tidied({"oeb_layers": [0, 1], "tau_max": 0.2})
     found, left_out = ablations(bridge, HEADS, 100, seed=0)
-    assert left_out == {"OEB only": "it is the winner", "SMI only": "the winner has no SMI"}
+    assert left_out == {
+        "OEB only": "it is the winner",
+        "SMI only": "the winner has no SMI",
+        "random temperature heads": "the winner has no length temperature",
+    }
     assert found["length temperature only"]["length_temperature_base"] == 100
-    assert sum(map(len, found["random heads"]["oeb_heads"].values())) == 8
+    assert sum(map(len, found["random bridge heads"]["oeb_heads"].values())) == 8
     middle = tidied({"oeb_layers": [3, 4], "tau_max": 0.2})
     assert "bands in the middle" in ablations(middle, HEADS, 100, seed=0)[1]
     temperature = tidied({"length_temperature": 1.0, "length_temperature_base": 100})
     found, left_out = ablations(temperature, HEADS, 100, seed=0)
     assert found == {}
-    assert len(left_out) == 5
+    assert len(left_out) == 6
+    assert "too many heads" in left_out["random temperature heads"]
     everywhere = tidied({"oeb_layers": list(range(8)), "tau_max": 0.2})
-    assert "too many heads" in ablations(everywhere, HEADS, 100, seed=0)[1]["random heads"]
+    assert "too many heads" in ablations(everywhere, HEADS, 100, seed=0)[1]["random bridge heads"]
 
 
 def test_steps_matter_to_what_uses_them() -> None:

@@ -4,8 +4,10 @@ import random
 from typing import Any
 
 from .candidates import CONTROL_TEMPERATURE, Settings, mechanisms, only, tidied
+from .heads import table_of
 
 RANDOM_STEPS = "random step boundaries"
+RANDOM_HEADS = {"OEB": "random bridge heads", "length temperature": "random temperature heads"}
 
 
 def ablations(
@@ -46,14 +48,14 @@ def ablations(
             left_out["bands in the middle"] = "the winner's bands are there"
     else:
         left_out["bands in the middle"] = "the winner has no bands"
-    if "OEB" in acting:
-        moved = _random_heads(winner, heads, seed)
-        if moved is None:
-            left_out["random heads"] = "the winner's bridge takes too many heads to find as many others"
+    for mechanism, name in RANDOM_HEADS.items():
+        moved = _random_heads(mechanism, winner, heads, seed) if mechanism in acting else None
+        if moved is not None:
+            found[name] = moved
+        elif mechanism in acting:
+            left_out[name] = f"the winner's {mechanism} takes too many heads to find as many others"
         else:
-            found["random heads"] = moved
-    else:
-        left_out["random heads"] = "the winner has no OEB"
+            left_out[name] = f"the winner has no {mechanism}"
     return found, left_out
 
 
@@ -79,18 +81,18 @@ def _in_the_middle(winner: Settings, heads: dict[int, int]) -> Settings:
     return moved
 
 
-def _random_heads(winner: Settings, heads: dict[int, int], seed: int) -> Settings | None:
-    """The bridge on as many other heads of the model; None where there are not enough."""
-    table = winner["oeb_heads"]
+def _random_heads(mechanism: str, winner: Settings, heads: dict[int, int], seed: int) -> Settings | None:
+    """A mechanism on as many other heads of the model; None where there are not enough."""
+    name = "oeb_heads" if mechanism == "OEB" else "length_temperature_heads"
+    layers, table = winner["oeb_layers"] if mechanism == "OEB" else heads, winner[name]
     own = {
         (layer, head)
-        for layer in winner["oeb_layers"]
+        for layer in layers
         for head in (range(heads[layer]) if table is None else table.get(str(layer), []))
     }
     others = sorted({(layer, head) for layer, number in heads.items() for head in range(number)} - own)
     if len(others) < len(own):
         return None
-    drawn: dict[str, list[int]] = {}
-    for layer, head in sorted(random.Random(f"{seed}/heads").sample(others, len(own))):
-        drawn.setdefault(str(layer), []).append(head)
-    return {**winner, "oeb_layers": [int(layer) for layer in drawn], "oeb_heads": drawn}
+    drawn = table_of(random.Random(f"{seed}/{name}").sample(others, len(own)))
+    moved = {**winner, name: drawn}
+    return {**moved, "oeb_layers": [int(layer) for layer in drawn]} if mechanism == "OEB" else moved

@@ -13,9 +13,12 @@ MANY_CANDIDATES = 1000
 ENDS = {
     "traces": 0.15,
     "bands": 0.2,
-    "heads": 0.32,
-    "search": 0.52,
-    "generation": 0.7,
+    "bridge heads": 0.26,
+    "bridge heads together": 0.29,
+    "temperature heads": 0.35,
+    "temperature heads together": 0.38,
+    "search": 0.54,
+    "generation": 0.71,
     "verdict": 0.85,
     "ablations": 1.0,
 }

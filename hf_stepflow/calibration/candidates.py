@@ -1,6 +1,6 @@
 """Candidates: settings that could be better than the base, and the space that the search draws them from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ _TEMPERATURE = tuple(name for name in EMPTY if name.startswith("length_temperatu
 MECHANISMS = {"OEB": _BRIDGE, "SMI": _INJECTION, "length temperature": _TEMPERATURE}
 
 OFF = "off"
+ALL, PROPOSED = "all", "proposed"
 # The temperature that stands in where the winner has none.
 CONTROL_TEMPERATURE = 1.0
 
@@ -72,29 +73,36 @@ class Space:
     Attributes:
         bridges: layers and heads of the bridge by the name of who proposed them: {name: (layers, heads)}.
         injections: layers of the injection by name.
+        temperatures: heads of the length temperature by name: {name: heads}, None for all.
         bases: context lengths up to which the length temperature does nothing.
     """
 
     bridges: dict[str, tuple[list[int], dict[int, list[int]] | None]]
     injections: dict[str, list[int]]
+    temperatures: dict[str, dict[int, list[int]] | None]
     bases: list[int]
 
     @classmethod
-    def of(cls, proposals: Sequence[Proposal], heads: dict[int, list[int]], bases: Sequence[int]) -> "Space":
+    def of(
+        cls, proposals: Sequence[Proposal], heads: Mapping[str, dict[int, list[int]]], bases: Sequence[int]
+    ) -> "Space":
         """The space that proposals span.
 
         Args:
             proposals: bands.
-            heads: {layer: heads} that profit from the bridge, empty if none do.
+            heads: {layer: heads} that profit from a mechanism by its name, empty if none do.
             bases: context lengths.
         """
         bridges: dict[str, tuple[list[int], dict[int, list[int]] | None]] = {
             one.name: (one.oeb_layers, None) for one in proposals if one.oeb_layers
         }
-        if heads:
-            bridges["heads"] = (sorted(heads), heads)
+        if heads["OEB"]:
+            bridges["heads"] = (sorted(heads["OEB"]), heads["OEB"])
         injections = {one.name: one.smi_layers for one in proposals if one.smi_layers}
-        return cls(bridges, injections, sorted(set(bases)))
+        temperatures: dict[str, dict[int, list[int]] | None] = {ALL: None}
+        if heads["length temperature"]:
+            temperatures[PROPOSED] = heads["length temperature"]
+        return cls(bridges, injections, temperatures, sorted(set(bases)))
 
     def candidate(self, parameters: dict[str, Any]) -> Settings:
         """The settings that some parameters stand for.
@@ -105,8 +113,7 @@ class Space:
         settings: Settings = {}
         if parameters["bridge"] != OFF:
             layers, heads = self.bridges[parameters["bridge"]]
-            table = None if heads is None else {str(layer): list(chosen) for layer, chosen in heads.items()}
-            settings |= {"oeb_layers": list(layers), "oeb_heads": table, "tau_max": parameters["tau_max"]}
+            settings |= {"oeb_layers": list(layers), "oeb_heads": _written(heads), "tau_max": parameters["tau_max"]}
             settings |= {"bridge_scope": parameters["bridge_scope"], "sink_tokens": parameters["sink_tokens"]}
         if parameters["injection"] != OFF:
             window = parameters["smi_window"]
@@ -115,6 +122,7 @@ class Space:
         if parameters["temperature"]:
             settings["length_temperature"] = parameters["length_temperature"]
             settings["length_temperature_base"] = parameters["length_temperature_base"]
+            settings["length_temperature_heads"] = _written(self.temperatures[parameters["temperature_heads"]])
         return tidied(settings)
 
     def suggest(self, trial: Any) -> dict[str, Any]:
@@ -134,6 +142,7 @@ class Space:
         if found["temperature"]:
             found["length_temperature"] = trial.suggest_float("length_temperature", 0.1, 3.0, log=True)
             found["length_temperature_base"] = trial.suggest_categorical("length_temperature_base", self.bases)
+            found["temperature_heads"] = trial.suggest_categorical("temperature_heads", list(self.temperatures))
         return found
 
     def firsts(self) -> list[dict[str, Any]]:
@@ -141,11 +150,20 @@ class Space:
         bridge = {"tau_max": 0.15, "bridge_scope": "segment", "sink_tokens": 0}
         injection = {"alpha": 0.06, "smi_window": 0}
         off = {"bridge": OFF, "injection": OFF, "temperature": False}
-        base = {"length_temperature_base": self.bases[0]}
+        warm = off | {"temperature": True, "length_temperature_base": self.bases[0]}
         firsts: list[dict[str, Any]] = [off | {"bridge": name} | bridge for name in self.bridges]
         firsts += [off | {"injection": name} | injection for name in self.injections]
-        firsts += [off | {"temperature": True, "length_temperature": gamma} | base for gamma in (0.5, 1.0)]
+        firsts += [
+            warm | {"length_temperature": gamma, "temperature_heads": name}
+            for name in self.temperatures
+            for gamma in (0.5, 1.0)
+        ]
         if "quarter" in self.bridges and "quarter" in self.injections:
             both = {"bridge": "quarter", "injection": "quarter", "temperature": False} | bridge | injection
             firsts.insert(0, both)
         return firsts
+
+
+def _written(heads: dict[int, list[int]] | None) -> dict[str, list[int]] | None:
+    """Heads as JSON has them."""
+    return None if heads is None else {str(layer): list(chosen) for layer, chosen in heads.items()}

@@ -1,17 +1,17 @@
-"""Which heads profit from the bridge: each tried alone by one forward pass, then together, one after another."""
+"""Which heads profit from a mechanism: each tried alone by one forward pass, then together, one after another."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .candidates import tidied
+from .candidates import Settings, tidied
 from .proxy import ProxyScore
 
-Settings = dict[str, Any]
 Head = tuple[int, int]
 
-# The floor under which heads are tried.
-PROBE = 0.2
+# The floor under which heads are tried, and the length temperature at which they are.
+PROBE_FLOOR = 0.2
+PROBE_TEMPERATURE = 1.0
 
 # Heads that may be chosen, and refusals in a row after which no more are tried.
 MOST = 16
@@ -23,7 +23,7 @@ class Heads:
     """What was found.
 
     Attributes:
-        gains: {(layer, head): proxy value of a floor on this head alone}, of those that were tried.
+        gains: {(layer, head): proxy value of the mechanism on this head alone}, of those that were tried.
         chosen: those that profit together, in the order in which they were added.
         untried: heads for which there was no time.
     """
@@ -34,11 +34,8 @@ class Heads:
 
     @property
     def table(self) -> dict[int, list[int]]:
-        """The chosen ones as `oeb_heads` takes them."""
-        table: dict[int, list[int]] = {}
-        for layer, head in sorted(self.chosen):
-            table.setdefault(layer, []).append(head)
-        return table
+        """The chosen ones as settings take them: {layer: heads}."""
+        return {int(layer): own for layer, own in table_of(self.chosen).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
@@ -46,41 +43,55 @@ class Heads:
         return asdict(self) | {"gains": gains, "chosen": [list(one) for one in self.chosen]}
 
 
-def floor_on(heads: Sequence[Head], tau_max: float = PROBE) -> Settings:
+def floor_on(heads: Sequence[Head]) -> Settings:
     """Settings that put a floor under these heads and do nothing else."""
+    table = table_of(heads)
+    return tidied({"oeb_layers": [int(layer) for layer in table], "oeb_heads": table, "tau_max": PROBE_FLOOR})
+
+
+def temperature_on(heads: Sequence[Head], base: int) -> Settings:
+    """Settings that sharpen these heads where the context is longer than the base, and do nothing else."""
+    probe = {"length_temperature": PROBE_TEMPERATURE, "length_temperature_base": base}
+    return tidied({**probe, "length_temperature_heads": table_of(heads)})
+
+
+def table_of(heads: Sequence[Head]) -> dict[str, list[int]]:
+    """Heads as settings have them in JSON: {layer: heads}."""
     table: dict[str, list[int]] = {}
     for layer, head in sorted(heads):
         table.setdefault(str(layer), []).append(head)
-    return tidied({"oeb_layers": [int(layer) for layer in table], "oeb_heads": table, "tau_max": tau_max})
+    return table
 
 
 def find_heads(
     heads: Sequence[Head],
+    acting_on: Callable[[Sequence[Head]], Settings],
     likelihoods: Callable[[Settings | None], list[float]],
     score: Callable[[list[float], list[float]], ProxyScore],
-    is_over: Callable[[Head], bool],
+    is_over: Callable[[Head, bool], bool],
 ) -> Heads:
     """Tries every head alone, then adds heads as long as the proxy grows by more than its error.
 
     Args:
         heads: (layer, head), the first to be tried first.
+        acting_on: settings of the mechanism on some heads.
         likelihoods: of the responses under settings.
         score: holds likelihoods against others (before, after).
-        is_over: whether time is up, asked before each head.
+        is_over: whether time is up, asked before each head: for trying it alone, or (True) for adding it to others.
     """
     base = likelihoods(None)
     alone: dict[Head, ProxyScore] = {}
     for head in heads:
-        if is_over(head):
+        if is_over(head, False):
             break
-        alone[head] = score(base, likelihoods(floor_on([head])))
+        alone[head] = score(base, likelihoods(acting_on([head])))
     chosen: list[Head] = []
     current, refused = base, 0
     promising = [head for head, one in alone.items() if one.value > one.error and one.is_harmless]
     for head in sorted(promising, key=lambda one: -alone[one].value):
-        if refused >= PATIENCE or len(chosen) >= MOST:
+        if refused >= PATIENCE or len(chosen) >= MOST or (chosen and is_over(head, True)):
             break
-        tried = likelihoods(floor_on([*chosen, head]))
+        tried = likelihoods(acting_on([*chosen, head]))
         gain = score(current, tried)
         if gain.value > gain.error and score(base, tried).is_harmless:
             chosen.append(head)

@@ -14,6 +14,7 @@ from hf_stepflow.runtime.errors import StepFlowFileError
 from .bands import LEVEL, Bands
 from .candidates import EMPTY
 from .gate import Gate
+from .head_map import head_map
 from .presets import Preset
 from .result import Calibration, sentence_of
 from .search import Trial
@@ -28,7 +29,10 @@ svg { max-width: 46rem; width: 100%; height: auto; } svg .grid { stroke: var(--l
 td.text { text-align: left; white-space: normal; min-width: 18rem; } svg .soft { fill: var(--soft); }
 svg circle.good { fill: var(--good); } svg circle.bad { fill: var(--bad); }
 svg circle.ring { fill: none; stroke: var(--ink); stroke-width: 2; } svg .column { fill: var(--line); }
-svg .column.separates { fill: var(--mark); } pre { background: none; }"""
+svg .column.separates { fill: var(--mark); }
+svg rect.raises { fill: var(--good); } svg rect.lowers { fill: var(--bad); }
+svg rect.raises, svg rect.lowers { stroke: var(--line); }
+svg rect.chosen { fill: none; stroke: var(--ink); stroke-width: 2; } pre { background: none; }"""
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -45,6 +49,8 @@ $sentences
 $gate
 <h2>Bands: what Step-Saliency proposes</h2>
 $bands
+<h2>Heads: what each gains alone</h2>
+$heads
 <h2>Search: the proxy over tau_max and alpha</h2>
 $search
 <h2>Proxy against generation</h2>
@@ -89,6 +95,7 @@ def write_report(result: Calibration, path: str | Path, preset: Preset) -> None:
         sentences="".join(f"<p>{escape(text)}</p>" for text in result.sentences()),
         gate=_gate(result.gate),
         bands=_not_reached() if result.bands is None else _bands(result.bands),
+        heads=_heads(result) if result.heads else _not_reached(),
         search=_search(result) if result.trials else _not_reached(),
         proxy=_proxy(result) if result.points else _not_reached(),
         measured=_measured(result),
@@ -212,6 +219,18 @@ def _bands(bands: Bands) -> str:
         f"<p class='soft'>{right} right and {wrong} wrong traces; blue columns separate them "
         f"(adjusted p of at most {LEVEL:g}). A proposal is a correlation: interventions decide.</p>"
     )
+    return "".join(parts)
+
+
+def _heads(result: Calibration) -> str:
+    parts = []
+    for mechanism, heads in result.heads.items():
+        parts.append(f"<h3>{escape(mechanism[0].upper() + mechanism[1:])}</h3>")
+        if heads.gains:
+            parts.append(head_map(mechanism, heads))
+        chosen = ", ".join(f"layer {layer} head {head}" for layer, head in heads.chosen) or "none"
+        told = f"{len(heads.gains)} heads tried, {heads.untried} untried. Those that profit together: {chosen}."
+        parts.append(f"<p class='soft'>{told}</p>")
     return "".join(parts)
 
 

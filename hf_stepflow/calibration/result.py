@@ -59,7 +59,7 @@ class Calibration:
         gate: stage 0.
         is_forced: whether a closed gate was passed.
         bands: stage 2.
-        heads: heads that profit from the bridge.
+        heads: heads that profit, by mechanism.
         trials: candidates that the proxy scored, the best first.
         halving: how the best of them fared by generation.
         correlation: Spearman's, of proxy and generated accuracy over the candidates that were run, and their number.
@@ -78,7 +78,7 @@ class Calibration:
     gate: Gate
     is_forced: bool = False
     bands: Bands | None = None
-    heads: Heads | None = None
+    heads: dict[str, Heads] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     halving: Halving | None = None
     correlation: tuple[Estimate | None, int] = (None, 0)
@@ -103,12 +103,14 @@ class Calibration:
 
     @property
     def band(self) -> str:
-        """Whose bands the winner has."""
+        """Whose layers and heads the winner has."""
         if self.winner is None:
             return "none: the empty band"
         drawn = self.winner.parameters
         parts = [f"{part} {drawn[part]}" for part in ("bridge", "injection") if drawn[part] != OFF]
-        return ", ".join(parts) or "none (length temperature only)"
+        if drawn["temperature"]:
+            parts.append(f"length temperature on {drawn['temperature_heads']} heads")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
@@ -121,7 +123,7 @@ class Calibration:
             "band": self.band,
             "gate": self.gate.to_dict() | {"is_forced": self.is_forced},
             "bands": None if self.bands is None else self.bands.to_dict(),
-            "heads": None if self.heads is None else self.heads.to_dict(),
+            "heads": {mechanism: heads.to_dict() for mechanism, heads in self.heads.items()},
             "trials": [one.to_dict() for one in self.trials],
             "halving": None if self.halving is None else self.halving.to_dict(),
             "proxy_against_generation": {
@@ -142,9 +144,10 @@ class Calibration:
         said = [f"Gate: {self.gate.reason}{'; passed by force' * self.is_forced}."]
         if self.bands is not None:
             said.append(f"Step-Saliency: {self.bands.reason}.")
-        if self.heads is not None:
-            tried = len(self.heads.gains)
-            said.append(f"Heads that profit from the bridge: {len(self.heads.chosen)} of {tried} that were tried.")
+        for mechanism, heads in self.heads.items():
+            of = f"{len(heads.chosen)} of {len(heads.gains)} that were tried"
+            untried = f"; no time for {heads.untried} more" * bool(heads.untried)
+            said.append(f"Heads that profit from {mechanism}: {of}{untried}.")
         if self.halving is not None:
             correlation, number = self.correlation
             told = "" if correlation is None else f"; proxy against generation: rank correlation {_plain(correlation)}"
@@ -152,7 +155,7 @@ class Calibration:
         if self.measured is None:
             said.append("The empty preset is kept: the base model, bit for bit.")
         else:
-            said.append(f"Bands of the winner: {self.band}.")
+            said.append(f"Layers and heads of the winner: {self.band}.")
             said.append(f"Held out: {sentence_of(self.measured)}")
         return said
 

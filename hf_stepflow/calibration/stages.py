@@ -6,7 +6,7 @@ held-out split is answered once, at the end, by the base, the winner, and the wi
 
 import platform
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import look_for_trend
 from .halving import Halving, Results, halve, rank_correlation, to_run
-from .heads import Head, Heads, find_heads
+from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .laboratory import Laboratory, Sampling
 from .presets import rule_preset
 from .proxy import proxy_score
@@ -178,8 +178,9 @@ class _Stages:
             self.base = self.lab.likelihoods(None, self.rows)
             bases = self.context_lengths(solved)
             found.bands = self.propose(solved)
-            found.heads = self.probe()
-            found.trials = self.search(Space.of(found.bands.proposals, found.heads.table, bases))
+            found.heads = self.probe(bases[0])
+            tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
+            found.trials = self.search(Space.of(found.bands.proposals, tables, bases))
             self.select(found)
             if found.winner is not None:
                 self.judge(found, bases[0])
@@ -197,7 +198,7 @@ class _Stages:
         return read_answers(problems, results[BASE], self.lab.tokenizer)
 
     def context_lengths(self, solved: Sequence[Solved]) -> list[int]:
-        """Context lengths from which a length temperature may start: a quarter and a half of all traces are longer."""
+        """Lengths from which a length temperature may start: three quarters and half of all traces are longer."""
         prompts = [
             len(encode_prompt(self.lab.tokenizer, one.problem.prompt, **self.lab.sampling.template)) for one in solved
         ]
@@ -230,18 +231,29 @@ class _Stages:
 
         return Bands.from_dict(self.lab.decide("bands", look))
 
-    def probe(self) -> Heads:
-        """Stage 3: the heads of the shallow half, one forward pass each."""
+    def probe(self, base_length: int) -> dict[str, Heads]:
+        """Stage 3: heads, one forward pass each: the shallow half for the bridge, all for the length temperature."""
         layers = sorted(self.heads)
-        heads = [(layer, head) for layer in layers[: -(-len(layers) // 2)] for head in range(self.heads[layer])]
-        end = self.budget.end_of("heads")
+        everywhere = [(layer, head) for layer in layers for head in range(self.heads[layer])]
+        shallow = [one for one in everywhere if one[0] in layers[: -(-len(layers) // 2)]]
+        # Where time is short, those that are reached are of all layers.
+        random.Random(f"{self.seed}/temperature").shuffle(everywhere)
+        warm = partial(temperature_on, base=base_length)
+        return {
+            "OEB": self.try_heads("bridge heads", shallow, floor_on),
+            "length temperature": self.try_heads("temperature heads", everywhere, warm),
+        }
 
-        def is_over(head: Head) -> bool:
-            return self.lab.is_over(end, "heads", list(head))
+    def try_heads(self, what: str, heads: list[Head], acting_on: Callable[[Sequence[Head]], Settings]) -> Heads:
+        """The heads that profit from one mechanism."""
+        ends = {False: self.budget.end_of(what), True: self.budget.end_of(f"{what} together")}
+
+        def is_over(head: Head, together: bool) -> bool:
+            return self.lab.is_over(ends[together], what, list(head), together)
 
         score = partial(_score, self.rows, self.easy)
-        with self.lab.bar("heads", len(heads), "head") as advance:
-            return find_heads(heads, self.counted(advance), score, is_over)
+        with self.lab.bar(what, len(heads), "head") as advance:
+            return find_heads(heads, acting_on, self.counted(advance), score, is_over)
 
     def search(self, space: Space) -> list[Trial]:
         """Stage 3: settings by the proxy."""
@@ -300,23 +312,24 @@ class _Stages:
         results, done = self.lab.answers(arms, self.held_out, "verdict", end=self.budget.end_of("verdict"))
         found.measured = self.measured(results, STEPFLOW)
         variants, found.left_out = ablations(winner, self.heads, base_length, self.seed)
-        for name, settings in variants.items():
-            self.ablate(found, name, settings, self.held_out[:done])
         if depends_on_steps(winner):
-            self.ablate(found, RANDOM_STEPS, winner, self.held_out[:done], random_cuts=True)
+            variants[RANDOM_STEPS] = winner
         else:
             found.left_out[RANDOM_STEPS] = "it does not matter to the winner where steps end"
+        for left, (name, settings) in zip(range(len(variants), 0, -1), variants.items(), strict=True):
+            self.ablate(found, name, settings, self.held_out[:done], 1 / left)
 
     def ablate(
-        self, found: Calibration, name: str, settings: Settings, batches: Sequence[Batch], random_cuts: bool = False
+        self, found: Calibration, name: str, settings: Settings, batches: Sequence[Batch], share: float
     ) -> None:
-        """One ablation on the problems that the winner answered, as far as time allows."""
+        """One ablation on the problems that the winner answered, as far as its share of the time left allows."""
         steps = None
-        if random_cuts:
+        if name == RANDOM_STEPS:
             vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
             traces = [([*row.ids], len(row.prompt)) for row in self.rows[:32]]
             steps = (RANDOM_STEPS, random_steps(vocabulary, traces, random.Random(f"{self.seed}/cuts").randrange(997)))
-        end = self.budget.end_of("ablations")
+        end, spent = self.budget.end_of("ablations"), self.lab.work.spent()
+        end = None if end is None else spent + share * (end - spent)
         own, done = self.lab.answers({name: settings}, batches, name, end=end, steps=steps)
         if not done:
             found.left_out[name] = "there was no time"

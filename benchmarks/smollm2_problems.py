@@ -1,0 +1,72 @@
+"""Word problems of one to three additions, which SmolLM2-135M-Instruct solves about two times in five.
+
+Somebody has some things and gets more, up to three times. Each problem carries a worked response, so that whole right
+responses can be scored. Everything follows from the seed.
+"""
+
+import json
+import random
+from pathlib import Path
+
+NAMES = (
+    "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Iris", "Jack",
+    "Kate", "Leo", "Mia", "Noah", "Olivia", "Peter", "Rosa", "Sam", "Tina", "Victor",
+)  # fmt: skip
+THINGS = (
+    "apples", "books", "cards", "coins", "cookies", "eggs",
+    "flowers", "marbles", "pencils", "stamps", "stickers", "toys",
+)  # fmt: skip
+EVENTS = ("finds {} more", "buys {} more", "gets {} more")
+MOST = 9
+
+# Additions of the problems, in turn, and of the two examples that the model is shown.
+STEPS = (1, 2, 1, 2, 3)
+EXAMPLES = (1, 2)
+
+
+def problem(additions: int, rng: random.Random) -> dict[str, str]:
+    """A problem without its id."""
+    name, thing, amount = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, MOST)
+    told, worked = [f"{name} has {amount} {thing}."], [f"{name} has {amount} {thing}."]
+    for _ in range(additions):
+        more = rng.randint(1, MOST)
+        event = rng.choice(EVENTS).format(more)
+        told.append(f"{name} {event}.")
+        worked.append(f"{name} {event}, so {amount} + {more} = {amount + more}.")
+        amount += more
+    return {
+        "question": " ".join([*told, f"How many {thing} does {name} have now?"]),
+        "answer": str(amount),
+        "trace": " ".join([*worked, f"The answer is {amount}."]),
+    }
+
+
+def different_problems(number: int, seed: int) -> list[dict[str, str]]:
+    """So many different problems, of the numbers of steps in turn."""
+    rng = random.Random(seed)
+    made: dict[str, dict[str, str]] = {}
+    while len(made) < number:
+        one = problem(STEPS[len(made) % len(STEPS)], rng)
+        made.setdefault(one["question"], one)
+    return [{"id": str(at)} | one for at, one in enumerate(made.values())]
+
+
+def write_problems(path: Path, number: int, seed: int) -> None:
+    """Writes problems as `hf-stepflow calibrate --problems` reads them."""
+    lines = [json.dumps(one) + "\n" for one in different_problems(number, seed)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def template_with_examples(seed: int) -> str:
+    """A chat template that shows two solved problems as earlier turns, and says nothing else of its own."""
+    rng = random.Random(f"{seed}/examples")
+    turns = ""
+    for additions in EXAMPLES:
+        one = problem(additions, rng)
+        for role, text in (("user", one["question"]), ("assistant", one["trace"])):
+            turns += f"<|im_start|>{role}\n{text}<|im_end|>\n"
+    return (
+        turns + "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
