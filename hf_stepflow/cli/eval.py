@@ -18,12 +18,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
         "PROBLEMS is a JSONL file (id, question, answer), a benchmark (aime24, aime25, amc23, math500, gpqa-diamond,\n"
         "livecodebench), or a level of the reasoner's problems (reasoner:chains-8).\n"
-        "An arm is [LABEL=]KIND[:KEY=VALUE,...]; kinds: base, stepflow (any StepFlow setting), self-consistency\n"
-        "(samples, temperature), budget-forcing (min_steps, max_steps), longer (length_factor)."
+        "An arm is [LABEL=]KIND[:KEY=VALUE,...]; kinds: base, stepflow (any StepFlow setting), and the methods\n"
+        "self-consistency (samples, temperature), budget-forcing (min_steps, max_steps), longer (length_factor) and\n"
+        "plan-and-solve. --with METHOD, written like an arm, adds the method to every arm: alone and with StepFlow,\n"
+        "held against the first arm at the same number of generated tokens."
     )
     parser.epilog = (
-        "example: hf-stepflow eval --model reasoner --problems reasoner:chains-8 --limit 100 \\\n"
-        "             --arm base --arm stepflow:tau_max=0.15 --out results.jsonl --report report.html"
+        "examples:\n"
+        "  hf-stepflow eval --model reasoner --problems reasoner:chains-8 --limit 100 \\\n"
+        "      --arm base --arm stepflow:tau_max=0.15 --out results.jsonl --report report.html\n"
+        "  hf-stepflow eval --model reasoner --problems reasoner:chains-8 --limit 100 --max-new-tokens 300 \\\n"
+        "      --with self-consistency:samples=4 --with budget-forcing:min_steps=20 --with plan-and-solve"
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -33,6 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="of the reasoner's problems (default: test)")
     parser.add_argument("--limit", type=int, help="only the first N problems")
     parser.add_argument("--arm", action="append", default=[], help="repeat for each (default: base and stepflow)")
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="methods",
+        metavar="METHOD",
+        help="another method, alone and with every arm; repeat for each",
+    )
     parser.add_argument("--samples", type=int, default=1, help="responses to each problem; above 1 they are sampled")
     parser.add_argument("--temperature", type=float, help="sample at this temperature instead of greedy decoding")
     parser.add_argument("--top-p", type=float, help="nucleus of the sampling")
@@ -47,17 +60,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates and prints the result."""
-    from hf_stepflow.evaluation.arms import parse_arm
+    from hf_stepflow.evaluation.arms import combine_arms
     from hf_stepflow.evaluation.problems import load_problems
     from hf_stepflow.evaluation.runner import evaluate
 
     demand_folders(args.out, args.report)
-    arms: dict[str, Any] = {}
-    for text in args.arm or ["base", "stepflow"]:
-        name, arm = parse_arm(text)
-        if name in arms:
-            raise StepFlowInputError(f"the arm {name!r} is given twice", hint="write LABEL=KIND to tell them apart")
-        arms[name] = arm
+    arms = _read_arms(args.arm or ["base", "stepflow"])
+    if args.methods:
+        arms = combine_arms(arms, _read_arms(args.methods))
     problems = load_problems(args.problems, args.limit, split=args.split, seed=args.seed)
     model, tokenizer = load(args.model, args.dtype, args.device, args.revision)
     if args.stepflow is not None:
@@ -87,3 +97,15 @@ def run(args: argparse.Namespace) -> int:
 
         write_report(result, problems, args.report)
     return 0
+
+
+def _read_arms(texts: list[str]) -> dict[str, Any]:
+    from hf_stepflow.evaluation.arms import parse_arm
+
+    arms: dict[str, Any] = {}
+    for text in texts:
+        name, arm = parse_arm(text)
+        if name in arms:
+            raise StepFlowInputError(f"the arm {name!r} is given twice", hint="write LABEL=KIND to tell them apart")
+        arms[name] = arm
+    return arms

@@ -1,11 +1,17 @@
-"""Arms of a comparison: StepFlow settings, or a baseline that spends its tokens otherwise."""
+"""Arms of a comparison: StepFlow settings, another method that spends tokens, or both at once."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
+
+# Wang et al., "Plan-and-Solve Prompting" (ACL 2023), section 2.1.
+PLAN_AND_SOLVE = (
+    "Let's first understand the problem and devise a plan to solve the problem. "
+    "Then, let's carry out the plan and solve the problem step by step."
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class Arm:
         min_steps: thinking may not end before so many steps (budget forcing).
         max_steps: thinking is ended after so many steps.
         length_factor: how many times the run's max_new_tokens this arm may use.
+        instruction: what the user's message ends with, after a blank line.
     """
 
     stepflow: "dict[str, Any] | bool" = False
@@ -27,6 +34,7 @@ class Arm:
     min_steps: int = 0
     max_steps: int | None = None
     length_factor: float = 1.0
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "min_steps", "max_steps"):
@@ -45,12 +53,19 @@ class Arm:
             raise StepFlowConfigError(
                 f"an arm needs 0 <= min_steps <= max_steps, got {self.min_steps} and {self.max_steps}"
             )
+        if self.instruction is not None and (not isinstance(self.instruction, str) or not self.instruction.strip()):
+            raise StepFlowConfigError(f"instruction of an arm must be a text or None, got {self.instruction!r}")
         if isinstance(self.stepflow, dict):
             StepFlowSettings().replace(**self.stepflow)  # raises for keys and values that no setting takes
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data."""
         return asdict(self)
+
+    @property
+    def method(self) -> "Arm":
+        """The same without StepFlow."""
+        return replace(self, stepflow=False)
 
 
 _KINDS: dict[str, dict[str, Any]] = {
@@ -59,6 +74,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "self-consistency": {"samples": 8},
     "budget-forcing": {},
     "longer": {"length_factor": 2.0},
+    "plan-and-solve": {"instruction": PLAN_AND_SOLVE},
 }
 
 
@@ -90,11 +106,48 @@ def make_arms(arms: Any) -> dict[str, Arm]:
     return made
 
 
+def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
+    """The arms, and each of them with each method: so that a method stands alone and with StepFlow in one run.
+
+    Args:
+        arms: as for `make_arms`, with StepFlow or without, and no other method.
+        methods: {name: Arm} without StepFlow.
+
+    Returns:
+        The arms, then for each method the arm without StepFlow under the method's name, and the others under
+        "ARM + METHOD".
+
+    Raises:
+        StepFlowInputError: an arm that is a method already, a method that is none, or a name that comes twice.
+    """
+    made = make_arms(arms)
+    for name, arm in made.items():
+        if arm.method != Arm():
+            raise StepFlowInputError(
+                f"the arm {name!r} is a method already, and methods are combined with StepFlow only",
+                hint="give it as a method, --with on the command line",
+            )
+    combined = dict(made)
+    for name, method in make_arms(methods).items():
+        if method != method.method or method == Arm():
+            raise StepFlowInputError(
+                f"the method {name!r} must spend tokens or ask otherwise, and leave StepFlow to the arms",
+                hint="for instance self-consistency:samples=8, with stepflow:tau_max=0.15 as an arm",
+            )
+        for label, arm in made.items():
+            both = name if arm == Arm() else f"{label} + {name}"
+            if both in combined:
+                raise StepFlowInputError(f"the arm {both!r} comes twice", hint="write LABEL=KIND to tell them apart")
+            combined[both] = replace(method, stepflow=arm.stepflow)
+    return combined
+
+
 def parse_arm(text: str) -> tuple[str, Arm]:
     """An arm as the command line writes it: `[LABEL=]KIND[:KEY=VALUE,...]`.
 
-    Kinds: `base`, `stepflow` (keys: any StepFlow setting), `self-consistency` (samples, temperature), `budget-forcing`
-    (min_steps, max_steps), `longer` (length_factor). The last three take StepFlow settings as well.
+    Kinds: `base`, `stepflow` (keys: any StepFlow setting), and the methods `self-consistency` (samples, temperature),
+    `budget-forcing` (min_steps, max_steps), `longer` (length_factor), `plan-and-solve`, which take StepFlow settings
+    as well.
 
     Raises:
         StepFlowInputError: another kind, or keys without values.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from hf_stepflow.runtime.report import RowReport
 from hf_stepflow.runtime.step_record import SUMMARY, THINKING, Field
 from hf_stepflow.runtime.steps import StepVocabulary
 
-from .answers import CORRECT, NO_ANSWER, UNFINISHED, Verdict, is_right, judge
+from .answers import CORRECT, judge
 from .arms import Arm
 from .problems import EvalProblem
+from .voting import votes
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,15 @@ class Sampler:
     run_code: bool = False
     keep_ids: bool = False
 
-    def encode(self, problem: EvalProblem) -> list[int]:
-        """Token ids of a prompt: in the chat template if there is one, else the plain text."""
-        ids = encode_prompt(self.tokenizer, problem.prompt, **self.template)
+    def encode(self, problem: EvalProblem, instruction: str | None = None) -> list[int]:
+        """Token ids of a prompt: in the chat template if there is one, else the plain text.
+
+        Args:
+            problem: what is asked.
+            instruction: what the user's message ends with.
+        """
+        prompt = problem.prompt if instruction is None else f"{problem.prompt}\n\n{instruction}"
+        ids = encode_prompt(self.tokenizer, prompt, **self.template)
         if not ids:
             raise StepFlowInputError(f"the prompt of problem {problem.id!r} has no tokens")
         return ids
@@ -92,7 +99,8 @@ class Sampler:
             seed: of this batch, the same for every arm.
 
         Returns:
-            For each problem: outcome, answer, right, tokens, seconds (its share of the batch), steps, text, and
+            For each problem: outcome, answer, right, tokens (of all samples), seconds (its share of the batch), steps,
+            text, (several samples) tokens, answer and outcome of each and whether the vote up to it is right, and
             (StepFlow) what it did.
         """
         responses, seconds = self.respond(arm, prompts, seed)
@@ -100,8 +108,9 @@ class Sampler:
         for index, problem in enumerate(problems):
             own = responses[index * arm.samples : (index + 1) * arm.samples]
             verdicts = [judge(problem, one.summary, one.is_finished, run_code=self.run_code) for one in own]
-            verdict, chosen = _vote(problem, verdicts)
-            result = {
+            voted = votes(problem, verdicts)
+            verdict, chosen = voted[-1].verdict, voted[-1].chosen
+            result: dict[str, Any] = {
                 "outcome": verdict.outcome,
                 "right": verdict.outcome == CORRECT,
                 "answer": verdict.answer,
@@ -110,6 +119,16 @@ class Sampler:
                 "steps": own[chosen].steps,
                 "text": own[chosen].text,
             }
+            if arm.samples > 1:
+                result["votes"] = [
+                    {
+                        "tokens": len(one.ids),
+                        "answer": its.answer,
+                        "outcome": its.outcome,
+                        "right": vote.verdict.outcome == CORRECT,
+                    }
+                    for one, its, vote in zip(own, verdicts, voted, strict=True)
+                ]
             if self.keep_ids:
                 result["ids"] = own[chosen].ids
             report = own[chosen].report
@@ -210,28 +229,6 @@ class Sampler:
         config = self.model.generation_config.eos_token_id
         ends = config if isinstance(config, list) else [config]
         return {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
-
-
-def _vote(problem: EvalProblem, verdicts: list[Verdict]) -> tuple[Verdict, int]:
-    """The verdict on the answer given most often, the first among equals, and a response that gave it."""
-    groups: list[list[int]] = []
-    for index, verdict in enumerate(verdicts):
-        if verdict.answer is None:
-            continue
-        for group in groups:
-            stands_for = verdicts[group[0]].answer
-            assert stands_for is not None
-            is_program = problem.kind == "code"  # programs are alike if they are the same: tests are not asked here
-            is_same = verdict.answer == stands_for
-            if is_same or (not is_program and is_right(replace(problem, answer=stands_for), verdict.answer)):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    if groups:
-        first = max(groups, key=len)[0]
-        return verdicts[first], first
-    return (verdicts[0], 0) if all(one.outcome == UNFINISHED for one in verdicts) else (Verdict(NO_ANSWER), 0)
 
 
 def _condense(report: RowReport) -> dict[str, Any]:

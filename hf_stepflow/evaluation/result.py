@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .answers import NO_ANSWER, UNFINISHED
+from .arms import Arm
+from .compute import ArmCompute, CurvePoint, compute_of, spends_otherwise
 from .statistics import Estimate, PairedComparison, adjust, compare, mean, proportion, ratio
 from .store import read_results
 
@@ -140,6 +142,17 @@ class EvaluationResult:
             for (name, own), p_value in zip(others.items(), adjusted, strict=True)
         ]
 
+    @cached_property
+    def compute(self) -> "tuple[list[CurvePoint], list[ArmCompute]] | None":
+        """Accuracy against generated tokens: the first arm's curve, and every arm beside it.
+
+        None where no arm has a method beside StepFlow, or nothing has been answered by every arm.
+        """
+        arms = {name: Arm(**arm) for name, arm in self.run["arms"].items()}
+        if not spends_otherwise(arms) or not self._by_arm[self.reference]:
+            return None
+        return compute_of(arms, self._by_arm, self.run["seed"])
+
     def verdicts(self) -> list[str]:
         """One sentence for each arm but the first."""
         return [_verdict(one, self.reference, self.run["dtype"]) for one in self.comparisons]
@@ -153,6 +166,7 @@ class EvaluationResult:
             "arms": [asdict(one) for one in self.arms()],
             "comparisons": [asdict(one) for one in self.comparisons],
             "verdicts": self.verdicts(),
+            "compute": None if self.compute is None else _compute_dict(*self.compute),
         }
 
     def __str__(self) -> str:
@@ -161,16 +175,49 @@ class EvaluationResult:
             asked = self.run["n_problems"] * self.run["n_samples"]
             shared = len(next(iter(self._by_arm.values())))
             lines.append(f"Not finished: {shared} of {asked} responses are there for every arm.")
-        head = f"{'arm':<20} {'right':>5} {'95 %':>13} {'no ans.':>7} {'unfin.':>6} "
+        width = max(20, *map(len, self.run["arms"]))
+        head = f"{'arm':<{width}} {'right':>5} {'95 %':>13} {'no ans.':>7} {'unfin.':>6} "
         head += f"{'tokens':>7} {'steps':>5} {'s':>7}"
         lines += [head, "-" * len(head)]
         for one in self.arms():
             value, _, interval = percent(one.accuracy).partition(" ")
             lines.append(
-                f"{one.name:<20} {value:>5} {interval:>13} {one.outcomes.get(NO_ANSWER, 0):>7} "
+                f"{one.name:<{width}} {value:>5} {interval:>13} {one.outcomes.get(NO_ANSWER, 0):>7} "
                 f"{one.outcomes.get(UNFINISHED, 0):>6} {one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
             )
+        if self.compute is not None:
+            lines += ["", *_compute_lines(*self.compute, self.reference, width)]
         return "\n".join([*lines, "", *self.verdicts()])
+
+
+def _compute_dict(curve: list[CurvePoint], arms: list[ArmCompute]) -> dict[str, Any]:
+    return {
+        "unit": "generated tokens of a problem, all samples of a vote together",
+        "curve": [asdict(one) for one in curve],
+        "arms": [asdict(one) for one in arms],
+    }
+
+
+def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: str, width: int) -> list[str]:
+    """Accuracy against tokens as a table: differences in points."""
+    heads = [f"to {reference}", "to the method alone", f"to {reference} at its tokens"]
+    head = f"{'Generated tokens':<{width}} {'tokens':>7} {'95 %':>18} " + " ".join(f"{text:>21}" for text in heads)
+    lines = [head, "-" * len(head)]
+    for one in arms:
+        differences = (one.to_first, one.to_method, one.to_matched)
+        cells = " ".join(f"{'' if value is None else percent(value, '+'):>21}" for value in differences)
+        interval = amount(one.tokens).partition(" ")[2]
+        lines.append(f"{one.name:<{width}} {one.tokens.value:>7.1f} {interval:>18} {cells}")
+    if len(curve) == 1:
+        return [*lines, f"No arm is {reference} voting, so that its tokens end with one response."]
+    points = [f"{one.samples} at {one.tokens.value:.0f} tokens {100 * one.accuracy.value:.1f} %" for one in curve]
+    return [*lines, f"{reference} with more samples: {'; '.join(points)}."]
+
+
+def amount(one: Estimate) -> str:
+    """An estimate of tokens, with its interval."""
+    interval = "" if one.low is None or one.high is None else f" [{one.low:.1f}, {one.high:.1f}]"
+    return f"{one.value:.1f}{interval}"
 
 
 def _right(own: dict[tuple[str, int], dict[str, Any]]) -> list[list[bool]]:

@@ -87,8 +87,13 @@ def evaluate(
         check_may_run(problem, run_code)
     with _ready(model, tokenizer, chosen) as (vocabulary, tokenizer):
         sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code, keep_ids)
-        items = _sorted_by_length(sampler, asked, n_samples)
-        _check_lengths(model, items, max_new_tokens, chosen)
+        encoded = {
+            instruction: [sampler.encode(problem, instruction) for problem in asked]
+            for instruction in {arm.instruction for arm in chosen.values()}
+        }
+        prompts = {name: encoded[arm.instruction] for name, arm in chosen.items()}
+        _check_lengths(model, asked, prompts, max_new_tokens, chosen)
+        items = _sorted_by_length(asked, prompts, n_samples)
         runtime = getattr(model, "stepflow_runtime", None)
         header = {
             "problems": digest([problem.asked() for problem in asked]),
@@ -127,7 +132,8 @@ def evaluate(
     return EvaluationResult(header, about, store.results)
 
 
-Item = tuple[EvalProblem, int, list[int]]
+# A problem, which of its samples, and the prompt of each arm.
+Item = tuple[EvalProblem, int, dict[str, list[int]]]
 
 
 def _run(
@@ -160,7 +166,7 @@ def _run(
             if all((name, problem.id, sample) in done for problem, sample, _ in batch):
                 continue
             made = sampler.run(
-                arms[name], [item[0] for item in batch], [item[2] for item in batch], _seed_of(seed, number)
+                arms[name], [item[0] for item in batch], [item[2][name] for item in batch], _seed_of(seed, number)
             )
             results = [
                 {"arm": name, "problem": problem.id, "sample": sample, "batch": number, "of": len(batch), **result}
@@ -224,24 +230,37 @@ def _load_tokenizer(model: Any) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path)
 
 
-def _sorted_by_length(sampler: Sampler, problems: list[EvalProblem], n_samples: int) -> list[Item]:
-    prompts = [(problem, sampler.encode(problem)) for problem in problems]
-    prompts.sort(key=lambda pair: len(pair[1]))
-    return [(problem, sample, ids) for problem, ids in prompts for sample in range(n_samples)]
+def _sorted_by_length(problems: list[EvalProblem], prompts: dict[str, list[list[int]]], n_samples: int) -> list[Item]:
+    """The problems by the length of the first arm's prompts: every arm gets the same batches."""
+    first = next(iter(prompts.values()))
+    order = sorted(range(len(problems)), key=lambda index: len(first[index]))
+    return [
+        (problems[index], sample, {name: own[index] for name, own in prompts.items()})
+        for index in order
+        for sample in range(n_samples)
+    ]
 
 
-def _check_lengths(model: Any, items: list[Item], max_new_tokens: int, arms: dict[str, Arm]) -> None:
+def _check_lengths(
+    model: Any,
+    problems: list[EvalProblem],
+    prompts: dict[str, list[list[int]]],
+    max_new_tokens: int,
+    arms: dict[str, Arm],
+) -> None:
     """Refuses what the model has no positions for, before anything is generated."""
-    longest_problem, _, longest = items[-1]
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    factor = max(arm.length_factor for arm in arms.values())
-    wanted = len(longest) + int(max_new_tokens * factor)
-    if room is not None and wanted > room:
-        raise StepFlowInputError(
-            f"the prompt of problem {longest_problem.id!r} has {len(longest)} tokens, which with the response makes "
-            f"{wanted}; this model has {room} positions",
-            hint=f"max_new_tokens of at most {int(max(room - len(longest), 0) / factor)}, or shorter problems",
-        )
+    for name, arm in arms.items():
+        longest = max(range(len(problems)), key=lambda index: len(prompts[name][index]))
+        length = len(prompts[name][longest])
+        wanted = length + int(max_new_tokens * arm.length_factor)
+        if room is not None and wanted > room:
+            fitting = int(max(room - length, 0) / arm.length_factor)
+            raise StepFlowInputError(
+                f"the prompt of problem {problems[longest].id!r} has {length} tokens in the arm {name!r}, which with "
+                f"the response makes {wanted}; this model has {room} positions",
+                hint=f"max_new_tokens of at most {fitting}, or shorter problems",
+            )
 
 
 def _generation_config(model: Any) -> dict[str, Any]:

@@ -52,12 +52,24 @@ def proportion(hits: int, n: int) -> Estimate:
     return Estimate(hits / n, float(interval.low), float(interval.high))
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+def mean(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
     """A mean of shares over problems with its bootstrap interval."""
     return _bounded_mean(np.asarray(values, float), 0.0, 1.0, seed)
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> Estimate:
+def mean_difference(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
+    """A mean of differences between two accuracies over problems with its bootstrap interval."""
+    return _bounded_mean(np.asarray(values, float), -1.0, 1.0, seed)
+
+
+def mean_amount(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
+    """A mean of amounts over problems with its bootstrap interval; one problem tells none."""
+    return ratio(values, [1.0] * len(values), seed)
+
+
+def ratio(
+    numerator: "Sequence[float] | np.ndarray", denominator: "Sequence[float] | np.ndarray", seed: int = 0
+) -> Estimate:
     """Ratio of two sums over the same units, with its bootstrap interval; one unit tells none."""
     pairs = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(pairs[0]) < 2:
@@ -86,7 +98,7 @@ def compare(
     right, is_single = int(flat_one.sum()), all(len(row) == 1 for row in one)
     return PairedComparison(
         problems=n,
-        delta=_bounded_mean(differences, -1.0, 1.0, seed),
+        delta=mean_difference(differences, seed),
         p_value=paired_p_value(differences, is_single, seed),
         gained=gained,
         lost=lost,
