@@ -116,7 +116,7 @@ def halve(
 
 def _measure(one: Trial, base: Results, own: Results, easy: set[str]) -> Rung:
     changes = {name: float(np.mean(own[name]) - np.mean(base[name])) for name in base}
-    lost = -sum(change for name, change in changes.items() if name in easy)
+    lost = sum(-change for name, change in changes.items() if name in easy)
     return Rung(one.number, len(base), float(np.mean(list(changes.values()))), lost, True)
 
 

@@ -20,10 +20,12 @@ def head_map(mechanism: str, heads: Heads) -> str:
     layers = sorted({layer for layer, _ in heads.gains})
     rows = max(head for _, head in heads.gains) + 1
     strongest = max(map(abs, heads.gains.values())) or 1.0
-    cell = min(float(_CELL), (_WIDTH - _LEFT) / len(layers))
+    cell = max(4.0, min(float(_CELL), (_WIDTH - _LEFT) / len(layers)))
     height = _TOP + rows * cell
+    # Wide enough for the words below.
+    size = (max(_LEFT + len(layers) * cell, 240.0), height + 34)
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {height + 34:.0f}" role="img" '
+        f'<svg class="map" viewBox="0 0 {size[0]:.0f} {size[1]:.0f}" width="{size[0]:.0f}" role="img" '
         f'aria-label="{escape(mechanism)}: proxy by layer and head">'
     ]
     for (layer, head), gain in sorted(heads.gains.items()):

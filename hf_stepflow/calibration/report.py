@@ -20,19 +20,26 @@ from .result import Calibration, sentence_of
 from .search import Trial
 from .verdict import GAIN
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 300, 70, 40
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 300, 70, 32, 40
 _SHOWN = 15
 
 _STYLE = """
 .verdict { font-size: 1.25rem; font-weight: 600; } .gain { color: var(--good); } .none { color: var(--bad); }
 svg { max-width: 46rem; width: 100%; height: auto; } svg .grid { stroke: var(--line); } svg .small { font-size: 11px; }
-td.text { text-align: left; white-space: normal; min-width: 18rem; } svg .soft { fill: var(--soft); }
+svg.map { width: auto; max-width: 100%; } svg .soft { fill: var(--soft); }
+th { white-space: normal; vertical-align: bottom; } tr:has(+ tr.below) td { border-bottom: none; padding-bottom: 0; }
+tr.below td { text-align: left; white-space: normal; overflow-wrap: anywhere; color: var(--soft); font-size: 13px;
+              padding-top: .1rem; } tr.below b { color: var(--bad); font-weight: 600; }
 svg circle.good { fill: var(--good); } svg circle.bad { fill: var(--bad); }
 svg circle.ring { fill: none; stroke: var(--ink); stroke-width: 2; } svg .column { fill: var(--line); }
 svg .column.separates { fill: var(--mark); }
 svg rect.raises { fill: var(--good); } svg rect.lowers { fill: var(--bad); }
 svg rect.raises, svg rect.lowers { stroke: var(--line); }
-svg rect.chosen { fill: none; stroke: var(--ink); stroke-width: 2; } pre { background: none; }"""
+svg rect.chosen { fill: none; stroke: var(--ink); stroke-width: 2; } pre { background: none; }
+@media (max-width: 45rem) {
+  th, td { padding: .3rem; font-size: 13px; white-space: normal; } svg.chart text { font-size: 16px; }
+  .wide svg { min-width: 40rem; } .wide svg text { font-size: 13px; }
+}"""
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -112,15 +119,20 @@ def _not_reached() -> str:
     return "<p class='soft'>Not reached.</p>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; a last column that is called "settings" holds long texts."""
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> str:
+    """A table.
+
+    Args:
+        heads: of the columns.
+        rows: texts of the cells.
+        below: for each row HTML that stands under it over the whole width; none for none.
+    """
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    last = len(heads) - 1 if heads[-1] == "settings" else None
     body = ""
-    for row in rows:
-        kinds = [' class="text"' if place == last else "" for place in range(len(row))]
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
-        body += f"<tr>{cells}</tr>"
+    for at, row in enumerate(rows):
+        body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        if below:
+            body += f"<tr class='below'><td colspan='{len(heads)}'>{below[at]}</td></tr>"
     return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>"
 
 
@@ -158,26 +170,31 @@ class _Axis:
     def __call__(self, value: float) -> float:
         return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
 
+    def ticks(self, gap: float) -> list[float]:
+        """Zero, and those ends whose numbers have room beside its own."""
+        return [value for value in (self.low, 0.0, self.high) if not value or abs(self(value) - self(0.0)) >= gap]
+
 
 def _frame(
     x: _Axis, y: _Axis, x_label: str, y_label: str, marks: Sequence[str], names: Sequence[int] | None = None
 ) -> str:
     """A chart with both axes, ticks at their ends and at zero, or on the x axis at whole numbers that have names."""
-    parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_label)} over {escape(x_label)}">'
-    ]
+    label = f"{escape(y_label)} over {escape(x_label)}"
+    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">']
     every = 1 if names is None else -(-len(names) // 16)
     ticks = (
-        [(value, f"{value:.3g}") for value in sorted({x.low, 0.0, x.high})]
+        [(value, f"{value:.3g}") for value in x.ticks(64)]
         if names is None
         else [(float(at), str(name)) for at, name in enumerate(names) if at % every == 0]
     )
+    below = y.start + 19
     for value, told in ticks:
         place = x(value)
         if names is None:
             parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{y.start:.1f}" y2="{y.end:.1f}"/>')
-        parts.append(f'<text class="small" x="{place:.1f}" y="{y.start + 16:.1f}" text-anchor="middle">{told}</text>')
-    for value in sorted({y.low, 0.0, y.high}):
+        anchor = "end" if place > x.end - 20 and names is None else "middle"
+        parts.append(f'<text class="small" x="{place:.1f}" y="{below:.1f}" text-anchor="{anchor}">{told}</text>')
+    for value in y.ticks(18):
         place = y(value)
         parts.append(f'<line class="grid" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(
@@ -185,7 +202,7 @@ def _frame(
         )
     parts += marks
     parts.append(
-        f'<text class="small soft" x="{x.end:.1f}" y="{_HEIGHT - 6}" text-anchor="end">{escape(x_label)}</text>'
+        f'<text class="small soft" x="{x.end:.1f}" y="{_HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>'
     )
     parts.append(f'<text class="small soft" x="4" y="12">{escape(y_label)}</text>')
     return "".join(parts) + "</svg>"
@@ -202,7 +219,7 @@ def _bands(bands: Bands) -> str:
     for index, effects in bands.effects.items():
         values = [row["effect"] or 0.0 for row in effects]
         x = _Axis(-0.5, len(values) - 0.5, _LEFT, _WIDTH - 10)
-        y = _Axis.over(values, _HEIGHT - _BOTTOM, 24)
+        y = _Axis.over(values, _HEIGHT - _BOTTOM, _TOP)
         width = 0.7 * (x.end - x.start) / len(values)
         marks = []
         for at, (row, value) in enumerate(zip(effects, values, strict=True)):
@@ -237,7 +254,7 @@ def _heads(result: Calibration) -> str:
 def _search(result: Calibration) -> str:
     trials = result.trials
     x = _Axis.over([one.settings["tau_max"] for one in trials], _LEFT, _WIDTH - 10)
-    y = _Axis.over([one.settings["alpha"] for one in trials], _HEIGHT - _BOTTOM, 24)
+    y = _Axis.over([one.settings["alpha"] for one in trials], _HEIGHT - _BOTTOM, _TOP)
     marks = [_dot(one, x, y, result) for one in reversed(trials)]
     chart = _frame(x, y, "tau_max", "alpha", marks)
     rows = [
@@ -247,18 +264,20 @@ def _search(result: Calibration) -> str:
             f"{one.score.likelihood:+.3f}",
             f"{one.score.margin:+.3f}",
             "" if one.score.short is None else f"{one.score.short:+.3f}",
-            "" if one.score.is_harmless else "harms short problems",
-            _short(one),
         ]
         for one in trials[:_SHOWN]
     ]
-    heads = "trial,proxy (nats),right traces,margin over wrong ones,short and easy,,settings"
+    below = [
+        ("" if one.score.is_harmless else "<b>harms short problems</b> · ") + escape(_short(one))
+        for one in trials[:_SHOWN]
+    ]
+    heads = "trial,proxy (nats),right traces,margin over wrong ones,short and easy"
     told = (
         f"<p class='soft'>{len(trials)} different candidates. Green: better than the base by the proxy; red: worse, "
         "or harmful to short problems. Where both are 0, a length temperature acts. "
         f"The {min(_SHOWN, len(trials))} best:</p>"
     )
-    return chart + told + _table(heads.split(","), rows)
+    return chart + told + _table(heads.split(","), rows, below)
 
 
 def _dot(one: Trial, x: _Axis, y: _Axis, result: Calibration) -> str:
@@ -272,13 +291,16 @@ def _dot(one: Trial, x: _Axis, y: _Axis, result: Calibration) -> str:
 
 
 def _short(one: Trial) -> str:
-    """Settings that are not off."""
-    return ", ".join(f"{name} {json.dumps(value)}" for name, value in one.settings.items() if value != EMPTY[name])
+    """Settings that are not off, numbers to three digits."""
+    acting = {name: value for name, value in one.settings.items() if value != EMPTY[name]}
+    told = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {json.dumps(value)}"
+            for name, value in acting.items()]  # fmt: skip
+    return ", ".join(told) or "the base"
 
 
 def _proxy(result: Calibration) -> str:
     x = _Axis.over([one[1] for one in result.points], _LEFT, _WIDTH - 10)
-    y = _Axis.over([100 * one[2] for one in result.points], _HEIGHT - _BOTTOM, 24)
+    y = _Axis.over([100 * one[2] for one in result.points], _HEIGHT - _BOTTOM, _TOP)
     marks = [
         f'<circle cx="{x(proxy):.1f}" cy="{y(100 * delta):.1f}" r="5"><title>trial {number}</title></circle>'
         f'<text class="small" x="{x(proxy) + 8:.1f}" y="{y(100 * delta) + 4:.1f}">{number}</text>'
@@ -346,4 +368,5 @@ def _ablations(result: Calibration) -> str:
     told = (
         "<p class='soft'>Points of accuracy against the base, with 95 % intervals, not adjusted for their number.</p>"
     )
-    return told + forest(rows) + table + (f"<p>Left out:</p><ul>{left_out}</ul>" if left_out else "")
+    picture = f"<div class='wide'>{forest(rows)}</div>"
+    return told + picture + table + (f"<p>Left out:</p><ul>{left_out}</ul>" if left_out else "")
