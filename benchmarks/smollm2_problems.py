@@ -1,4 +1,4 @@
-"""Word problems of one to three additions, which SmolLM2-135M-Instruct solves about two times in five.
+"""Word problems of one to three additions, which SmolLM2-135M-Instruct solves about three times in ten.
 
 Somebody has some things and gets more, up to three times. Each problem carries a worked response, so that whole right
 responses can be scored. Everything follows from the seed.
