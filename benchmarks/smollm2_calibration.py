@@ -13,6 +13,7 @@ Run: python benchmarks/smollm2_calibration.py [--budget 72m] [--problems 440] [-
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from reasoner_calibration import run_and_keep
 from smollm2_problems import template_with_examples, write_problems
 from smollm2_saliency import unpacked
 from transformers import AutoTokenizer
+
+from hf_stepflow.calibration.preset_file import calibrations_folder
 
 FOLDER = Path(__file__).with_suffix("")
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -57,6 +60,7 @@ def calibrate(budget: str, number: int, work: Path) -> int:
         preset = json.loads(kept.read_text())
         preset["notes"] = f"{NOTES} {preset['notes']}"[:2000]
         kept.write_text(json.dumps(preset, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copy(kept, calibrations_folder() / kept.name)
     return status
 
 
