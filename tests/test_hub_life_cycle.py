@@ -54,7 +54,8 @@ def told(hub, script: str, cache: Path, **given) -> dict:
 
 def exported(hub, folder: Path) -> dict[str, bytes]:
     """The files of the preset's repository, by name."""
-    export_preset(tiny_preset(folder, provenance=MEASURED), folder / "export", repo_id=PRESET)
+    made = tiny_preset(folder, provenance=MEASURED)
+    export_preset(made, folder / "export", base_revision=hub.repos[BASE].main.id, repo_id=PRESET)
     return {path.name: path.read_bytes() for path in (folder / "export").iterdir()}
 
 
