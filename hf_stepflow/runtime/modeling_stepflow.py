@@ -293,7 +293,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         """Saves the whole model with StepFlow, or the preset alone.
 
         The whole model is a folder that loads without anything else: `AutoModelForCausalLM.from_pretrained` gives the
-        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone is a few kB: it
+        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone is under 200 kB: it
         names its base model, and is loaded with `trust_remote_code=True`.
 
         Args:
