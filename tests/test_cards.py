@@ -160,7 +160,7 @@ def test_measured_presets_get_a_model_index(tmp_path):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy_difference", 0.4)
     assert result.metric_args == {"n": 500, "low": -1.2, "high": 2.0, "confidence": 0.95, "p_value": 0.61}
-    assert result.metric_name == "accuracy, with StepFlow minus without, 95 % interval [-1.2, 2], n = 500"
+    assert result.metric_name == "accuracy, with StepFlow minus without in points, 95 % interval [-1.2, 2], n = 500"
     assert (result.dataset_type, result.dataset_name) == ("math500", "math500 (n = 500)")
     assert result.verified is None
     assert card.data.model_name == "qwen3-8b"

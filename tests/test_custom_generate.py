@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, T
 
 from hf_stepflow.hub.custom_generate import transformers_range
 from hf_stepflow.hub.export import export_custom_generate
+from hf_stepflow.hub.push import push_custom_generate
 from hf_stepflow.runtime import generate as generate_module
 
 IDS = torch.tensor([encode(SHORT_TEXT)])
@@ -98,9 +99,11 @@ def test_a_model_that_has_stepflow_keeps_it(call):
     )
 
 
-def test_trust_is_asked_for(repository):
+def test_trust_is_asked_for(hub):
+    """For a repository on the Hub; a folder's code is run without asking by older releases of transformers."""
+    push_custom_generate("test-org/generate", token=hub.token)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        made(tiny_model("llama"), custom_generate=str(repository), trust_remote_code=False, stepflow=SETTINGS)
+        made(tiny_model("llama"), custom_generate="test-org/generate", trust_remote_code=False, stepflow=SETTINGS)
 
 
 def test_a_tokenizer_is_loaded_once_and_let_go_with_its_model(repository, tmp_path, monkeypatch):

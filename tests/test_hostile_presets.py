@@ -144,6 +144,22 @@ def test_files(tmp_path, case, name):
         refuse_everywhere(source, "plain|config")
 
 
+@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("place", ["preset/config.json", "preset/generation_config.json", "base/config.json"])
+def test_files_of_repositories(tmp_path, case, place):
+    """What is read of a preset's repository and of its base's, before transformers reads it."""
+    content, words = FILES[case]
+    for name in ("preset", "base"):
+        (tmp_path / name).mkdir()
+    preset = {"model_type": "stepflow", "base_model_name_or_path": str(tmp_path / "base")}
+    written(tmp_path / "preset", preset, "config.json")
+    (tmp_path / place).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(StepFlowFileError, match=words) as caught:
+        StepFlowModelForCausalLM.from_pretrained(tmp_path / "preset")
+    assert place.split("/")[1] in caught.value.message
+    assert len(str(caught.value)) < 2000
+
+
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     path = written(tmp_path, {"alpha": 0.1}, "plain.json")
 

@@ -130,6 +130,7 @@ WRONG = [
     ({"provenance": MEASURED | {"date": 20260301}}, "provenance.date"),
     ({"provenance": MEASURED | {"deltas": []}}, "provenance.deltas"),
     ({"provenance": MEASURED | {"deltas": [MEASURED["deltas"][0] | {"low": 1.0}]}}, "low <= delta <= high"),
+    ({"provenance": MEASURED | {"deltas": [MEASURED["deltas"][0] | {"high": 101}]}}, r"number in \[-100, 100\]"),
     ({"provenance": MEASURED | {"p_value": 2}}, "p_value"),
     ({"provenance": MEASURED | {"n": 0}}, "provenance.n"),
     ({"notes": "x" * 2001}, "notes"),

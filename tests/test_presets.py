@@ -370,7 +370,7 @@ def test_show_measured_and_unstated(capsys, tmp_path):
     assert main(["presets", "show", str(path)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("measured (no measurable gain; math500, n = 500, 2026-03-01)")
-    assert "+0.4 [-1.2, +2] at 0.95" in text
+    assert "+0.4 points [-1.2, +2] at 0.95" in text
     assert "Mind the gap." in text
     StepFlowConfig().save_pretrained(tmp_path / "folder")
     assert main(["presets", "show", str(tmp_path / "folder")]) == 0

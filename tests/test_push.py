@@ -65,6 +65,29 @@ def test_a_second_push_changes_nothing(hub, preset):
     assert load_preset("org/preset").settings.tau_max == 0.2
 
 
+def test_the_bases_commit_is_recorded(hub, preset, tmp_path):
+    push = push_preset(preset, "org/preset", token=hub.token)
+    assert push.export.preset.base_model_revision is None
+    assert "the revision of 'org/Tiny' is not recorded, since it cannot be had: 404" in push.export.warnings[0]
+    push_base(hub, tmp_path / "base")
+    older = hub.repos["org/Tiny"].main.id
+    push = push_preset(preset, "org/preset", token=hub.token)
+    assert not push.export.warnings
+    hub.api().upload_file(repo_id="org/Tiny", path_in_repo="config.json", path_or_fileobj=b"{}")
+    assert load_preset("org/preset").base_model_revision == older
+    card = hub.repos["org/preset"].files["README.md"].decode()
+    assert f"[org/Tiny](https://huggingface.co/org/Tiny) at revision `{older}`,\n" in card
+    assert f'stepflow=repo, revision="{older}")' in card
+    assert torch.equal(logits(StepFlowModelForCausalLM.from_pretrained("org/preset")), logits(attached()))
+    for named in ("main", older):
+        assert (
+            push_preset(preset, "org/preset", base_revision=named, token=hub.token, dry_run=True).to_dict()[
+                "base_model_revision"
+            ]
+            == named
+        )
+
+
 @pytest.mark.parametrize("performed", [False, True])
 @pytest.mark.parametrize("what", ["POST .*/commit/", "POST .*/preupload/", "POST /api/repos/create", "PUT /storage/"])
 def test_an_interrupted_push_is_completed_by_the_same_again(hub, preset, tmp_path, what, performed):

@@ -199,7 +199,7 @@ _ARCHITECTURE = record(
     {"attention_layers": list_of(partial(count, high=999), 1000, 1, each_once=True)},
 )
 _SHORT = partial(text, longest=200)
-_DIFFERENCE = partial(number, low=-1e6, high=1e6)
+_DIFFERENCE = partial(number, low=-100, high=100)  # percentage points
 _PROVENANCE = {
     "paper": record(
         {

@@ -359,7 +359,7 @@ def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str
 
 def _fetch(repository: str, revision: str | None, token: str | bool | None) -> Preset:
     """The preset in a repository on the Hub."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     try:
         fetched = hf_hub_download(repository, "config.json", revision=revision, token=token)
@@ -375,7 +375,7 @@ def _fetch(repository: str, revision: str | None, token: str | bool | None) -> P
     file = Path(fetched)
     data = read_json_object(file.resolve())
     if data.get("model_type") != "stepflow":
-        raise _not_stepflow(f"https://huggingface.co/{repository}", data)
+        raise _not_stepflow(f"{constants.ENDPOINT}/{repository}", data)
     return _from_config(data, file, repository, repository)
 
 

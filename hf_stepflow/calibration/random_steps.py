@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from hf_stepflow.runtime.sentence_rules import START
 from hf_stepflow.runtime.step_record import Feature, Field
 from hf_stepflow.runtime.step_tables import LEADS_THINKING, RuleTable
 from hf_stepflow.runtime.steps import StepVocabulary
@@ -58,7 +59,7 @@ def _cutting(vocabulary: StepVocabulary, chance: float, seed: int) -> StepVocabu
         split_row=torch.zeros_like(vocabulary.rules.split_row),
         split_variant=torch.zeros(1, _STATES, dtype=torch.long),
         split=torch.zeros(1, 9, dtype=torch.long),
-        ended=torch.zeros(_STATES, dtype=torch.bool),
+        states=[START] * _STATES,  # in which no sentence has ended
     )
     settings = vocabulary.settings.replace(min_step_chars=0)
     return replace(vocabulary, settings=settings, features=features, rules=rules, _on_device={}, _on_host=None)

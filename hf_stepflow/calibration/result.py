@@ -195,7 +195,7 @@ class Calibration:
             "n": n,
             "deltas": [
                 {
-                    "metric": "accuracy, points",
+                    "metric": "accuracy",
                     "delta": round(100 * delta.value, 4),
                     "low": round(100 * low, 4),
                     "high": round(100 * high, 4),

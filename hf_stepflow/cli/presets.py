@@ -179,7 +179,7 @@ def _described(preset: Any) -> str:
         lines += ["", *(f"  {line}" for line in table.splitlines())]
     for each in preset.provenance.get("deltas") or []:
         bounds = f"[{each['low']:+g}, {each['high']:+g}] at {each['confidence']:g}"
-        lines += _fields([(each["metric"], f"{each['delta']:+g} {bounds}")])
+        lines += _fields([(each["metric"], f"{each['delta']:+g} points {bounds}")])
     lines += ["", "settings"]
     settings = preset.to_dict()["settings"]
     lines += _fields([(key, json.dumps(value, ensure_ascii=False)) for key, value in settings.items()], 26)

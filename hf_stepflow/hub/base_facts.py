@@ -1,4 +1,4 @@
-"""What a base model's repository says about it, as far as it can be reached: its config and generation config."""
+"""What a base model's repository says about it, as far as it can be reached: configs, and where its branch is."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,3 +38,19 @@ def facts_of(base: str, revision: str | None = None, token: str | bool | None = 
     except OSError:  # there is none: the model makes it from its config
         generation = GenerationConfig.from_model_config(config)
     return BaseFacts(config, generation)
+
+
+def current_commit(base: str, token: str | bool | None = None) -> tuple[str | None, str | None]:
+    """The commit that a base model's repository on the Hub is at, or None and why it cannot be had.
+
+    Args:
+        base: Hub id.
+        token: for it, as in huggingface_hub.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of the transport too
+
+    try:
+        return HfApi(token=token).model_info(base).sha, None
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        return None, (str(error) or type(error).__name__).strip().splitlines()[0]

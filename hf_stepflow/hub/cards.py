@@ -54,6 +54,7 @@ def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "pre
             hint="the repository of custom_generate belongs to no preset: custom_generate_card()",
         )
     name, revision = one_line(preset.name), preset.base_model_revision
+    is_pinned = revision is not None and _REVISION.fullmatch(revision) is not None
     base = preset.base_model if preset.base_model and _HUB_ID.fullmatch(preset.base_model) else None
     results = _eval_results(preset.provenance) if preset.kind == "measured" else None
     data = ModelCardData(
@@ -76,7 +77,8 @@ def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "pre
         subject=inline_text(base or name),
         base_link=f"[{base}](https://huggingface.co/{base})" if base else "its base model",
         base_id=base or "ORGANISATION/BASE-MODEL",
-        base_revision=f', revision="{revision}"' if revision and _REVISION.fullmatch(revision) else "",
+        base_revision=f', revision="{revision}"' if is_pinned else "",
+        base_at=f" at revision `{revision}`" if is_pinned else "",
         provenance_kind=preset.kind,
         provenance=_provenance(preset),
         notes=preset.notes and inline_text(preset.notes),
@@ -128,7 +130,7 @@ def _eval_results(provenance: dict[str, Any]) -> list[EvalResult]:
             dataset_type=dataset,
             dataset_name=f"{dataset} (n = {provenance['n']})",
             metric_type=f"{metric}_difference",
-            metric_name=f"{metric}, with StepFlow minus without, {_interval(each)}, n = {provenance['n']}",
+            metric_name=f"{metric}, with StepFlow minus without in points, {_interval(each)}, n = {provenance['n']}",
             metric_value=each["delta"],
             metric_args={
                 "n": provenance["n"],
@@ -168,7 +170,7 @@ def _provenance(preset: Preset) -> str:
                  "hf-stepflow": "library_version", "seed": "seed", "machine": "machine"}  # fmt: skip
         lines = [f"* {label}: {inline_text(stated[key])}" for label, key in facts.items() if key in stated]
         lines.append(f"* command: {inline_code(stated['command'])}")
-        head = ("metric", "with StepFlow minus without", "how sure")
+        head = ("metric", "with StepFlow minus without, points", "how sure")
         return f"{_VERDICTS[stated['verdict']]}\n\n{table(head, rows)}\n\n" + "\n".join(lines)
     return (
         "**Not stated.** Nobody says where these settings come from: take them for untested. No result on this "

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from hf_stepflow.calibration.preset_file import check_link
+from hf_stepflow.runtime.configuration_stepflow import read_object
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowUnsupportedError
 from hf_stepflow.runtime.preset_files import generation_config_with
 from hf_stepflow.runtime.repository_code import copy_code
@@ -23,6 +24,8 @@ FILES = (
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 _NOT_COPIED = ("config.json", "generation_config.json")
+# The index of the largest models has 10 MB.
+_LONGEST = 64 * 1024 * 1024
 
 
 def fetch_base(base: str, revision: str | None, token: str | bool | None) -> Path:
@@ -117,10 +120,4 @@ def _read(file: Path, base: str) -> dict[str, Any]:
             hint="merge an adapter into its model first (merge_and_unload), and give that folder with --base",
         )
     check_link(file)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise StepFlowFileError(f"{file.name} of {base!r} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise StepFlowFileError(f"{file.name} of {base!r} holds {type(data).__name__}, expected an object")
-    return data
+    return read_object(file, f"{file.name} of {base!r}", _LONGEST)

@@ -3,21 +3,26 @@
 import contextlib
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from hf_stepflow.calibration.preset_file import read_json_object
 from hf_stepflow.calibration.presets import Preset, load_preset
 from hf_stepflow.runtime.base_model import is_saved_with_stepflow
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
 
+from .base_facts import current_commit
 from .export import Export, export_custom_generate, export_preset, is_local, with_base
 from .folder import CUSTOM_GENERATE
 from .merged import INDEX
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+logger = logging.get_logger(__name__)
 
 _LOGIN = "`hf auth login`, or a token that may write there in the environment variable HF_TOKEN"
 _ANYWHERE = {".gitattributes", "README.md"}
@@ -67,7 +72,7 @@ def push_preset(
         preset: as for `load_preset`.
         repo_id: id of the repository; it is made where there is none.
         base: Hub id of another base model than the preset's.
-        base_revision: its revision.
+        base_revision: its revision; None records the commit that it is at now, where the Hub tells.
         merge_weights: push the base's weights too.
         private: whether a new repository is private; None leaves that to the Hub.
         revision: the branch; it is made where there is none.
@@ -86,10 +91,18 @@ def push_preset(
             f"the base model {preset.base_model!r} is a folder of this machine, which nobody else can load",
             hint="push the base model first, and give its Hub id with --base",
         )
+    warnings = []
+    if preset.base_model_revision is None:
+        commit, problem = current_commit(preset.base_model, token)
+        preset = with_base(preset, None, commit)
+        if problem is not None:
+            warnings = [f"the revision of {preset.base_model!r} is not recorded, since it cannot be had: {problem}"]
+            logger.warning("%s", warnings[0])
     with tempfile.TemporaryDirectory() as folder:
         export = export_preset(
             preset, Path(folder) / "export", merge_weights=merge_weights, repo_id=repo_id, token=token
         )
+        export = replace(export, warnings=(*warnings, *export.warnings))
         return _push(export, repo_id, private, revision, token, dry_run)
 
 

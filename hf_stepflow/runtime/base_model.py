@@ -4,15 +4,14 @@ A call such as `AutoModelForCausalLM.from_pretrained("org/preset", revision="v2"
 of the preset's repository, but a dtype of the base's weights.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
-from .configuration_stepflow import SETTING_NAMES
-from .errors import StepFlowConfigError, StepFlowFileError
+from .configuration_stepflow import SETTING_NAMES, read_object
+from .errors import StepFlowConfigError
 
 MODEL_CLASS = "modeling_stepflow.StepFlowModelForCausalLM"
 
@@ -36,19 +35,11 @@ def read_repository_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[s
         kwargs: of the call that is being answered; those that say where files are and how they are fetched count.
 
     Raises:
-        OSError: the repository cannot be reached, or its file is no JSON object.
+        OSError: the repository cannot be reached, or its file is no JSON object, or too long for one.
     """
     where = {key: kwargs[key] for key in (*_FETCHING, "revision", "subfolder") if kwargs.get(key) is not None}
     file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **where)
-    if file is None:
-        return {}
-    try:
-        data = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise StepFlowFileError(f"{name} of {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise StepFlowFileError(f"{name} of {str(path)!r} holds {type(data).__name__}, expected an object")
-    return data
+    return {} if file is None else read_object(Path(file), f"{name} of {str(path)!r}")
 
 
 def fetching(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -234,20 +234,34 @@ def read_json(path: Path) -> tuple[Path, dict[str, Any]]:
             f"no StepFlow settings at {shown(str(path))}",
             hint="give the path of a JSON file or of a folder with a config.json, a dict, or a StepFlowConfig",
         )
+    return file, read_object(file, repr(str(file)))
+
+
+def read_object(file: Path, name: str, longest: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """The JSON object in a file that nobody vouches for.
+
+    Args:
+        file: the file.
+        name: what messages call it.
+        longest: bytes that it may have.
+
+    Raises:
+        StepFlowFileError: a file that cannot be read, is too long, or holds something else.
+    """
     try:
         with file.open("rb") as opened:
-            content = opened.read(MAX_FILE_BYTES + 1)
+            content = opened.read(longest + 1)
     except OSError as error:
-        raise StepFlowFileError(f"{str(file)!r} cannot be read: {error}", hint="check its permissions") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise StepFlowFileError(f"{str(file)!r} is longer than {MAX_FILE_BYTES} bytes, expected a file of settings")
+        raise StepFlowFileError(f"{name} cannot be read: {error}", hint="check its permissions") from error
+    if len(content) > longest:
+        raise StepFlowFileError(f"{name} is longer than {longest} bytes, which no such file needs")
     try:
         data = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, an integer of thousands of digits, too deep
-        raise StepFlowFileError(f"{str(file)!r} is not JSON: {error}", hint="export the settings again") from error
+        raise StepFlowFileError(f"{name} is not JSON: {error}", hint="write or fetch the file again") from error
     if not isinstance(data, dict):
-        raise StepFlowFileError(f"{str(file)!r} holds {type(data).__name__}, expected an object with settings")
-    return file, data
+        raise StepFlowFileError(f"{name} holds {type(data).__name__}, expected an object")
+    return data
 
 
 def settings_from_data(data: dict[str, Any], source: str) -> StepFlowSettings:

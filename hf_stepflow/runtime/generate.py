@@ -8,39 +8,39 @@ from .modeling_stepflow import StepFlowModelForCausalLM
 
 # Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
 if TYPE_CHECKING:
-    from .attention_call import AttentionCall as AttentionCall
-    from .attention_modules import attention_modules as attention_modules
-    from .attention_names import base_implementation as base_implementation
-    from .base_model import read_repository_file as read_repository_file
-    from .bridge_shifts import bridge_shifts as bridge_shifts
-    from .bridged_weights import bridged_weights as bridged_weights
-    from .call_checks import no_constructor as no_constructor
-    from .configuration_stepflow import StepFlowSettings as StepFlowSettings
-    from .decode_attention import DecodeGroups as DecodeGroups
-    from .errors import StepFlowError as StepFlowError
-    from .flow_attention import AttentionLink as AttentionLink
-    from .flow_masks import visible_keys as visible_keys
-    from .flow_pass import FlowPlan as FlowPlan
-    from .flow_runtime import FlowRules as FlowRules
-    from .flow_state import FlowState as FlowState
-    from .loading import Loaded as Loaded
-    from .markers import MarkerTable as MarkerTable
-    from .preset_files import PresetFiles as PresetFiles
-    from .preset_lookup import find_preset as find_preset
-    from .report import LayerReport as LayerReport
-    from .repository_code import code_files as code_files
-    from .saving import save_files as save_files
-    from .sentence_rules import keeps_letters as keeps_letters
-    from .step_injection import inject as inject
-    from .step_record import Field as Field
-    from .step_tables import RuleTable as RuleTable
-    from .step_tensors import StepTensors as StepTensors
-    from .step_walk import StepWalk as StepWalk
-    from .steps import StepVocabulary as StepVocabulary
-    from .tally import Tally as Tally
-    from .token_text import TokenText as TokenText
-    from .tokenization_stepflow import StepFlowTokenizer as StepFlowTokenizer
-    from .trace_steps import TraceStep as TraceStep
+    from .attention_call import AttentionCall
+    from .attention_modules import attention_modules
+    from .attention_names import base_implementation
+    from .base_model import read_repository_file
+    from .bridge_shifts import bridge_shifts
+    from .bridged_weights import bridged_weights
+    from .call_checks import no_constructor
+    from .configuration_stepflow import StepFlowSettings
+    from .decode_attention import DecodeGroups
+    from .errors import StepFlowError
+    from .flow_attention import AttentionLink
+    from .flow_masks import visible_keys
+    from .flow_pass import FlowPlan
+    from .flow_runtime import FlowRules
+    from .flow_state import FlowState
+    from .loading import Loaded
+    from .markers import MarkerTable
+    from .preset_files import PresetFiles
+    from .preset_lookup import find_preset
+    from .report import LayerReport
+    from .repository_code import code_files
+    from .saving import save_files
+    from .sentence_rules import keeps_letters
+    from .step_injection import inject
+    from .step_record import Field
+    from .step_tables import RuleTable
+    from .step_tensors import StepTensors
+    from .step_walk import StepWalk
+    from .steps import StepVocabulary
+    from .tally import Tally
+    from .token_text import TokenText
+    from .tokenization_stepflow import StepFlowTokenizer
+    from .trace_steps import TraceStep
 
 # Calls on one model take turns, since each changes it; a tokenizer that had to be loaded is loaded once.
 _LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()

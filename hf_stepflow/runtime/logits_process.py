@@ -16,11 +16,18 @@ from transformers.generation.streamers import BaseStreamer
 
 from .errors import StepFlowInputError
 from .markers import SUMMARY_START
+from .sentence_rules import State
 from .step_follower import StepFollower
 from .step_record import THINKING, Feature, Field, empty_record
 from .step_tables import INSIDE_THINKING, LEADS_THINKING, long_enough
 from .steps import StepVocabulary
 from .trace import TraceStep, finished_steps, open_step
+
+# Phases of the rules in which a step may have ended, whatever follows; a paragraph ends at ("pending", "2").
+_ENDED_PHASES = {
+    "sentence": {"stop", "end_mark", "soft", "wide", "pending", "pending_soft", "pending_guess"},
+    "cue": {"new_line", "pending", "bullet"},
+}
 
 
 class StepBoundaryLogitsProcessor(StepFollower):
@@ -187,7 +194,8 @@ class StepBudgetLogitsProcessor(StepFollower):
 
     def _finished(self, record: list[int]) -> int:
         """Thinking steps that are whole."""
-        ended = bool(self.vocabulary.rules.ended[record[Field.RULE_STATE]])
+        state = self.vocabulary.rules.states[record[Field.RULE_STATE]]
+        ended = _has_ended(self.vocabulary.settings.step_rule, state)
         minimum = self.vocabulary.settings.min_step_chars
         is_whole = ended and long_enough(record[Field.LENGTH], record[Field.FLAGS], minimum)
         return record[Field.THINKING_STEPS] - int(record[Field.STEP_OPEN] > 0 and not is_whole)
@@ -233,6 +241,11 @@ class StepBudgetLogitsProcessor(StepFollower):
             fitted[:width] = banned[:width]
             self._banned[key] = fitted.to(scores.device)
         return self._banned[key]
+
+
+def _has_ended(rule: str, state: State) -> bool:
+    """Whether the text so far may be all of a sentence (a paragraph, the lines of a cue word)."""
+    return state == ("pending", "2") if rule == "paragraph" else state[0] in _ENDED_PHASES[rule]
 
 
 class StepStreamer(BaseStreamer):

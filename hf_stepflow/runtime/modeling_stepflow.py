@@ -29,28 +29,28 @@ from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_
 
 # Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
 if TYPE_CHECKING:
-    from .attention_call import AttentionCall as AttentionCall
-    from .base_model import read_repository_file as read_repository_file
-    from .bridge_shifts import bridge_shifts as bridge_shifts
-    from .bridged_weights import bridged_weights as bridged_weights
-    from .decode_attention import DecodeGroups as DecodeGroups
-    from .flow_attention import AttentionLink as AttentionLink
-    from .flow_masks import visible_keys as visible_keys
-    from .flow_pass import FlowPlan as FlowPlan
-    from .flow_state import FlowState as FlowState
-    from .markers import MarkerTable as MarkerTable
-    from .preset_files import PresetFiles as PresetFiles
-    from .repository_code import code_files as code_files
-    from .sentence_rules import keeps_letters as keeps_letters
-    from .step_injection import inject as inject
-    from .step_record import Field as Field
-    from .step_tables import RuleTable as RuleTable
-    from .step_tensors import StepTensors as StepTensors
-    from .step_walk import StepWalk as StepWalk
-    from .steps import StepVocabulary as StepVocabulary
-    from .tally import Tally as Tally
-    from .token_text import TokenText as TokenText
-    from .trace_steps import TraceStep as TraceStep
+    from .attention_call import AttentionCall
+    from .base_model import read_repository_file
+    from .bridge_shifts import bridge_shifts
+    from .bridged_weights import bridged_weights
+    from .decode_attention import DecodeGroups
+    from .flow_attention import AttentionLink
+    from .flow_masks import visible_keys
+    from .flow_pass import FlowPlan
+    from .flow_state import FlowState
+    from .markers import MarkerTable
+    from .preset_files import PresetFiles
+    from .repository_code import code_files
+    from .sentence_rules import keeps_letters
+    from .step_injection import inject
+    from .step_record import Field
+    from .step_tables import RuleTable
+    from .step_tensors import StepTensors
+    from .step_walk import StepWalk
+    from .steps import StepVocabulary
+    from .tally import Tally
+    from .token_text import TokenText
+    from .trace_steps import TraceStep
 
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
@@ -293,7 +293,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         """Saves the whole model with StepFlow, or the preset alone.
 
         The whole model is a folder that loads without anything else: `AutoModelForCausalLM.from_pretrained` gives the
-        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone is a few kB: it
+        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone is under 200 kB: it
         names its base model, and is loaded with `trust_remote_code=True`.
 
         Args:

@@ -1,4 +1,4 @@
-"""The files of a preset repository: settings, the name of the base model, and this code; a few kB without weights."""
+"""The files of a preset repository: settings, the name of the base model, and this code; no weights."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 _HERE = Path(__file__).parent
 _INDENTATION = " " * 4
 # Whoever reads a repository's config.json looks up here what its fields mean.
-_DOCUMENTED = ("configuration_stepflow.py",)
+_DOCUMENTED = ("StepFlowSettings",)
 
 
 def code_files(*entries: str) -> list[Path]:
@@ -32,11 +32,10 @@ def travelling_code(file: Path) -> str:
     """
     source = file.read_text(encoding="utf-8")
     lines = source.split("\n")
-    if file.name not in _DOCUMENTED:
-        for first, last in reversed(_docstrings(ast.parse(source))):
-            end = next((number for number in range(first, last) if not lines[number].strip()), None)
-            if end is not None:
-                lines[end - 1 : last] = [lines[end - 1] + '"""']
+    for first, last in reversed(_docstrings(ast.parse(source))):
+        end = next((number for number in range(first, last) if not lines[number].strip()), None)
+        if end is not None:
+            lines[end - 1 : last] = [lines[end - 1] + '"""']
     return "\n".join(map(_with_tabs, lines))
 
 
@@ -47,9 +46,13 @@ def copy_code(folder: Path, *entries: str) -> None:
 
 
 def _docstrings(tree: ast.Module) -> list[tuple[int, int]]:
-    """First and last lines of the docstrings, counted from 1, in order."""
+    """First and last lines of the docstrings that are shortened, counted from 1, in order."""
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
-    found = [node.body[0] for node in nodes if ast.get_docstring(node, clean=False) is not None]
+    found = [
+        node.body[0]
+        for node in nodes
+        if ast.get_docstring(node, clean=False) is not None and getattr(node, "name", None) not in _DOCUMENTED
+    ]
     return sorted((docstring.lineno, docstring.end_lineno or docstring.lineno) for docstring in found)
 
 

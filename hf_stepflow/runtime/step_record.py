@@ -49,6 +49,13 @@ class Field:
 
 FIELDS = Field.ROUND + 1
 
+# What a new round starts with: -1 and 0.
+UNSET_BY_ROUND = (Field.SUMMARY_SLOT, Field.STEP_SLOT, Field.PREVIOUS_START, Field.PREVIOUS_END)
+CLEARED_BY_ROUND = (
+    Field.STEPS, Field.THINKING_STEPS, Field.HAS_ASIDE, Field.STEP_END, Field.STEP_COUNT, Field.PREVIOUS_COUNT,
+    Field.IN_HEADER,
+)  # fmt: skip
+
 
 def empty_record() -> list[int]:
     """The detector before the first token."""

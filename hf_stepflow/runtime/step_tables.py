@@ -46,11 +46,6 @@ _CONTINUATION_BYTES = re.compile("[\udc80-\udcbf]")
 STATE_BITS = 12
 STATE_MASK = (1 << STATE_BITS) - 1
 LEADS_THINKING, INSIDE_THINKING, LEADS_SUMMARY, INSIDE_SUMMARY = (1 << (STATE_BITS + bit) for bit in range(4))
-# Phases of the rules in which a step may have ended, whatever follows; a paragraph ends at ("pending", "2").
-_ENDED_PHASES = {
-    "sentence": {"stop", "end_mark", "soft", "wide", "pending", "pending_soft", "pending_guess"},
-    "cue": {"new_line", "pending", "bullet"},
-}
 _RULE_EVENTS = {"sentence": {SENTENCE, PARAGRAPH}, "paragraph": {PARAGRAPH}, "cue": {CUE}}
 
 # Signs: letters and the bytes of split characters stand for themselves, a class for its first character.
@@ -92,7 +87,7 @@ class RuleTable:
         split_variant: long [split rows, states]: row in `split`.
         split: long [variants, 9]: the parts before the first and after the last boundary inside, and whether a whole
             sentence long enough stands between.
-        ended: bool [states]: whether the text so far may be all of a sentence (a paragraph, the lines of a cue word).
+        states: what each state of the rules is.
     """
 
     row: torch.Tensor
@@ -101,7 +96,7 @@ class RuleTable:
     split_row: torch.Tensor
     split_variant: torch.Tensor
     split: torch.Tensor
-    ended: torch.Tensor
+    states: list[State]
 
 
 def long_enough(length: int, flags: int, min_step_chars: int) -> bool:
@@ -143,12 +138,8 @@ def build_rule_table(pieces: list[bytes], rule: str, min_step_chars: int, guesse
         split_row=_column(split_row),
         split_variant=torch.tensor(list(splits.rows)),
         split=torch.tensor(list(splits.variants)),
-        ended=torch.tensor([_has_ended(rule, state) for state in machine.states]),
+        states=machine.states,
     )
-
-
-def _has_ended(rule: str, state: State) -> bool:
-    return state == ("pending", "2") if rule == "paragraph" else state[0] in _ENDED_PHASES[rule]
 
 
 def _column(values: Iterable[int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from .configuration_stepflow import StepFlowSettings
 from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START
-from .step_record import ASIDE, QUESTION, SUMMARY, THINKING, Feature, Field
+from .step_record import ASIDE, CLEARED_BY_ROUND, QUESTION, SUMMARY, THINKING, UNSET_BY_ROUND, Feature, Field
 from .step_tables import (
     CLOSES_WITH_BAR,
     HAS_BODY,
@@ -201,17 +201,9 @@ class StepTensors:
         at[Field.ROUND] = at[Field.ROUND] + opens.long()
         at[Field.SEGMENT] = torch.where(opens, THINKING, at[Field.SEGMENT])
         at[Field.THINKING_SLOT] = torch.where(opens, slot, at[Field.THINKING_SLOT])
-        for name in (Field.SUMMARY_SLOT, Field.STEP_SLOT, Field.PREVIOUS_START, Field.PREVIOUS_END):
+        for name in UNSET_BY_ROUND:
             at[name] = torch.where(opens, -1, at[name])
-        for name in (
-            Field.STEPS,
-            Field.THINKING_STEPS,
-            Field.HAS_ASIDE,
-            Field.STEP_END,
-            Field.STEP_COUNT,
-            Field.PREVIOUS_COUNT,
-            Field.IN_HEADER,
-        ):
+        for name in CLEARED_BY_ROUND:
             at[name] = torch.where(opens, 0, at[name])
         _restart(at, opens)
 

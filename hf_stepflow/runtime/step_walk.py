@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START
-from .step_record import ASIDE, QUESTION, SUMMARY, THINKING, Feature, Field
+from .step_record import ASIDE, CLEARED_BY_ROUND, QUESTION, SUMMARY, THINKING, UNSET_BY_ROUND, Feature, Field
 from .step_tables import (
     CLOSES_WITH_BAR,
     HAS_BODY,
@@ -151,17 +151,9 @@ class StepWalk:
         record[Field.ROUND] += 1
         record[Field.SEGMENT] = THINKING
         record[Field.THINKING_SLOT] = slot
-        for name in (Field.SUMMARY_SLOT, Field.STEP_SLOT, Field.PREVIOUS_START, Field.PREVIOUS_END):
+        for name in UNSET_BY_ROUND:
             record[name] = -1
-        for name in (
-            Field.STEPS,
-            Field.THINKING_STEPS,
-            Field.HAS_ASIDE,
-            Field.STEP_END,
-            Field.STEP_COUNT,
-            Field.PREVIOUS_COUNT,
-            Field.IN_HEADER,
-        ):
+        for name in CLEARED_BY_ROUND:
             record[name] = 0
         _restart(record)
 
