@@ -83,7 +83,7 @@ def run(level: str, number: int) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """A level's table of docs/combinations.md."""
     lines = [
-        "| arm | right, % | tokens a problem | to base | to the method alone | to base at its tokens | unfinished |",
+        "| arm | right, % | tokens a problem | to base | to the method alone | to base, same tokens | unfinished |",
         "|---" * 7 + "|",
     ]
     for arm, one in zip(found["arms"], found["compute"]["arms"], strict=True):

@@ -250,7 +250,7 @@ def test_an_instruction_ends_the_question(reasoner, combined: EvaluationResult) 
 def test_what_is_told(combined: EvaluationResult) -> None:
     lines = str(combined).splitlines()
     (head,) = (line for line in lines if line.startswith("Generated tokens"))
-    assert head.endswith("to base   to the method alone to base at its tokens")
+    assert head.endswith("to base   to the method alone  to base, same tokens")
     assert any(line.startswith("base with more samples: 1 at ") for line in lines)
     told = json.loads(json.dumps(combined.to_dict()))["compute"]
     assert told["unit"] == "generated tokens of a problem, all samples of a vote together"

@@ -134,7 +134,7 @@ def _compute(result: EvaluationResult) -> str:
         for one in found
     ]
     reference = escape(result.reference)
-    heads = ["arm", "right %", "tokens", f"to {reference}", "to the method alone", f"to {reference} at its tokens"]
+    heads = ["arm", "right %", "tokens", f"to {reference}", "to the method alone", f"to {reference}, same tokens"]
     rows = []
     for one in found:
         differences = (one.to_first, one.to_method, one.to_matched)
