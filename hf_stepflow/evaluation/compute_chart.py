@@ -11,7 +11,7 @@ from .statistics import Estimate
 _WIDTH, _HEIGHT, _LEFT, _TOP, _COLUMNS = 360, 230, 44, 26, 3
 _APART = 9  # between points that would cover each other
 # Of the settings, in their order; each readable on white and on black.
-_COLOURS = ("#0b7285", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c", "#8a6d00")
+_COLOURS = ("#1098ad", "#e8590c", "#845ef7", "#2f9e44", "#e64980", "#a07c00")
 
 STYLE = """svg .reference { stroke: var(--soft); fill: none; stroke-dasharray: 5 3; }
 svg .knot { fill: var(--paper); stroke: var(--soft); } svg .grid { stroke: var(--line); }
@@ -122,9 +122,12 @@ def _ends(estimates: list[Estimate]) -> list[float]:
 
 def _ticks(low: float, high: float) -> list[int]:
     """Round numbers of tokens between two."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    round_ones = [digit * 10**power for power in powers if power >= 0 for digit in (1, 2, 5)]
-    return [tokens for tokens in round_ones if low <= tokens <= high]
+    powers = range(max(math.floor(math.log10(low)), 0), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 2, 3, 4, 6, 8)):
+        ticks = [digit * 10**power for power in powers for digit in digits if low <= digit * 10**power <= high]
+        if len(ticks) > 3:
+            break
+    return ticks
 
 
 def _curve(axes: _Axes, curve: Sequence[CurvePoint]) -> list[str]:

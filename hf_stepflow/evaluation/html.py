@@ -143,7 +143,7 @@ def _compute(result: EvaluationResult) -> str:
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{head}</th>" for head in heads)
     if len(curve) > 1:
-        matched = f"{reference} at the same tokens votes with as many samples as they pay for (the dashed line)."
+        matched = f"With the same tokens, {reference} votes with as many samples as they pay for (the dashed line)."
     else:
         matched = f"No arm is {reference} voting, so that its tokens end with one response."
     return (
