@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration.presets import Preset, list_presets, load_preset
-    from .evaluation.arms import Arm
+    from .evaluation.arms import Arm, combine_arms
     from .evaluation.problems import load_problems
     from .evaluation.result import EvaluationResult
     from .evaluation.runner import evaluate
@@ -42,6 +42,7 @@ _HOMES = {
     "StepVocabulary": "runtime.steps",
     "Trace": "runtime.trace",
     "TraceStep": "runtime.trace",
+    "combine_arms": "evaluation.arms",
     "evaluate": "evaluation.runner",
     "list_presets": "calibration.presets",
     "load_preset": "calibration.presets",
@@ -69,6 +70,7 @@ __all__ = [
     "StepVocabulary",
     "Trace",
     "TraceStep",
+    "combine_arms",
     "evaluate",
     "list_presets",
     "load_preset",

@@ -24,6 +24,8 @@ and back freely: nothing here is an automaton over tokens. What those notes leav
 * A thinking-start marker while thinking continues the round; an end-of-turn token closes it.
 * Markers that are message headers (`<|channel|>analysis<|message|>`): inside a round every special token opens a
   header and the text up to `<|message|>` is control; a message with any other header is an aside, labelled question.
+* What a tool result quotes is text of it: between its markers, only its end and the end of the turn count. In a
+  message that is an aside, an end of turn hands a tool call over, and the round goes on.
 """
 
 import re
@@ -184,6 +186,8 @@ def label(
                 runs.append(run)
             run.append(i)
         inner = behind if where == ASIDE else where
+        if where == ASIDE and not header and kind in ("thinking", "summary"):
+            kind = None
         if kind == "thinking":
             number += inner != THINKING
             where, header = THINKING, False
@@ -193,7 +197,7 @@ def label(
             behind, where = where, ASIDE
         elif kind == "tool end" and where == ASIDE:
             where = behind
-        elif token.ends_turn and where != QUESTION:
+        elif token.ends_turn and where != QUESTION and not (openers and where == ASIDE):
             where, header = QUESTION, False
         elif header and token.name in openers:
             behind, where, header = inner, ASIDE, False

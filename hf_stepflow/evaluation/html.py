@@ -5,8 +5,11 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from .arms import Arm
+from .compute_chart import STYLE as CHART_STYLE
+from .compute_chart import ChartPoint, chart
 from .problems import EvalProblem
-from .result import ArmComparison, EvaluationResult, percent
+from .result import ArmComparison, EvaluationResult, amount, percent
 from .statistics import Estimate
 
 _SHOWN = 30  # gained and lost problems of each arm, each
@@ -43,7 +46,7 @@ $verdicts
 <h2>Difference from $reference</h2>
 <p class="soft">Points of accuracy on the same problems, with the 95 % bootstrap interval.</p>
 $forest
-<h2>Arms</h2>
+$compute<h2>Arms</h2>
 $arms
 <h2>What changed</h2>
 $changes
@@ -71,11 +74,12 @@ def write_report(result: EvaluationResult, problems: Sequence[EvalProblem], path
         f"transformers {about.get('transformers')}",
     ]
     page = _PAGE.substitute(
-        style=STYLE,
+        style=f"{STYLE}\n{CHART_STYLE}",
         about=escape(" · ".join(facts)) + ("" if result.is_complete else " · <b>not finished</b>"),
         verdicts="".join(f"<p>{escape(text)}</p>" for text in result.verdicts()),
         reference=escape(result.reference),
         forest=_forest(comparisons),
+        compute=_compute(result),
         arms=_arms(result),
         changes="".join(_changes(result, one.name, problems) for one in comparisons),
     )
@@ -107,6 +111,52 @@ def _arms(result: EvaluationResult) -> str:
     heads = "arm,right %,no answer,unfinished,tokens,steps,tokens ratio,time ratio,texts changed %".split(",")
     head = "".join(f"<th>{head}</th>" for head in heads)
     return f"<div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _compute(result: EvaluationResult) -> str:
+    """Accuracy against generated tokens: the chart and the table, where an arm has a method beside StepFlow."""
+    if result.compute is None:
+        return ""
+    curve, found = result.compute
+    accuracy = {arm.name: arm.accuracy for arm in result.arms()}
+    arms = {name: Arm(**arm) for name, arm in result.run["arms"].items()}
+    # A method goes by the name of the arm that has it alone, a setting by that of the arm that has nothing else.
+    names = {arm.method: name for name, arm in reversed(arms.items()) if arm.stepflow is False}
+    names |= {Arm(): "no other method"}
+    settings = {_key(arm): name for name, arm in reversed(arms.items()) if arm.method == Arm()}
+    points = [
+        ChartPoint(
+            names.get(arms[one.name].method, one.name),
+            settings.get(_key(arms[one.name]), one.name),
+            accuracy[one.name],
+            one.tokens,
+        )
+        for one in found
+    ]
+    reference = escape(result.reference)
+    heads = ["arm", "right %", "tokens", f"to {reference}", "to the method alone", f"to {reference}, same tokens"]
+    rows = []
+    for one in found:
+        differences = (one.to_first, one.to_method, one.to_matched)
+        cells = [escape(one.name), percent(accuracy[one.name]), amount(one.tokens)]
+        cells += ["" if value is None else percent(value, "+") for value in differences]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{head}</th>" for head in heads)
+    if len(curve) > 1:
+        matched = f"With the same tokens, {reference} votes with as many samples as they pay for (the dashed line)."
+    else:
+        matched = f"No arm is {reference} voting, so that its tokens end with one response."
+    return (
+        "<h2>Accuracy against generated tokens</h2><p class='soft'>Tokens are those of a whole answer: of a vote, of "
+        f"all its samples. {matched} Points that would cover each other are drawn side by side. Differences are in "
+        f"points, paired, with 95 % bootstrap intervals.</p>{chart(points, curve)}"
+        f"<div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+    )
+
+
+def _key(arm: Arm) -> str:
+    """What tells the StepFlow settings of arms apart."""
+    return repr(arm.stepflow)
 
 
 def _forest(comparisons: list[ArmComparison]) -> str:

@@ -200,7 +200,7 @@ def _compute_dict(curve: list[CurvePoint], arms: list[ArmCompute]) -> dict[str, 
 
 def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: str, width: int) -> list[str]:
     """Accuracy against tokens as a table: differences in points."""
-    heads = [f"to {reference}", "to the method alone", f"to {reference} at its tokens"]
+    heads = [f"to {reference}", "to the method alone", f"to {reference}, same tokens"]
     head = f"{'Generated tokens':<{width}} {'tokens':>7} {'95 %':>18} " + " ".join(f"{text:>21}" for text in heads)
     lines = [head, "-" * len(head)]
     for one in arms:

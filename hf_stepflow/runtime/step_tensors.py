@@ -171,13 +171,16 @@ class StepTensors:
         """Changes of segment that the token brings about for the tokens after it."""
         segment = at[Field.SEGMENT]
         inner = torch.where(segment == ASIDE, at[Field.RETURN_SEGMENT], segment)
-        resumes = (found == THINKING_START) & (inner == THINKING)
-        opens = (found == THINKING_START) & (inner != THINKING)
-        sums_up = (found == SUMMARY_START) & (segment != QUESTION)
+        heard = (segment != ASIDE) | (at[Field.IN_HEADER] > 0)  # else a tool's result quotes it
+        resumes = heard & (found == THINKING_START) & (inner == THINKING)
+        opens = heard & (found == THINKING_START) & (inner != THINKING)
+        sums_up = heard & (found == SUMMARY_START) & (segment != QUESTION)
         tool_opens = (found == TOOL_START) & ((segment == THINKING) | (segment == SUMMARY))
         tool_ends = (found == TOOL_END) & (segment == ASIDE)
         taken = resumes | opens | sums_up | tool_opens | tool_ends
         ends = ~taken & (feature[Feature.END_OF_TURN] > 0)
+        if self.has_headers:
+            ends &= segment != ASIDE
         leaves_header = resumes | sums_up | ends
         if self.has_headers:
             header = ~taken & ~ends & (at[Field.IN_HEADER] > 0) & (feature[Feature.OPENS_MESSAGE] > 0)

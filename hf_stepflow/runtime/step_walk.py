@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .markers import SUMMARY_START, THINKING_START, TOOL_END, TOOL_START
+from .markers import NONE, SUMMARY_START, THINKING_START, TOOL_END, TOOL_START
 from .step_record import ASIDE, CLEARED_BY_ROUND, QUESTION, SUMMARY, THINKING, UNSET_BY_ROUND, Feature, Field
 from .step_tables import (
     CLOSES_WITH_BAR,
@@ -161,6 +161,8 @@ class StepWalk:
         """Changes of segment that the token brings about for the tokens after it."""
         segment = record[Field.SEGMENT]
         inner = record[Field.RETURN_SEGMENT] if segment == ASIDE else segment
+        if segment == ASIDE and not record[Field.IN_HEADER] and found != TOOL_END:
+            found = NONE  # what a tool's result quotes
         if found == THINKING_START:
             record[Field.IN_HEADER] = 0
             if inner == THINKING:
@@ -181,7 +183,7 @@ class StepWalk:
         elif found == TOOL_END and segment == ASIDE:
             record[Field.SEGMENT] = record[Field.RETURN_SEGMENT]
             _restart(record)
-        elif feature[Feature.END_OF_TURN] and segment != QUESTION:
+        elif feature[Feature.END_OF_TURN] and segment != QUESTION and not (self.has_headers and segment == ASIDE):
             record[Field.SEGMENT] = QUESTION
             record[Field.IN_HEADER] = 0
         elif feature[Feature.OPENS_MESSAGE] and record[Field.IN_HEADER]:
