@@ -5,7 +5,8 @@ gains a problem if greedy decoding under it would write the whole right trace an
 Part "mass": the attention mass that thinking tokens leave on the question in the shallow quarter of the layers, by
 level, in traces that the base has right and in those that it has wrong.
 Part "rounding": the base in bfloat16 against the base in float32, exact traces on the same problems.
-Part "generation": greedy generation for the headline arms, by the paired runner.
+Part "generation": greedy generation for the headline arms, by the paired runner. Responses are cut at twice the length
+of the level's longest right trace: what has not ended by then never ends.
 
 Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is there already is not computed again.
 
@@ -33,6 +34,7 @@ from hf_stepflow.reasoner.prompts import encode_problem
 FOLDER = Path(__file__).with_suffix("")
 NO_OEB, NO_SMI = {"tau_max": 0.0}, {"alpha": 0.0}
 PAPER = {"tau_max": 0.15, "alpha": 0.06}
+BATCH_TOKENS = 2048  # padded batches take longer on a CPU
 MIDDLE = [3, 4]  # of eight layers: the band that the paper leaves alone
 ARMS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
@@ -67,7 +69,7 @@ def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any
     exact, seconds = {}, {}
     for name, settings in {"base": False, **ARMS}.items():
         start = time.perf_counter()
-        exact[name] = [score.exact for score in score_traces(model, rows, settings)]
+        exact[name] = [score.exact for score in score_traces(model, rows, settings, batch_tokens=BATCH_TOKENS)]
         seconds[name] = round(time.perf_counter() - start, 1)
     base = [[one] for one in exact["base"]]
     arms = {}
@@ -94,7 +96,7 @@ def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any
 def mass(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
     """Mass on the question in the shallow quarter, where the base is right and where it is wrong."""
     rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
-    scores = score_traces(model, rows, False)
+    scores = score_traces(model, rows, False, batch_tokens=BATCH_TOKENS)
     end = tokenizer.convert_tokens_to_ids("</think>")
     # A floor below rounding lifts nothing, so that the report tells the base's own masses.
     by_trace: dict[bool, list[list[float]]] = {True: [], False: []}
@@ -116,20 +118,22 @@ def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, A
     """What bfloat16 alone does to the base."""
     rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
     rounded, _ = load_reasoner(dtype="bfloat16")
-    exact, inexact = ([[score.exact] for score in score_traces(one, rows)] for one in (model, rounded))
+    scores = (score_traces(one, rows, batch_tokens=BATCH_TOKENS) for one in (model, rounded))
+    exact, inexact = ([[score.exact] for score in found] for found in scores)
     found = compare(exact, inexact)
     delta = [found.delta.value, found.delta.low, found.delta.high]
     return {"level": level, "n": number, "delta": delta, "gained": found.gained, "lost": found.lost}
 
 
-def generation(model: Any, level: str, number: int) -> dict[str, Any]:
+def generation(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
     """Greedy generation of the headline arms."""
     problems = load_problems(f"reasoner:{level}", number)
+    longest = max(len(encode_problem(tokenizer, problem)[1]) for problem in problems_of(level, "test", number))
     out = FOLDER / f"generation-{level}.jsonl"
-    result = evaluate(model, problems, HEADLINE, batch_size=50, max_new_tokens=4000, out=out)
+    result = evaluate(model, problems, HEADLINE, batch_size=50, max_new_tokens=2 * longest, out=out)
     told = result.to_dict()
     told.pop("run")
-    return {"level": level, "n": number, **told}
+    return {"level": level, "n": number, "max_new_tokens": 2 * longest, **told}
 
 
 def table() -> str:
@@ -221,11 +225,8 @@ def main() -> None:
             asked = {"n": args.problems, "model": model_digest(model), "settings": ARMS}
             if known is not None and {name: known[name] for name in asked} == json.loads(json.dumps(asked)):
                 continue
-            if part == "generation":
-                found = generation(model, level, args.problems)
-            else:
-                part_of = {"traces": traces, "mass": mass, "rounding": rounding}[part]
-                found = part_of(model, tokenizer, level, args.problems)
+            part_of = {"traces": traces, "mass": mass, "rounding": rounding, "generation": generation}[part]
+            found = part_of(model, tokenizer, level, args.problems)
             text = json.dumps({**found, **asked, "about": about(model)}, indent=1)
             (FOLDER / f"{part}-{level}.json").write_text(text + "\n")
             print(f"{part} {level} done", flush=True)
