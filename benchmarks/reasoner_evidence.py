@@ -34,6 +34,7 @@ from hf_stepflow.reasoner.prompts import encode_problem
 FOLDER = Path(__file__).with_suffix("")
 NO_OEB, NO_SMI = {"tau_max": 0.0}, {"alpha": 0.0}
 PAPER = {"tau_max": 0.15, "alpha": 0.06}
+FEWEST = 5  # traces whose mean mass is told
 BATCH_TOKENS = 2048  # padded batches take longer on a CPU
 MIDDLE = [3, 4]  # of eight layers: the band that the paper leaves alone
 ARMS: dict[str, dict[str, Any]] = {
@@ -163,7 +164,8 @@ def table() -> str:
         for one in rows:
             cells = [one["level"], f"{one['tokens']:.0f}"]
             for name in ("right", "wrong"):
-                texts = [f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in one[name]["layers"]] or ["-", "-"]
+                texts = [f"{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]" for v in one[name]["layers"]]
+                texts = texts if one[name]["n"] >= FEWEST else ["-", "-"]
                 cells += [str(one[name]["n"]), *texts]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))

