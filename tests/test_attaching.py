@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
+from hf_stepflow.runtime import modeling_stepflow
+from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 
 IDS = torch.tensor([encode(SHORT_TEXT)])
 PROMPT = torch.tensor([encode("Two eggs?<think>Add one. Th")])
@@ -286,3 +287,97 @@ def test_settings_of_a_block() -> None:
     with model.use_stepflow({"tau_max": 0.2, "alpha": 0.0}):
         assert torch.equal(model(IDS).logits, both)
     assert torch.equal(model(IDS).logits, plain)
+
+
+def wrapped_by_peft(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "settings", "kind", "told"),
+    [
+        (wrapped_by_peft, None, StepFlowUnsupportedError, r"got PeftModel.*\n.*get_base_model"),
+        (torch.compile, None, StepFlowUnsupportedError, r"got OptimizedModule\n.*before it is wrapped"),
+        (lambda model: model, {"oeb_layers": [9]}, StepFlowConfigError, "oeb_layers"),
+        (lambda model: model, {"oeb_heads": {3: [0]}}, StepFlowConfigError, r"layer 3, .* \[0\] are.*\n.*oeb_layers"),
+    ],
+)
+@torch.no_grad()
+def test_a_refused_model_is_left_as_it_was(wrap, settings, kind, told) -> None:
+    model = tiny_model("llama")
+    whole = wrap(model)
+    before, plain = copy.deepcopy(appearance(model)), model(IDS).logits
+    with pytest.raises(kind, match=told):
+        StepFlowModelForCausalLM.attach(whole, settings, tokenizer=byte_tokenizer())
+    assert appearance(model) == before
+    assert torch.equal(model(IDS).logits, plain)
+
+
+@pytest.mark.parametrize("replace", [copy.deepcopy, lambda config: GenerationConfig(pad_token_id=0, eos_token_id=2)])
+def test_another_generation_config(tmp_path, replace) -> None:
+    """Users put one of their own in the place of the one that was there when StepFlow came."""
+    model = tiny_model("llama")
+    first, kind = model.generation_config, type(model)
+    plain = logits_of(model, IDS)
+    attach(model, "paper")
+    expected = logits_of(model, IDS)
+    own = model.generation_config = replace(model.generation_config)
+    asked = copy.deepcopy(vars(own))
+    assert torch.equal(logits_of(model, IDS), expected)
+    model.save_pretrained(tmp_path)
+    assert vars(own) == asked
+    loaded = StepFlowModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert error(logits_of(loaded, IDS), expected) < 1e-6
+    assert type(model.detach_stepflow()) is kind
+    assert model.generation_config is own
+    assert not hasattr(own, "stepflow")
+    assert not hasattr(first, "stepflow")
+    assert torch.equal(logits_of(model, IDS), plain)
+
+
+@torch.no_grad()
+def test_a_generation_config_by_position() -> None:
+    model = attach(tiny_model("llama"), "paper")
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=2)
+    config.output_logits = config.return_dict_in_generate = True
+    config.stepflow = False
+    by_name = model.generate(PROMPT, generation_config=config)
+    assert torch.equal(torch.cat(model.generate(PROMPT, config).logits), torch.cat(by_name.logits))
+    config.stepflow = {"tau_maxx": 0.1}
+    with pytest.raises(StepFlowConfigError, match="tau_maxx"):
+        model.generate(PROMPT, config)
+
+
+def test_another_attention_under_stepflow_is_refused() -> None:
+    model = attached("llama", "paper", "sdpa")
+    expected = logits_of(model, IDS)
+    with pytest.raises(StepFlowUnsupportedError, match=r"eager.*attached on 'sdpa'\n.*detach_stepflow"):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits_of(model, IDS), expected)
+    model.detach_stepflow().set_attn_implementation("eager")
+    assert error(logits_of(attach(model, "paper"), IDS), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_the_model_runs_while_one_call_puts_stepflow_on_and_off(monkeypatch) -> None:
+    """As in another thread: between any two steps of attaching for one call, and of detaching."""
+    model = tiny_model("llama")
+    plain, seen = model(IDS).logits, []
+    change = modeling_stepflow._change_class
+
+    def watched(*args) -> None:
+        for _ in range(2):
+            seen.append(torch.equal(model(IDS).logits, plain))
+            change(*args)
+
+    monkeypatch.setattr(modeling_stepflow, "_change_class", watched)
+    kept = model.forward
+    StepFlowModelForCausalLM._put_on(model, VARIANTS["paper"], byte_tokenizer(), for_everyone=False)
+    entered = model.forward  # a thread that is inside already when StepFlow goes
+    assert torch.equal(model(IDS).logits, plain)
+    model.detach_stepflow()
+    assert seen == [True] * 4
+    assert torch.equal(entered(IDS).logits, plain)
+    assert torch.equal(kept(IDS).logits, plain)

@@ -116,6 +116,8 @@ def test_a_tokenizer_is_loaded_once_and_let_go_with_its_model(repository, tmp_pa
         return load(*args, **kwargs)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    made(model, custom_generate=str(repository), trust_remote_code=True, stepflow=SETTINGS, tokenizer=byte_tokenizer())
+    assert not number  # one that a call brings is for that call
     for _ in range(2):
         made(model, custom_generate=str(repository), trust_remote_code=True, stepflow=SETTINGS)
     assert len(number) == 1

@@ -170,7 +170,8 @@ class BridgedCall(AttentionCall):
         keys, groups = self.key.shape[2], self.key.shape[1]
         visible, bias = visible_keys(self.flow, self.mask, start, end, self.query.shape[2], keys)
         seen = _seen(visible, keys) if chunk > 1 else keys
-        visible, bias = visible[..., :seen], None if bias is None else bias[..., :seen]
+        visible = visible[..., :seen].to(query.device)
+        bias = None if bias is None else bias[..., :seen].to(query.device)
         dtype = torch.promote_types(query.dtype, torch.float32)
         packed = query.reshape(batch, groups, heads // groups * chunk, -1).to(dtype)
         logits = torch.matmul(packed, self.key[:, :, :seen].to(dtype).transpose(2, 3)).view(batch, heads, chunk, seen)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .errors import StepFlowInputError, StepFlowUnsupportedError
 
 
@@ -23,6 +25,23 @@ def no_continuous_batching() -> StepFlowUnsupportedError:
         "StepFlow cannot follow continuous batching: it packs the tokens of many requests into one row",
         hint="use generate(), or call inside `with model.disable_stepflow():`",
     )
+
+
+def no_other_attention(asked: Any, base: str) -> StepFlowUnsupportedError:
+    """The error for another attention implementation under StepFlow."""
+    return StepFlowUnsupportedError(
+        f"the attention implementation cannot become {asked} while StepFlow is attached on {base!r}",
+        hint="call detach_stepflow(), set it, and attach again",
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuses what wraps a model, before anything is changed."""
+    if not isinstance(model, PreTrainedModel):
+        raise StepFlowUnsupportedError(
+            f"StepFlow is put on a Transformers model, got {type(model).__name__}",
+            hint="attach to the model inside (of PEFT, model.get_base_model()), or before it is wrapped or compiled",
+        )
 
 
 def check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:

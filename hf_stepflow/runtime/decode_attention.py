@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
+from .bridged_weights import SMALLEST_MASS
 from .flow_masks import visible_keys
 from .flow_pass import FlowPass, key_groups
-
-_SMALLEST_MASS = 1e-30
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ def decode_groups(
         tau: tau_max, or one value for each query head.
         like: the keys [B, Hkv, K, D], for dtype and device.
     """
-    known = flow.memo("decode", mask, keys, tau, like.dtype)
+    key = keys, tau, like.dtype, like.shape[1]  # key-value heads may be fewer in some layers
+    known = flow.memo("decode", mask, *key)
     if known is not None:
         return known
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -66,7 +66,7 @@ def decode_groups(
     caps = caps.view((1, 1, 1) if isinstance(tau, float) else (1, like.shape[1], -1))
     floor = torch.minimum((number[..., :1] / number.sum(-1, keepdim=True).clamp(min=1)).sqrt(), caps) * usable
     indicator = (indicator | ~usable).to(dtype)
-    return flow.remember(DecodeGroups(indicator, bias, floor), "decode", mask, keys, tau, like.dtype)
+    return flow.remember(DecodeGroups(indicator, bias, floor), "decode", mask, *key)
 
 
 def decode_attention(
@@ -110,7 +110,7 @@ def decode_attention(
         log_total = logits.amax(-1) - weights.amax(-1).log()
         outside = torch.sigmoid(log_total - sink_logits.to(dtype).view(shape[1:3]))
     mass = torch.matmul(weights.view(batch, heads, -1), groups.indicator).view(*shape[:3], 2)
-    if float(mass.detach().min()) < _SMALLEST_MASS:
+    if float(mass.detach().min()) < SMALLEST_MASS:
         return None
     bridge, held, floor = mass[..., 0], mass.sum(-1), groups.floor
     if is_absolute:

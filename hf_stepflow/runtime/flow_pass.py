@@ -79,6 +79,11 @@ def _by_head(
                 f"{name} names heads {chosen} of layer {layer}, which this model does not have",
                 hint=f"query heads by attention layer: {heads}",
             )
+        if layers and chosen and layer not in layers:
+            raise StepFlowConfigError(
+                f"{name} names heads of layer {layer}, but only layers {layers} are asked for",
+                hint=f"name the layers of the table in {name.replace('heads', 'layers')}",
+            )
     return {
         layer: tuple(value if head in table[layer] else 0.0 for head in range(heads[layer]))
         for layer in layers
@@ -189,7 +194,7 @@ def key_groups(
     """
     settings = flow.plan.settings
     seen = keys if visible is None or visible.shape[-1] == 1 else visible.shape[-1]
-    (labels,) = (column[:, None, None, :seen] for column in flow.key_columns(keys, Field.LABEL))
+    (labels,) = (column[:, None, None, :seen].to(records.device) for column in flow.key_columns(keys, Field.LABEL))
     slots = torch.arange(seen, device=records.device) + flow.offset(keys)
     query = records[:, None, :, None, :]
     label = query[..., Field.LABEL]

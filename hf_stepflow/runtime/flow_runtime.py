@@ -226,8 +226,6 @@ class FlowRuntime:
     ) -> FlowPass:
         """Labels the new tokens."""
         compiling = torch.compiler.is_compiling()
-        if prompt_length is None and rules.plan.settings.implicit_thinking and not compiling:
-            prompt_length = self._slot.prompt_length
         ids = kwargs.get("input_ids")
         if ids is None:
             raise StepFlowInputError(
@@ -237,6 +235,9 @@ class FlowRuntime:
         cache = kwargs.get("past_key_values")
         mask = kwargs.get("attention_mask")
         state, cached = self._state(cache, rules.vocabulary, ids, mask)
+        known = self._slot.prompt_length
+        if prompt_length is None and known is not None and rules.plan.settings.implicit_thinking and not compiling:
+            prompt_length = known + state.virtual_tokens
         padding = _padding(mask, ids, state.length if cached is None else cached)
         records, host = state.append(ids, padding, prompt_length, cached, mask)
         if compiling:
@@ -285,6 +286,8 @@ class FlowRuntime:
         state.tally = Tally(ids.shape[0], tuple(sorted(self.heads)), ids.device)
         if cache is not None:
             state.follow(int(cache.get_seq_length()), mask)
+            if ids.shape[1] == self._slot.prompt_length:  # the whole prompt: what lies before it is none of it
+                state.virtual_tokens = state.count
             carry(cache, state)
         return state, None
 

@@ -29,6 +29,7 @@ class FlowState:
         length: number of valid slots: an int, or (for a cache with static shapes) a long tensor [], so that a
             compiled decode step changes no Python value.
         tally: the sums behind the report, or None.
+        virtual_tokens: slots before the prompt's first token, which generation does not count (prefix tuning).
     """
 
     def __init__(self, vocabulary: StepVocabulary, batch: int, device: torch.device, capacity: int | None = None):
@@ -37,6 +38,7 @@ class FlowState:
         self.records = torch.zeros(batch, capacity or 0, FIELDS, dtype=torch.int32, device=device)
         self.length: int | torch.Tensor = torch.zeros((), dtype=torch.long, device=device) if self.is_static else 0
         self.tally: Tally | None = None
+        self.virtual_tokens = 0
         # Where implicit thinking starts, and the same for compiled steps: a tensor [], -1 for nowhere.
         self._prompt_length: int | None = None
         self._opening = torch.full_like(self.length, -1) if isinstance(self.length, torch.Tensor) else None
@@ -194,13 +196,7 @@ class FlowState:
         for row, record in enumerate(self._last_records()):
             made = []
             for slot in range(start, cached):
-                record = record.copy()
-                record[Field.SEGMENT] = record[Field.TRIGGER] = record[Field.ACTIVE] = 0
-                record[Field.STEP] = record[Field.TOKEN] = record[Field.LABEL] = -1
-                if hidden is None or not hidden[row][slot - start]:
-                    record[Field.LABEL] = 3 * record[Field.ROUND]
-                    record[Field.COUNT] += 1
-                    record[Field.FIRST_SLOT] = slot if record[Field.FIRST_SLOT] < 0 else record[Field.FIRST_SLOT]
+                record = _unseen(record, slot, hidden is not None and hidden[row][slot - start])
                 made.append(record)
             unseen.append(made)
         self.records[:, start:cached] = torch.tensor(unseen, dtype=torch.int32).to(self.records.device)
@@ -213,6 +209,10 @@ class FlowState:
         for row in self.records[:, : self.count].tolist():
             record, made = empty_record(), []
             for slot, old in enumerate(row):
+                if old[Field.TOKEN] < 0 <= old[Field.LABEL]:
+                    record = _unseen(record, slot, False)
+                    made.append(record)
+                    continue
                 opens = slot if old[Field.THINKING_SLOT] == slot else None
                 (record,) = vocabulary.scan(
                     old[Field.TOKEN : Field.TOKEN + 1],
@@ -252,9 +252,24 @@ class FlowState:
     def reset(self) -> None:
         """Back to an empty batch."""
         self.set_length(0)
-        self._last = None
+        self._last = self._prompt_length = None
+        self.virtual_tokens = 0
+        if self._opening is not None:
+            self._opening.fill_(-1)
         if self.tally is not None:
             self.tally.zero_()
+
+
+def _unseen(before: list[int], slot: int, is_padding: bool) -> list[int]:
+    """The record of a token that StepFlow has not seen: padding, or question."""
+    record = before.copy()
+    record[Field.SEGMENT] = record[Field.TRIGGER] = record[Field.ACTIVE] = 0
+    record[Field.STEP] = record[Field.TOKEN] = record[Field.LABEL] = -1
+    if not is_padding:
+        record[Field.LABEL] = 3 * record[Field.ROUND]
+        record[Field.COUNT] += 1
+        record[Field.FIRST_SLOT] = slot if record[Field.FIRST_SLOT] < 0 else record[Field.FIRST_SLOT]
+    return record
 
 
 class FlowCacheMixin:

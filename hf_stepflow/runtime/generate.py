@@ -77,7 +77,8 @@ def generate(model: Any, inputs: Any = None, stepflow: Any = None, tokenizer: An
         StepFlowModelForCausalLM._put_on(model, None if stepflow is True else stepflow, known, for_everyone=False)
         try:
             runtime = model.stepflow_runtime
-            _TOKENIZERS[model] = runtime.tokenizer
+            if tokenizer is None:
+                _TOKENIZERS[model] = runtime.tokenizer
             with runtime.override(runtime.rules):
                 return type(model).generate(model, inputs, **kwargs)
         finally:

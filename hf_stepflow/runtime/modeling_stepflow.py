@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .attention_modules import attention_modules, query_heads
 from .attention_names import base_implementation, register_on
-from .call_checks import check_prompt, no_constructor, no_continuous_batching
+from .call_checks import check_model, check_prompt, no_constructor, no_continuous_batching, no_other_attention
 from .configuration_stepflow import StepFlowConfig, read_settings
 from .errors import StepFlowInputError
 from .flow_runtime import FlowRules, FlowRuntime
@@ -144,7 +144,9 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             raise StepFlowInputError(
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
             )
-        stored = getattr(model.generation_config, "stepflow", None)
+        check_model(model)
+        generation = model.generation_config
+        stored = getattr(generation, "stepflow", None)
         settings, block = settings_on(model, config)
         modules = attention_modules(model)
         base = base_implementation(modules.values())
@@ -155,6 +157,12 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         warn_if_never_thinking(tokenizer, settings)
 
         name = register_on(base)
+        # Of a repository's class transformers loads a subclass that goes by its name, and cannot be pickled.
+        own = StepFlowModelForCausalLM if cls.__name__ == StepFlowModelForCausalLM.__name__ else cls
+        kind = _attached_class(own, type(model))
+        # Another thread may run the model meanwhile: at every moment class and attention fit each other.
+        model.stepflow_runtime = runtime
+        _change_class(model, kind)
         model._stepflow_preset = settings, block
         model._stepflow_replaced = {}
         for layer, module in modules.items():
@@ -163,14 +171,10 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             # A config of its own: the model's may be shared with other models, and goes on to say what masks to make.
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = name
-        # Of a repository's class transformers loads a subclass that goes by its name, and cannot be pickled.
-        own = StepFlowModelForCausalLM if cls.__name__ == StepFlowModelForCausalLM.__name__ else cls
-        _change_class(model, _attached_class(own, type(model)))
-        model.stepflow_runtime = runtime
         model.__dict__.pop("_compiled_call", None)
-        model._stepflow_stored = stored, model.generation_config._from_model_config
-        model.generation_config._from_model_config = False  # else its file would be read without our block
-        model.generation_config.stepflow = settings.to_dict()
+        model._stepflow_stored = generation, stored, generation._from_model_config
+        generation._from_model_config = False  # else its file would be read without our block
+        generation.stepflow = settings.to_dict()
         return model
 
     def detach_stepflow(self) -> Any:
@@ -179,15 +183,20 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             link = module.__dict__.pop("stepflow_link", None)
             if link is not None:
                 module.config = self._stepflow_replaced[link.layer]
-        stored, self.generation_config._from_model_config = self._stepflow_stored
-        if stored is None:
-            del self.generation_config.stepflow
-        else:
-            self.generation_config.stepflow = stored
+        generation, stored, generation._from_model_config = self._stepflow_stored
+        for config in (generation, self.generation_config):  # which the user may have replaced, by a copy too
+            if stored is None:
+                config.__dict__.pop("stepflow", None)
+            else:
+                config.stepflow = stored
+        _change_class(self, type(self).__bases__[1])
         for name in _STATE.split():
             self.__dict__.pop(name, None)
-        _change_class(self, type(self).__bases__[1])
         return self
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused with an error: StepFlow lies on the implementation that it was attached to."""
+        raise no_other_attention(args, self.stepflow_runtime.base_implementation)
 
     @contextmanager
     def disable_stepflow(self) -> Iterator[None]:
@@ -252,7 +261,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             # A call in another thread has put StepFlow on for itself, and takes it off when it ends.
             kwargs |= {} if stepflow is None else {"stepflow": stepflow}
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        rules = self._call_rules(stepflow, kwargs.get("generation_config"))
+        rules = self._call_rules(stepflow, args[0] if args else kwargs.get("generation_config"))
         if rules is None:
             with self.disable_stepflow():
                 return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -362,7 +371,12 @@ def _attached_class(own: type, base: Any) -> Any:
 
         @functools.wraps(base.forward)  # generation reads its signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.stepflow_runtime.run(self, base.forward, args, kwargs)
+            runtime = getattr(self, "stepflow_runtime", None)  # another thread may have just taken it off
+            return (
+                base.forward(self, *args, **kwargs)
+                if runtime is None
+                else runtime.run(self, base.forward, args, kwargs)
+            )
 
         body = {
             "__module__": base.__module__,

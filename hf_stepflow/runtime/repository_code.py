@@ -25,14 +25,18 @@ def code_files(*entries: str) -> list[Path]:
 def travelling_code(file: Path) -> str:
     """A file as it stands in repositories: the same program, a quarter smaller, for people to read.
 
-    Tabs stand for four spaces, and docstrings end after their first paragraph. Code that has travelled stays as it is.
+    Tabs stand for four spaces, and docstrings end after their first paragraph; private functions have none. Code that
+    has travelled stays as it is.
 
     Args:
         file: the file.
     """
     source = file.read_text(encoding="utf-8")
     lines = source.split("\n")
-    for first, last in reversed(_docstrings(ast.parse(source))):
+    for first, last, is_private in reversed(_docstrings(ast.parse(source))):
+        if is_private:
+            del lines[first - 1 : last]
+            continue
         end = next((number for number in range(first, last) if not lines[number].strip()), None)
         if end is not None:
             lines[end - 1 : last] = [lines[end - 1] + '"""']
@@ -45,15 +49,18 @@ def copy_code(folder: Path, *entries: str) -> None:
         (folder / file.name).write_bytes(travelling_code(file).encode())
 
 
-def _docstrings(tree: ast.Module) -> list[tuple[int, int]]:
-    """First and last lines of the docstrings that are shortened, counted from 1, in order."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
-    found = [
-        node.body[0]
-        for node in nodes
-        if ast.get_docstring(node, clean=False) is not None and getattr(node, "name", None) not in _DOCUMENTED
-    ]
-    return sorted((docstring.lineno, docstring.end_lineno or docstring.lineno) for docstring in found)
+def _docstrings(tree: ast.Module) -> list[tuple[int, int, bool]]:
+    """First and last lines, counted from 1, of docstrings that change, and whether each is a private function's."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        name = getattr(node, "name", "")
+        if ast.get_docstring(node, clean=False) is not None and name not in _DOCUMENTED:
+            is_private = isinstance(node, ast.FunctionDef) and name.startswith("_") and not name.endswith("__")
+            docstring = node.body[0]
+            found.append((docstring.lineno, docstring.end_lineno or docstring.lineno, is_private))
+    return sorted(found)
 
 
 def _with_tabs(line: str) -> str:

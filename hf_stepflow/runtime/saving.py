@@ -108,14 +108,17 @@ def _settings_in_force(model: Any) -> StepFlowSettings:
 def _as_stored(model: Any, own_code: bool) -> Iterator[None]:
     """Inside the block, config and generation config say what the files are to say."""
     config, generation = model.config, model.generation_config
-    auto_map, block = config.__dict__.get("auto_map"), generation.stepflow
+    auto_map, block = config.__dict__.get("auto_map"), getattr(generation, "stepflow", None)
     generation.stepflow = without_base(_settings_in_force(model)).to_dict()
     if not own_code:
         config.auto_map = AUTO_MAP
     try:
         yield
     finally:
-        generation.stepflow = block
+        if block is None:  # the user's own generation config
+            del generation.stepflow
+        else:
+            generation.stepflow = block
         if auto_map is not None:
             config.auto_map = auto_map
         else:

@@ -41,7 +41,11 @@ def steps_of_records(
     """The steps of one row of records; texts need the ids and a tokenizer."""
     steps = steps_of_ids(*ids_of_records(records))
     if tokenizer is not None and ids is not None:
-        steps = [replace(step, text=tokenizer.decode(ids[step.start : step.end])) for step in steps]
+        steps = [
+            # Padding and tokens that were not seen may lie inside of a question, as -1.
+            replace(step, text=tokenizer.decode([token for token in ids[step.start : step.end] if token >= 0]))
+            for step in steps
+        ]
     return steps
 
 
