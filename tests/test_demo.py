@@ -36,10 +36,14 @@ def test_a_question_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The right answer" not in shown
 
 
-def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["demo", "--difficulty", "chains-99"]) == 2
     assert "hint: levels: chains-2" in capsys.readouterr().err
     assert main(["demo", "--seed", "-1"]) == 2
+    for option in ("--html", "--svg"):
+        # Refused although the level is wrong too: before anything is drawn or answered.
+        assert main(["demo", "--difficulty", "chains-99", option, str(tmp_path / "no" / "demo.out")]) == 2
+        assert "there is no folder" in capsys.readouterr().err
 
 
 def test_long_answers_are_cut_in_the_middle() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+from .paths import demand_folders
+
 _LONGEST = 4000
 _ROWS = 40
 
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.evaluation.problems import EvalProblem, reasoner_problems
     from hf_stepflow.reasoner import load_reasoner
 
+    demand_folders(args.html, args.svg)
     logging.disable_progress_bar()
     seed = random.randrange(100_000) if args.seed is None else args.seed
     if seed < 0 or args.problems < 0:
