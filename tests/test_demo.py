@@ -28,6 +28,17 @@ def test_it_shows_both_answers_and_a_verdict(tmp_path: Path, capsys: pytest.Capt
     assert told["report"]["rows"]
 
 
+def test_a_page_and_a_picture_beside_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, picture = tmp_path / "demo.html", tmp_path / "demo.svg"
+    words = ["demo", "--difficulty", "chains-2", "--seed", "5", "--problems", "4", "--json"]
+    assert main([*words, "--html", str(page), "--svg", str(picture)]) == 0
+    told = json.loads(capsys.readouterr().out)  # nothing else was printed
+    assert told["comparison"] is not None
+    assert "chains-2, seed 5" in page.read_text()
+    assert "n = 4" in page.read_text()
+    assert picture.read_text().startswith("<svg")
+
+
 def test_a_question_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     question = "Bob has 4 points. [/b] How many points does Bob have?"
     assert main(["demo", "--problem", question, "--problems", "0"]) == 0
