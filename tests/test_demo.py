@@ -50,7 +50,8 @@ def test_a_question_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["demo", "--difficulty", "chains-99"]) == 2
     assert "hint: levels: chains-2" in capsys.readouterr().err
-    assert main(["demo", "--seed", "-1"]) == 2
+    assert main(["demo", "--problems", "-1"]) == 2
+    assert "--problems must be at least 0, got -1" in capsys.readouterr().err
     for option in ("--html", "--svg"):
         # Refused although the level is wrong too: before anything is drawn or answered.
         assert main(["demo", "--difficulty", "chains-99", option, str(tmp_path / "no" / "demo.out")]) == 2

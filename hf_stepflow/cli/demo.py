@@ -12,6 +12,7 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .paths import demand_folders
+from .seeds import read_seed
 
 _LONGEST = 4000
 _ROWS = 40
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: hf-stepflow demo --difficulty errands-120 --seed 7"
     parser.add_argument("--difficulty", default="chains-8", help="level of the problems (default: chains-8)")
-    parser.add_argument("--seed", type=int, help="draws the problem (default: another one each time)")
+    parser.add_argument("--seed", type=read_seed, help="draws the problem (default: another one each time)")
     parser.add_argument("--problem", metavar="TEXT", help="a question of your own, in the words that the model knows")
     parser.add_argument("--problems", type=int, default=100, help="of the comparison; 0 for none (default: 100)")
     parser.add_argument("--html", type=Path, help="write what is shown to this page as well")
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     console = _console(args)
     logging.disable_progress_bar()
     seed = random.randrange(100_000) if args.seed is None else args.seed
-    if seed < 0 or args.problems < 0:
-        raise StepFlowInputError(f"--seed and --problems must be at least 0, got {seed} and {args.problems}")
+    if args.problems < 0:
+        raise StepFlowInputError(f"--problems must be at least 0, got {args.problems}", hint="0 compares nothing")
     model, tokenizer = load_reasoner()
     (problem,) = reasoner_problems(args.difficulty, 1, start=seed)
     is_known = args.problem is None

@@ -9,6 +9,7 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .loading import add_model_arguments, load
 from .paths import demand_folders
+from .seeds import read_seed
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--implicit-thinking", action="store_true", help="thinking starts where the prompt ends")
     parser.add_argument("--loss", default="trace", choices=("trace", "summary"), help="default: trace")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="of a trace that is written (default: 2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
+    parser.add_argument("--seed", type=read_seed, default=0, help="of the resampling (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,
