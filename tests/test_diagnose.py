@@ -103,7 +103,18 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], written: Path, words: lis
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 3, "response": "a"}', '{"text": ""}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": "a"}',
+        '{"response": "a"}',
+        '{"text": "a", "response": "a"}',
+        '{"prompt": 3, "response": "a"}',
+        '{"text": ""}',
+    ],
+)
 def test_lines_that_are_no_trace(tmp_path: Path, line: str) -> None:
     path = tmp_path / "traces.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n")

@@ -57,8 +57,7 @@ def _read_line(path: Path, number: int, line: str) -> WrittenTrace:
         data = json.loads(line)
     except ValueError as error:
         raise StepFlowFileError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
-    kinds = {"prompt", "response"}, {"text"}
-    if not isinstance(data, dict) or not any(kind <= data.keys() for kind in kinds):
+    if not isinstance(data, dict) or not ({"prompt", "response"} if "response" in data else {"text"}) <= data.keys():
         raise StepFlowFileError(
             f"line {number} of {str(path)!r} must be an object with `prompt` and `response`, or `text`",
             hint='for instance {"prompt": "How many?", "response": "Two and two.</think>Four."}',
