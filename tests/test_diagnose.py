@@ -126,6 +126,7 @@ def test_texts_are_read_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "trace.txt"
     path.write_text("\ufeffWhy?<think>So.</think>Thus.", encoding="utf-8")
     assert read_traces(path) == [WrittenTrace(None, "Why?<think>So.</think>Thus.")]
-    path = tmp_path / "traces.jsonl"
-    path.write_text(json.dumps({"text": "One\u2028line."}, ensure_ascii=False), encoding="utf-8")
-    assert read_traces(path) == [WrittenTrace(None, "One\u2028line.")]
+    for name in ("traces.jsonl", "TRACES.JSONL"):
+        path = tmp_path / name
+        path.write_text(json.dumps({"text": "One\u2028line."}, ensure_ascii=False), encoding="utf-8")
+        assert read_traces(path) == [WrittenTrace(None, "One\u2028line.")]

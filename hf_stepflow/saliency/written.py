@@ -42,7 +42,7 @@ def read_traces(path: str | Path) -> list[WrittenTrace]:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StepFlowFileError(f"{str(path)!r} cannot be read: {error}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         if not content.strip():
             raise StepFlowFileError(f"{str(path)!r} is empty", hint="give a file that holds a trace")
         return [WrittenTrace(None, content)]
