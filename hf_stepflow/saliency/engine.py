@@ -32,7 +32,7 @@ def step_saliency(
     chunk_size: int | None = None,
     per_head: bool = False,
     attention_mask: torch.Tensor | None = None,
-    prompt_length: "int | Sequence[int] | None" = None,
+    prompt_length: "int | Sequence[int | None] | None" = None,
     config: Any = None,
     checkpoints: bool | None = None,
     progress: bool = True,
