@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, StepVocabulary, Trace, segment_trace
+from hf_stepflow.cli import EXIT_ERROR, main
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, read_settings
 from hf_stepflow.runtime.errors import (
     StepFlowConfigError,
@@ -235,3 +236,21 @@ def test_traces():
         Trace([0, 5], [0, 0])
     with pytest.raises(StepFlowInputError, match="one row"):
         segment_trace(byte_tokenizer(), PROMPT.repeat(2, 1))
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "x"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo"],
+        ["diagnose", "--model", "reasoner", "--compare", "no-such.jsonl", "none.jsonl"],
+        ["eval", "--model", "reasoner", "--problems", "reasoner:chains-2"],
+        ["calibrate", "reasoner", "--problems", "reasoner:chains-2"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_command_refuses_a_seed_before_it_works(capsys, words, text):
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--seed", text])
+    assert caught.value.code == EXIT_ERROR
+    assert f"argument --seed: a seed is a whole number from 0 on, got '{text}'" in capsys.readouterr().err

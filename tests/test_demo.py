@@ -28,6 +28,17 @@ def test_it_shows_both_answers_and_a_verdict(tmp_path: Path, capsys: pytest.Capt
     assert told["report"]["rows"]
 
 
+def test_a_page_and_a_picture_beside_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, picture = tmp_path / "demo.html", tmp_path / "demo.svg"
+    words = ["demo", "--difficulty", "chains-2", "--seed", "5", "--problems", "4", "--json"]
+    assert main([*words, "--html", str(page), "--svg", str(picture)]) == 0
+    told = json.loads(capsys.readouterr().out)  # nothing else was printed
+    assert told["comparison"] is not None
+    assert "chains-2, seed 5" in page.read_text()
+    assert "n = 4" in page.read_text()
+    assert picture.read_text().startswith("<svg")
+
+
 def test_a_question_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     question = "Bob has 4 points. [/b] How many points does Bob have?"
     assert main(["demo", "--problem", question, "--problems", "0"]) == 0
@@ -36,10 +47,15 @@ def test_a_question_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The right answer" not in shown
 
 
-def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["demo", "--difficulty", "chains-99"]) == 2
     assert "hint: levels: chains-2" in capsys.readouterr().err
-    assert main(["demo", "--seed", "-1"]) == 2
+    assert main(["demo", "--problems", "-1"]) == 2
+    assert "--problems must be at least 0, got -1" in capsys.readouterr().err
+    for option in ("--html", "--svg"):
+        # Refused although the level is wrong too: before anything is drawn or answered.
+        assert main(["demo", "--difficulty", "chains-99", option, str(tmp_path / "no" / "demo.out")]) == 2
+        assert "there is no folder" in capsys.readouterr().err
 
 
 def test_long_answers_are_cut_in_the_middle() -> None:

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from flow_support import byte_tokenizer
+from tiny_models import tiny_model
 
-from hf_stepflow import StepSaliency, load_problems, load_reasoner
+from hf_stepflow import StepSaliency, load_problems, load_reasoner, step_saliency
 from hf_stepflow.cli import main
 from hf_stepflow.reasoner.levels import problems_of
 from hf_stepflow.runtime.errors import StepFlowFileError
@@ -34,6 +37,26 @@ def test_a_prompt(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert maps.steps[0].label == "question"
     assert maps.steps[-1].label == "summary"
     assert maps.layers == list(range(8))
+
+
+def test_a_prompt_is_looked_at_in_the_tokens_that_the_model_wrote(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    for one in (model, tokenizer):
+        one.save_pretrained(tmp_path / "model")
+    prompt = torch.tensor([tokenizer.encode("Two eggs?")])
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24)[0]
+    # Bytes of which some are no character: as text they are not what the model wrote.
+    assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) != ids.tolist()
+    out = tmp_path / "maps.safetensors"
+    words = ["diagnose", "--model", str(tmp_path / "model"), "--prompt", "Two eggs?", "--max-new-tokens", "24"]
+    assert main([*words, "--implicit-thinking", "--out", str(out)]) == 0
+    found = StepSaliency.load(out)
+    expected = step_saliency(
+        model, ids, tokenizer=tokenizer, config={"implicit_thinking": True}, prompt_length=prompt.shape[1]
+    )
+    assert found.steps == expected.steps
+    assert found.steps[0].end == prompt.shape[1]
+    assert torch.equal(found.maps, expected.maps)
 
 
 @pytest.mark.parametrize("suffix", [".html", ".png", ".svg"])
@@ -103,7 +126,18 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], written: Path, words: lis
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 3, "response": "a"}', '{"text": ""}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": "a"}',
+        '{"response": "a"}',
+        '{"text": "a", "response": "a"}',
+        '{"prompt": 3, "response": "a"}',
+        '{"text": ""}',
+    ],
+)
 def test_lines_that_are_no_trace(tmp_path: Path, line: str) -> None:
     path = tmp_path / "traces.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n")
@@ -115,6 +149,7 @@ def test_texts_are_read_as_they_stand(tmp_path: Path) -> None:
     path = tmp_path / "trace.txt"
     path.write_text("\ufeffWhy?<think>So.</think>Thus.", encoding="utf-8")
     assert read_traces(path) == [WrittenTrace(None, "Why?<think>So.</think>Thus.")]
-    path = tmp_path / "traces.jsonl"
-    path.write_text(json.dumps({"text": "One\u2028line."}, ensure_ascii=False), encoding="utf-8")
-    assert read_traces(path) == [WrittenTrace(None, "One\u2028line.")]
+    for name in ("traces.jsonl", "TRACES.JSONL"):
+        path = tmp_path / name
+        path.write_text(json.dumps({"text": "One\u2028line."}, ensure_ascii=False), encoding="utf-8")
+        assert read_traces(path) == [WrittenTrace(None, "One\u2028line.")]

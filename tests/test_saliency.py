@@ -233,6 +233,24 @@ def test_inside_other_grad_modes(mode) -> None:
     assert relative(found.maps, expected_maps("llama", SHORT, "trace")) < 1e-9
 
 
+def test_steps_end_by_the_settings_in_force() -> None:
+    ids = encode(SHORT)
+    preset = STEPS.replace(tau_max=0.4)
+    inside = preset.replace(step_rule="paragraph")
+    model = attach(copy.deepcopy(model_of("llama")), preset)
+    with model.use_stepflow({"step_rule": "paragraph"}):
+        found = step_saliency(model, ids)
+        with model.disable_stepflow():
+            off = step_saliency(model, ids)
+    after = step_saliency(model, ids)
+    expected = step_saliency(attach(copy.deepcopy(model_of("llama")), inside), ids)
+    assert found.steps == expected.steps
+    assert torch.equal(found.maps, expected.maps)
+    assert len(found.steps) < len(after.steps)
+    # Where StepFlow is off, nothing cuts in the pass, and the preset says where steps end.
+    assert off.steps == after.steps == segment_trace(byte_tokenizer(), ids, preset).steps
+
+
 def test_implicit_thinking() -> None:
     ids = encode("Two eggs? Add one. Then two.\n\nSo now.")
     implicit = StepFlowSettings(implicit_thinking=True, min_step_chars=3)

@@ -13,6 +13,7 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .loading import add_model_arguments, load
 from .paths import demand_folders
+from .seeds import read_seed
 
 _REASONER = "hf-stepflow/reasoner"
 
@@ -49,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument("--scored", type=int, default=96, help="problems scored for each candidate (default: 96)")
     parser.add_argument("--run-code", action="store_true", help="run programs that the model writes, to check them")
-    parser.add_argument("--seed", type=int, default=0, help="of splits, sampling and search (default: 0)")
+    parser.add_argument("--seed", type=read_seed, default=0, help="of splits, sampling and search (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 

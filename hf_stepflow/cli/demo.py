@@ -1,6 +1,7 @@
 """`hf-stepflow demo`: the embedded reasoner thinks through a problem, without StepFlow and with it."""
 
 import argparse
+import io
 import json
 import random
 import re
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
+
+from .paths import demand_folders
+from .seeds import read_seed
 
 _LONGEST = 4000
 _ROWS = 40
@@ -41,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: hf-stepflow demo --difficulty errands-120 --seed 7"
     parser.add_argument("--difficulty", default="chains-8", help="level of the problems (default: chains-8)")
-    parser.add_argument("--seed", type=int, help="draws the problem (default: another one each time)")
+    parser.add_argument("--seed", type=read_seed, help="draws the problem (default: another one each time)")
     parser.add_argument("--problem", metavar="TEXT", help="a question of your own, in the words that the model knows")
     parser.add_argument("--problems", type=int, default=100, help="of the comparison; 0 for none (default: 100)")
     parser.add_argument("--html", type=Path, help="write what is shown to this page as well")
@@ -56,10 +60,12 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.evaluation.problems import EvalProblem, reasoner_problems
     from hf_stepflow.reasoner import load_reasoner
 
+    demand_folders(args.html, args.svg)
+    console = _console(args)
     logging.disable_progress_bar()
     seed = random.randrange(100_000) if args.seed is None else args.seed
-    if seed < 0 or args.problems < 0:
-        raise StepFlowInputError(f"--seed and --problems must be at least 0, got {seed} and {args.problems}")
+    if args.problems < 0:
+        raise StepFlowInputError(f"--problems must be at least 0, got {args.problems}", hint="0 compares nothing")
     model, tokenizer = load_reasoner()
     (problem,) = reasoner_problems(args.difficulty, 1, start=seed)
     is_known = args.problem is None
@@ -70,42 +76,52 @@ def run(args: argparse.Namespace) -> int:
     with_stepflow = _answer(model, tokenizer, problem, True, is_known)
     report = model.stepflow_report()
     asked = f"{args.difficulty}, seed {seed}" if args.problem is None else "your own"
-    if args.json:
-        result = _compare(model, args.difficulty, seed, args.problems, progress=False)
-        print(
-            json.dumps(
-                {
-                    "problem": asked,
-                    "question": question,
-                    "right": right,
-                    "base": vars(base),
-                    "stepflow": vars(with_stepflow),
-                    "report": report.to_dict(),
-                    "comparison": None if result is None else result.to_dict(),
-                },
-                indent=2,
-            )
-        )
-        return 0
-    from rich.console import Console
-    from rich.markup import escape
+    if console is not None:
+        from rich.markup import escape
 
-    console = Console(record=True, highlight=False, width=None if args.svg is None else 130)
-    console.print(f"[bold]Question[/] ({asked}): {escape(question)}\n")
-    console.print(_side_by_side(base, with_stepflow))
-    if right is not None:
-        console.print(f"The right answer is [bold]{right}[/].\n")
-    console.print(f"[bold]What StepFlow did[/]\n{_did(report)}\n")
-    result = _compare(model, args.difficulty, seed, args.problems, progress=True)
-    if result is not None:
-        console.print(f"[bold]Both on {args.problems} more problems[/] ({args.difficulty}, from seed {seed + 1} on)")
-        console.print(str(result), markup=False)
+        console.print(f"[bold]Question[/] ({asked}): {escape(question)}\n")
+        console.print(_side_by_side(base, with_stepflow))
+        if right is not None:
+            console.print(f"The right answer is [bold]{right}[/].\n")
+        console.print(f"[bold]What StepFlow did[/]\n{_did(report)}\n")
+    result = _compare(model, args.difficulty, seed, args.problems, progress=not args.json)
+    if console is not None:
+        if result is not None:
+            title = f"[bold]Both on {args.problems} more problems[/]"
+            console.print(f"{title} ({args.difficulty}, from seed {seed + 1} on)")
+            console.print(str(result), markup=False)
+        _write(console, args)
+    if args.json:
+        told = {
+            "problem": asked,
+            "question": question,
+            "right": right,
+            "base": vars(base),
+            "stepflow": vars(with_stepflow),
+            "report": report.to_dict(),
+            "comparison": None if result is None else result.to_dict(),
+        }
+        print(json.dumps(told, indent=2))
+    return 0
+
+
+def _console(args: argparse.Namespace) -> Any:
+    """Where the text goes: with --json to the page and picture alone, and nowhere (None) if none was asked for."""
+    if args.json and args.html is None and args.svg is None:
+        return None
+    from rich.console import Console
+
+    file = io.StringIO() if args.json else None
+    return Console(file=file, record=True, highlight=False, width=None if args.svg is None else 130)
+
+
+def _write(console: Any, args: argparse.Namespace) -> None:
+    """The page and the picture of what the console was given."""
     if args.svg is not None:
         picture = console.export_svg(title="hf-stepflow demo", clear=False)
         args.svg.write_text(re.sub(r"@font-face\s*\{.*?\}", "", picture, flags=re.DOTALL))  # they would be fetched
     if args.html is not None:
         console.save_html(str(args.html), clear=False)
-    return 0
 
 
 def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: bool) -> Answer:

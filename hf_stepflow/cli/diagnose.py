@@ -9,6 +9,7 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .loading import add_model_arguments, load
 from .paths import demand_folders
+from .seeds import read_seed
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--implicit-thinking", action="store_true", help="thinking starts where the prompt ends")
     parser.add_argument("--loss", default="trace", choices=("trace", "summary"), help="default: trace")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="of a trace that is written (default: 2048)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
+    parser.add_argument("--seed", type=read_seed, default=0, help="of the resampling (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -68,14 +69,15 @@ def run(args: argparse.Namespace) -> int:
         settings = settings.replace(implicit_thinking=True)
         if stepflow is not None:
             model.stepflow_config = settings
+    rows = [[trace.encode(tokenizer) for trace in group] for group in groups]
     if args.prompt is not None:
-        groups = [[_answer(model, tokenizer, args.prompt, args.max_new_tokens)]]
-    if settings.implicit_thinking and any(one.prompt is None for group in groups for one in group):
+        rows = [[_answer(model, tokenizer, args.prompt, args.max_new_tokens)]]
+    if settings.implicit_thinking and any(length is None for group in rows for _, length in group):
         raise StepFlowInputError(
             "implicit thinking starts where the prompt ends, and a trace that is one text does not say where",
             hint="give JSONL with `prompt` and `response`",
         )
-    maps = [_maps(model, tokenizer, group, settings, args.loss) for group in groups]
+    maps = [_maps(model, tokenizer, group, settings, args.loss) for group in rows]
     return _single(args, maps[0][0]) if args.compare is None else _compare(args, *maps)
 
 
@@ -108,28 +110,29 @@ def _check_out(args: argparse.Namespace) -> None:
     demand_folders(args.out)
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> Any:
-    """What the model writes, as a trace."""
+def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[list[int], int]:
+    """Token ids of the prompt and of what the model writes, and where the prompt ends.
+
+    The ids stay those of the model: its text, encoded again, may be other ones, and another trace.
+    """
     import torch
 
     from hf_stepflow.prompts import encode_prompt
-    from hf_stepflow.saliency.written import WrittenTrace
 
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
-    return WrittenTrace(prompt, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=False))
+    return output[0].tolist(), ids.shape[1]
 
 
-def _maps(model: Any, tokenizer: Any, traces: list[Any], settings: Any, loss: str) -> list[Any]:
+def _maps(model: Any, tokenizer: Any, rows: list[tuple[list[int], int | None]], settings: Any, loss: str) -> list[Any]:
     from hf_stepflow import step_saliency
 
-    encoded = [trace.encode(tokenizer) for trace in traces]
     return step_saliency(  # type: ignore[return-value] # a list went in
         model,
-        [ids for ids, _ in encoded],
+        [ids for ids, _ in rows],
         tokenizer=tokenizer,
         config=settings,
-        prompt_length=[length for _, length in encoded],
+        prompt_length=[length for _, length in rows],
         loss=loss,
     )
 

@@ -9,6 +9,7 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .loading import add_model_arguments, load
 from .paths import demand_folders
+from .seeds import read_seed
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, help="responses to each problem; above 1 they are sampled")
     parser.add_argument("--temperature", type=float, help="sample at this temperature instead of greedy decoding")
     parser.add_argument("--top-p", type=float, help="nucleus of the sampling")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and resampling (default: 0)")
+    parser.add_argument("--seed", type=read_seed, default=0, help="of sampling and resampling (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="default: 2048")
     parser.add_argument("--run-code", action="store_true", help="run programs that the model writes, to check them")

@@ -32,7 +32,7 @@ def step_saliency(
     chunk_size: int | None = None,
     per_head: bool = False,
     attention_mask: torch.Tensor | None = None,
-    prompt_length: "int | Sequence[int] | None" = None,
+    prompt_length: "int | Sequence[int | None] | None" = None,
     config: Any = None,
     checkpoints: bool | None = None,
     progress: bool = True,
@@ -58,7 +58,7 @@ def step_saliency(
         per_head: keep the heads apart.
         attention_mask: [B, T], zeros where rows are padded.
         prompt_length: for implicit thinking, where the prompt ends in each trace, padding not counted.
-        config: step settings for the tokenizer; None takes the attached ones, or the defaults.
+        config: step settings for the tokenizer; None takes those of StepFlow that are in force, or the defaults.
         checkpoints: compute layers a second time instead of keeping them; None does from 4096 tokens on.
         progress: show a bar over traces and layers, if there is more than a moment to wait.
 
@@ -187,7 +187,8 @@ def _traces(
     runtime = getattr(model, "stepflow_runtime", None)
     if runtime is not None:
         tokenizer = runtime.tokenizer if tokenizer is None else tokenizer
-        config = runtime.rules.vocabulary if config is None else config
+        # Steps end where they do in the pass: inside a block of other settings, by those.
+        config = (runtime.effective or runtime.rules).vocabulary if config is None else config
     if tokenizer is None:
         raise StepFlowInputError("the steps are not known", hint="pass trace=segment_trace(...), or tokenizer=...")
     return [segment_trace(tokenizer, row.cpu(), config, length) for row, length in zip(rows, lengths, strict=True)]

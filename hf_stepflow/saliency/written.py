@@ -42,7 +42,7 @@ def read_traces(path: str | Path) -> list[WrittenTrace]:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StepFlowFileError(f"{str(path)!r} cannot be read: {error}") from error
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         if not content.strip():
             raise StepFlowFileError(f"{str(path)!r} is empty", hint="give a file that holds a trace")
         return [WrittenTrace(None, content)]
@@ -57,8 +57,7 @@ def _read_line(path: Path, number: int, line: str) -> WrittenTrace:
         data = json.loads(line)
     except ValueError as error:
         raise StepFlowFileError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
-    kinds = {"prompt", "response"}, {"text"}
-    if not isinstance(data, dict) or not any(kind <= data.keys() for kind in kinds):
+    if not isinstance(data, dict) or not ({"prompt", "response"} if "response" in data else {"text"}) <= data.keys():
         raise StepFlowFileError(
             f"line {number} of {str(path)!r} must be an object with `prompt` and `response`, or `text`",
             hint='for instance {"prompt": "How many?", "response": "Two and two.</think>Four."}',
