@@ -4,13 +4,14 @@ import base64
 import json
 import pickle
 import zlib
+from fractions import Fraction
 
 import pytest
 
 from hf_stepflow.evaluation import mathematics, programs
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, judge
 from hf_stepflow.evaluation.benchmarks import BENCHMARKS
-from hf_stepflow.evaluation.problems import EvalProblem, load_problems, problem_of, read_problems
+from hf_stepflow.evaluation.problems import EvalProblem, as_number, load_problems, problem_of, read_problems
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 
@@ -48,6 +49,14 @@ def problem(kind: str, answer: str, **more) -> EvalProblem:
         ("number", "100000", "The answer is 1e5.", CORRECT),
         ("number", "10", "It lies between 5-10", CORRECT),
         ("number", "$5", "The answer is $5.", CORRECT),
+        ("number", "0.5", "\\boxed{.5}", CORRECT),
+        ("number", "5", "\\boxed{.5}", WRONG),
+        ("math", "\\frac{1}{2}", "\\boxed{.5}", CORRECT),
+        ("number", "0.25", "The answer is $.25.", CORRECT),
+        ("number", "25", "The answer is $.25.", WRONG),
+        ("number", "-0.5", "So it is -.5", CORRECT),
+        ("number", "24", "The answer is ... 24", CORRECT),
+        ("number", "24", "The answer is ...24.", CORRECT),
         ("math", "\\frac{1}{2}", "Hence \\boxed{0.5}.", CORRECT),
         ("math", "x^2+2x+1", "\\boxed{(x+1)^2}", CORRECT),
         ("math", "(1, 2)", "\\boxed{(1,2)}", CORRECT),
@@ -72,6 +81,34 @@ def problem(kind: str, answer: str, **more) -> EvalProblem:
 )
 def test_answers(kind: str, answer: str, text: str, outcome: str) -> None:
     assert judge(problem(kind, answer), text).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 1,250.5 ", Fraction(2501, 2)),
+        ("$.25.", Fraction(1, 4)),
+        ("-1/2", Fraction(-1, 2)),
+        ("50%", Fraction(50)),
+        ("1e-5", Fraction(1, 10**5)),
+        ("1E999", Fraction(10**999)),
+        ("1e10000000", None),  # ten million digits
+        ("12e-99999999999", None),
+        ("1,2", None),
+        ("3,5,7", None),
+        ("2516_8", None),
+        ("1/0", None),
+        (".", None),
+        ("", None),
+    ],
+)
+def test_numbers_in_digits(text: str, number: Fraction | None) -> None:
+    assert as_number(text) == number
+
+
+def test_a_number_with_an_absurd_exponent_is_none() -> None:
+    for text in ("It is 12e10000000", "\\boxed{1e10000000}", "The answer is 1e-10000000."):
+        assert judge(problem("number", "1"), text).outcome in (WRONG, NO_ANSWER)
 
 
 def test_a_tower_of_powers_ends(monkeypatch: pytest.MonkeyPatch) -> None:

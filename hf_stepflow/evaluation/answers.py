@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .mathematics import same_mathematics
-from .problems import LETTERS, EvalProblem, as_number
+from .problems import LETTERS, NUMBER, EvalProblem, as_number
 from .programs import passes
 
 # Outcomes. All but the first count as wrong; the last two are counted apart as well.
 CORRECT, WRONG, NO_ANSWER, UNFINISHED = "correct", "wrong", "no answer", "unfinished"
 OUTCOMES = (CORRECT, WRONG, NO_ANSWER, UNFINISHED)
 
-_NUMBER = r"(?<![\w.)])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/[1-9]\d*)?"
+_NUMBER = re.compile(rf"(?<![\w.)]){NUMBER}")
 _STATEMENTS = [
     re.compile(rf"\b{word}\b\W{{0,4}}?(?:(?:is|are)\b\s*[:=]?|[:=])", re.IGNORECASE) for word in ("answer", "result")
 ]
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|mbox)\s*\{(.*)\}", re.DOTALL)
-_EDGES = " \t\n*_`\"'$.:"
+_EDGES = " \t\n*_`\"'$:"
+_LEADING_STOPS = re.compile(r"^(?:\.{2,}|\.(?!\d))")  # one before a digit is a decimal point
 _BLOCK = re.compile(r"```[ \t]*([A-Za-z0-9]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 
@@ -88,7 +89,7 @@ def extract(problem: EvalProblem, text: str) -> str | None:
         if found is not None:
             return found
     if problem.kind in ("number", "math"):
-        numbers = re.findall(_NUMBER, _plain(text))
+        numbers = _NUMBER.findall(_plain(text))
         return numbers[-1] if numbers else None
     if problem.kind == "text":
         return _bare(text.strip().rsplit("\n", 1)[-1]) or None
@@ -147,7 +148,7 @@ def _bare(text: str) -> str:
     """A text without emphasis, quotes, mathematics marks and a final stop around it."""
     while True:
         before = text
-        text = text.strip(_EDGES)
+        text = _LEADING_STOPS.sub("", text.lstrip(_EDGES).rstrip(_EDGES + "."))
         for mark in ("\\(", "\\)", "\\[", "\\]"):
             text = text.removeprefix(mark).removesuffix(mark)
         wrapped = _WRAPPED.fullmatch(text)
@@ -173,7 +174,7 @@ def _expression(text: str) -> str | None:
     if as_number(behind) is not None:
         return behind
     if re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", "", behind)):  # words: a sentence, not an expression
-        numbers = re.findall(_NUMBER, behind)
+        numbers = _NUMBER.findall(behind)
         return numbers[0] if numbers else None
     return behind if re.search(r"\d|\\|\b[A-Za-z]\b", behind) else None
 

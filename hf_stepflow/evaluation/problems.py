@@ -1,6 +1,7 @@
 """What a model is asked: problems from JSONL files, the paper's benchmarks, and the reasoner's generators."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,11 @@ KINDS = ("math", "choice", "number", "text", "code")
 _FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
 _TESTS = 'for instance [["2 3\\n", "5\\n"]]'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# A number in digits. The exponent is short: as a fraction, 1e10000000 alone would take all time and memory.
+NUMBER = (
+    r"[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/[1-9]\d*)?(?!\d|[eE][-+]?\d)"
+)
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,12 @@ def check_problem(problem: EvalProblem) -> EvalProblem:
 
 
 def as_number(text: str) -> Fraction | None:
-    """A number written in digits (`1,250.5`, `$3`, `1/2`, `1e5`), or None."""
-    bare = text.strip().replace("$", "").replace(",", "").rstrip("%").rstrip(".")
+    """A number written in digits (`1,250.5`, `.5`, `$3`, `1/2`, `1e5`), or None; also for exponents beyond reason."""
+    bare = text.strip().replace("$", "").rstrip("%").rstrip(".")
+    if re.fullmatch(NUMBER, bare) is None:
+        return None
     try:
-        return Fraction(bare)
+        return Fraction(bare.replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
 
