@@ -11,7 +11,14 @@ import pytest
 from hf_stepflow.evaluation import mathematics, programs
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, judge
 from hf_stepflow.evaluation.benchmarks import BENCHMARKS
-from hf_stepflow.evaluation.problems import EvalProblem, as_number, load_problems, problem_of, read_problems
+from hf_stepflow.evaluation.problems import (
+    EvalProblem,
+    as_number,
+    check_unique,
+    load_problems,
+    problem_of,
+    read_problems,
+)
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 
@@ -226,6 +233,15 @@ def test_problems_from_a_file(tmp_path) -> None:
         ('{"id": 1, "question": "?", "answer": "-", "tests": [{"input": "1"}]}', "needs tests"),
         ('{"id": 1, "question": "?", "answer": "-", "tests": [["1", 2]]}', "both texts"),
         ('{"id": 1, "question": "?", "answer": "-", "tests": "[ ]"}', "needs tests"),
+        ('{"id": 1, "question": "?", "answer": ["4"]}', r"line 1: the answer to problem '1' must be.*\['4'\]"),
+        (
+            '{"id": 1, "question": "?", "answer": true}',
+            "the answer to problem '1' must be a text or a number, got True",
+        ),
+        ('{"id": 1, "question": "?", "answer": NaN}', "the answer to problem '1' must be.*nan"),
+        ('{"id": [1], "question": "?", "answer": "4"}', "line 1: the id must be"),
+        ('{"id": 1, "question": [{"role": "user", "content": "?"}], "answer": 4}', "the question of problem '1' must"),
+        ('{"id": 1, "question": "?", "answer": "A", "choices": [["x"], "y"]}', "a choice of problem '1' must be"),
         ('{"id": 1, "question": "?", "answer": "x", "kind": "poem"}', "kind must be one of"),
         ('{"id": 1, "question": "?", "answer": "x", "kind": "code"}', "needs tests"),
     ],
@@ -272,5 +288,13 @@ def test_rows_of_the_benchmarks_become_problems() -> None:
 
 
 def test_problems_are_checked_one_by_one() -> None:
+    assert problem_of({"id": 1.5, "question": "?", "answer": 0}) == EvalProblem("1.5", "?", "0", kind="number")
+    for wrong in (4, None, ["4"], " "):
+        with pytest.raises(StepFlowInputError, match="the answer of problem '7' must be a text"):
+            check_unique([EvalProblem("7", "?", wrong)])
+    with pytest.raises(StepFlowInputError, match="the question of problem '7' must be a text"):
+        check_unique([EvalProblem("7", [{"role": "user", "content": "?"}], "4")])
+    with pytest.raises(StepFlowInputError, match="choices, tests and trace of problem '7' must be texts"):
+        check_unique([EvalProblem("7", "?", "A", choices=(1, 2), kind="choice")])
     with pytest.raises(StepFlowInputError, match="at most 26"):
         problem_of({"id": 1, "question": "?", "answer": "A", "choices": ["x"] * 27})

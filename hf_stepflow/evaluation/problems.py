@@ -1,6 +1,7 @@
 """What a model is asked: problems from JSONL files, the paper's benchmarks, and the reasoner's generators."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError, shown
 
 KINDS = ("math", "choice", "number", "text", "code")
 _FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
@@ -129,11 +130,14 @@ def problem_of(data: Any) -> EvalProblem:
     missing = [key for key in ("id", "question", "answer") if not str(data.get(key, "")).strip()]
     if missing:
         raise StepFlowInputError(f"no {' and no '.join(missing)}")
+    name = _text_of(data["id"], "the id")
     choices = data.get("choices", [])
     if not isinstance(choices, list) or len(choices) > len(LETTERS):
-        raise StepFlowInputError(f"choices must be a list of at most {len(LETTERS)} texts, got {choices!r}")
-    choices = [str(choice) for choice in choices]
-    answer = str(data["answer"]).strip()
+        raise StepFlowInputError(
+            f"choices of problem {name!r} must be a list of at most {len(LETTERS)} texts, got {shown(choices)}"
+        )
+    choices = [_text_of(choice, f"a choice of problem {name!r}") for choice in choices]
+    answer = _text_of(data["answer"], f"the answer to problem {name!r}").strip()
     kind = data.get("kind") or ("choice" if choices else "code" if "tests" in data else _kind_of(answer))
     if kind == "choice" and answer not in LETTERS[: len(choices)] and answer in choices:
         answer = LETTERS[choices.index(answer)]
@@ -143,9 +147,15 @@ def problem_of(data: Any) -> EvalProblem:
     trace = data.get("trace")
     if trace is not None and (not isinstance(trace, str) or not trace):
         raise StepFlowInputError(f"trace must be the text of a right response, got {trace!r}", hint="or leave it out")
-    return check_problem(
-        EvalProblem(str(data["id"]), str(data["question"]), answer, tuple(choices), tests, kind, trace)
-    )
+    return check_problem(EvalProblem(name, data["question"], answer, tuple(choices), tests, kind, trace))
+
+
+def _text_of(value: Any, name: str) -> str:
+    """A text, or a number as a text."""
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    if not isinstance(value, str) and not is_number:
+        raise StepFlowInputError(f"{name} must be a text or a number, got {shown(value)}", hint="write it as a text")
+    return str(value)
 
 
 def check_problem(problem: EvalProblem) -> EvalProblem:
@@ -155,6 +165,19 @@ def check_problem(problem: EvalProblem) -> EvalProblem:
         StepFlowInputError: it cannot.
     """
     answer, kind = problem.answer, problem.kind
+    for name in ("id", "question", "answer"):
+        value = getattr(problem, name)
+        if not isinstance(value, str) or not value.strip():
+            raise StepFlowInputError(
+                f"the {name} of problem {shown(problem.id)} must be a text that is not empty, got {shown(value)}",
+                hint="a number as a text, such as '4'; of a conversation, only the question as one text",
+            )
+    others = [*problem.choices, *(text for text in (problem.tests, problem.trace) if text is not None)]
+    if not all(isinstance(text, str) for text in others):
+        raise StepFlowInputError(
+            f"choices, tests and trace of problem {problem.id!r} must be texts, got {shown(others)}",
+            hint="tests of an EvalProblem are JSON",
+        )
     if kind not in KINDS:
         raise StepFlowInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "number" and as_number(answer) is None:
