@@ -20,6 +20,8 @@ NUMBER = (
     r"[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/[1-9]\d*)?(?!\d|[eE][-+]?\d)"
 )
+# A word of an answer: an article, initials, or two letters and more; ab-cd is a difference and no word.
+_WORD = re.compile(r"a|(?:[^\W\d_]\.)+|(?:[^\W\d_]['\u2019])?[^\W\d_]{2,}(?:['\u2019][^\W\d_]+|-[^\W\d_]{3,})*\.?")
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,18 @@ def as_number(text: str) -> Fraction | None:
         return None
 
 
+def is_words(answer: str) -> bool:
+    """Whether an answer is words (`Paris`, `New York`, `no`) and not mathematics (`xy`, `sin x`)."""
+    bare = answer.strip()
+    is_plain = all(_WORD.fullmatch(word) for word in re.split(r"[\s,]+", bare))
+    return is_plain and (bare.casefold() == "no" or re.search(r"[^\W\d_]{3}", bare) is not None)
+
+
 def _kind_of(answer: str) -> str:
-    """A plain number is compared as one, anything else as mathematics."""
-    return "math" if as_number(answer) is None else "number"
+    """A plain number is compared as one, words as a text, anything else as mathematics."""
+    if as_number(answer) is not None:
+        return "number"
+    return "text" if is_words(answer) else "math"
 
 
 def reasoner_problems(level: str, number: int, split: str = "test", start: int = 0) -> list[EvalProblem]:
