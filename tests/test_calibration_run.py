@@ -200,6 +200,7 @@ def test_a_model_without_stepflow_is_given_back_as_it_was() -> None:
         ({"samples": 0}, "samples"),
         ({"temperature": 0.0}, "temperature"),
         ({"seed": -1}, "seed"),
+        ({"scored": 1}, "scored must be"),
         ({"problems": []}, "no problems"),
         ({"problems": PROBLEMS[:6]}, "each needs 8"),
         ({"problems": [*PROBLEMS, PROBLEMS[0]]}, "comes twice"),

@@ -4,13 +4,21 @@ import base64
 import json
 import pickle
 import zlib
+from fractions import Fraction
 
 import pytest
 
 from hf_stepflow.evaluation import mathematics, programs
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, judge
 from hf_stepflow.evaluation.benchmarks import BENCHMARKS
-from hf_stepflow.evaluation.problems import EvalProblem, load_problems, problem_of, read_problems
+from hf_stepflow.evaluation.problems import (
+    EvalProblem,
+    as_number,
+    check_unique,
+    load_problems,
+    problem_of,
+    read_problems,
+)
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 
@@ -48,6 +56,14 @@ def problem(kind: str, answer: str, **more) -> EvalProblem:
         ("number", "100000", "The answer is 1e5.", CORRECT),
         ("number", "10", "It lies between 5-10", CORRECT),
         ("number", "$5", "The answer is $5.", CORRECT),
+        ("number", "0.5", "\\boxed{.5}", CORRECT),
+        ("number", "5", "\\boxed{.5}", WRONG),
+        ("math", "\\frac{1}{2}", "\\boxed{.5}", CORRECT),
+        ("number", "0.25", "The answer is $.25.", CORRECT),
+        ("number", "25", "The answer is $.25.", WRONG),
+        ("number", "-0.5", "So it is -.5", CORRECT),
+        ("number", "24", "The answer is ... 24", CORRECT),
+        ("number", "24", "The answer is ...24.", CORRECT),
         ("math", "\\frac{1}{2}", "Hence \\boxed{0.5}.", CORRECT),
         ("math", "x^2+2x+1", "\\boxed{(x+1)^2}", CORRECT),
         ("math", "(1, 2)", "\\boxed{(1,2)}", CORRECT),
@@ -72,6 +88,34 @@ def problem(kind: str, answer: str, **more) -> EvalProblem:
 )
 def test_answers(kind: str, answer: str, text: str, outcome: str) -> None:
     assert judge(problem(kind, answer), text).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (" 1,250.5 ", Fraction(2501, 2)),
+        ("$.25.", Fraction(1, 4)),
+        ("-1/2", Fraction(-1, 2)),
+        ("50%", Fraction(50)),
+        ("1e-5", Fraction(1, 10**5)),
+        ("1E999", Fraction(10**999)),
+        ("1e10000000", None),  # ten million digits
+        ("12e-99999999999", None),
+        ("1,2", None),
+        ("3,5,7", None),
+        ("2516_8", None),
+        ("1/0", None),
+        (".", None),
+        ("", None),
+    ],
+)
+def test_numbers_in_digits(text: str, number: Fraction | None) -> None:
+    assert as_number(text) == number
+
+
+def test_a_number_with_an_absurd_exponent_is_none() -> None:
+    for text in ("It is 12e10000000", "\\boxed{1e10000000}", "The answer is 1e-10000000."):
+        assert judge(problem("number", "1"), text).outcome in (WRONG, NO_ANSWER)
 
 
 def test_a_tower_of_powers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +233,15 @@ def test_problems_from_a_file(tmp_path) -> None:
         ('{"id": 1, "question": "?", "answer": "-", "tests": [{"input": "1"}]}', "needs tests"),
         ('{"id": 1, "question": "?", "answer": "-", "tests": [["1", 2]]}', "both texts"),
         ('{"id": 1, "question": "?", "answer": "-", "tests": "[ ]"}', "needs tests"),
+        ('{"id": 1, "question": "?", "answer": ["4"]}', r"line 1: the answer to problem '1' must be.*\['4'\]"),
+        (
+            '{"id": 1, "question": "?", "answer": true}',
+            "the answer to problem '1' must be a text or a number, got True",
+        ),
+        ('{"id": 1, "question": "?", "answer": NaN}', "the answer to problem '1' must be.*nan"),
+        ('{"id": [1], "question": "?", "answer": "4"}', "line 1: the id must be"),
+        ('{"id": 1, "question": [{"role": "user", "content": "?"}], "answer": 4}', "the question of problem '1' must"),
+        ('{"id": 1, "question": "?", "answer": "A", "choices": [["x"], "y"]}', "a choice of problem '1' must be"),
         ('{"id": 1, "question": "?", "answer": "x", "kind": "poem"}', "kind must be one of"),
         ('{"id": 1, "question": "?", "answer": "x", "kind": "code"}', "needs tests"),
     ],
@@ -235,5 +288,13 @@ def test_rows_of_the_benchmarks_become_problems() -> None:
 
 
 def test_problems_are_checked_one_by_one() -> None:
+    assert problem_of({"id": 1.5, "question": "?", "answer": 0}) == EvalProblem("1.5", "?", "0", kind="number")
+    for wrong in (4, None, ["4"], " "):
+        with pytest.raises(StepFlowInputError, match="the answer of problem '7' must be a text"):
+            check_unique([EvalProblem("7", "?", wrong)])
+    with pytest.raises(StepFlowInputError, match="the question of problem '7' must be a text"):
+        check_unique([EvalProblem("7", [{"role": "user", "content": "?"}], "4")])
+    with pytest.raises(StepFlowInputError, match="choices, tests and trace of problem '7' must be texts"):
+        check_unique([EvalProblem("7", "?", "A", choices=(1, 2), kind="choice")])
     with pytest.raises(StepFlowInputError, match="at most 26"):
         problem_of({"id": 1, "question": "?", "answer": "A", "choices": ["x"] * 27})

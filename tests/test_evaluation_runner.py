@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow.cli import main
 from hf_stepflow.evaluation.arms import Arm, make_arms, parse_arm
+from hf_stepflow.evaluation.generation import Sampler
 from hf_stepflow.evaluation.html import write_report
 from hf_stepflow.evaluation.problems import EvalProblem, load_problems
 from hf_stepflow.evaluation.result import EvaluationResult
@@ -257,7 +258,12 @@ def test_files_that_are_no_results(reasoner, tmp_path: Path) -> None:
         ({"n_samples": 2}, "do_sample=True"),
         ({"batch_size": 0}, "at least 1"),
         ({"max_new_tokens": 8192}, r"has 8192 positions\n.*max_new_tokens of at most"),
-        ({"do_sample": True, "temperature": 0}, "temperature of 0"),
+        ({"n_samples": 2.5, "do_sample": True}, "n_samples must be a whole number of at least 1, got 2.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"do_sample": True, "temperature": 0}, "temperature must be a number above 0, got 0"),
+        ({"do_sample": True, "temperature": -0.5}, "temperature must be a number above 0, got -0.5"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number above 0, got nan"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"problems": [EvalProblem("1", "?", "five", kind="number")]}, "not a number"),
         ({"problems": [EvalProblem("1", "?", "-", tests='[["1", "1"]]', kind="code")]}, "run_code=True"),
@@ -265,7 +271,8 @@ def test_files_that_are_no_results(reasoner, tmp_path: Path) -> None:
         ({"arms": {"x": {"tau": 0.1}}}, "tau"),
     ],
 )
-def test_bad_arguments(reasoner, options: dict, words: str) -> None:
+def test_bad_arguments(reasoner, options: dict, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "run", lambda *_: pytest.fail("it generates"))
     with pytest.raises((StepFlowInputError, StepFlowConfigError), match=words):
         run(reasoner, **options)
 

@@ -135,6 +135,14 @@ def test_no_difference_at_all_is_not_certainty() -> None:
     assert always.high == 1.0
 
 
+@pytest.mark.parametrize("share", [0.25, -1.0])
+def test_one_problem_that_differs_among_samples_tells_nothing(share: float) -> None:
+    assert paired_p_value(np.array([0.0, share, 0.0, 0.0]), False) == 1.0
+    assert paired_p_value(np.array([0.0, share, share, 0.0]), False) == 0.5
+    first, second = [[False] * 4] * 10, [[False] * 4] * 9 + [[False, False, True, True]]
+    assert compare(first, second).p_value == 1.0
+
+
 def test_chance_alone_is_no_harm() -> None:
     generator = np.random.default_rng(7)
     first, second = ((generator.random((100, 4)) < 0.6).tolist() for _ in range(2))

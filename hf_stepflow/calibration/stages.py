@@ -18,6 +18,7 @@ import transformers
 
 import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
+from hf_stepflow.evaluation.generation import check_generation
 from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
 from hf_stepflow.evaluation.runner import digest, model_digest
 from hf_stepflow.prompts import encode_prompt
@@ -99,13 +100,11 @@ def calibrate(
         StepFlowError: a model that StepFlow cannot reach, or markers that its tokenizer cannot write.
     """
     spend = parse_budget(budget)
-    if samples < 1 or max_new_tokens < 1 or batch_size < 1 or scored < 2 or not 0 <= seed <= 10**9:
-        raise StepFlowInputError(
-            f"samples, max_new_tokens and batch_size must be at least 1, scored at least 2 and the seed in 0 to 10^9; "
-            f"got {samples}, {max_new_tokens}, {batch_size}, {scored} and {seed}"
-        )
-    if temperature <= 0:
-        raise StepFlowInputError(f"the temperature must be above 0, got {temperature}", hint="samples=1 is greedy")
+    check_generation(
+        {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}, seed, temperature
+    )
+    if type(scored) is not int or scored < 2:
+        raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
     asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
     for problem in asked:
         check_may_run(problem, run_code)

@@ -2,23 +2,30 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .mathematics import same_mathematics
-from .problems import LETTERS, EvalProblem, as_number
+from .problems import LETTERS, NUMBER, EvalProblem, as_number, is_words
 from .programs import passes
 
 # Outcomes. All but the first count as wrong; the last two are counted apart as well.
 CORRECT, WRONG, NO_ANSWER, UNFINISHED = "correct", "wrong", "no answer", "unfinished"
 OUTCOMES = (CORRECT, WRONG, NO_ANSWER, UNFINISHED)
 
-_NUMBER = r"(?<![\w.)])[-+]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/[1-9]\d*)?"
+_NUMBER = re.compile(rf"(?<![\w.)]){NUMBER}")
 _STATEMENTS = [
     re.compile(rf"\b{word}\b\W{{0,4}}?(?:(?:is|are)\b\s*[:=]?|[:=])", re.IGNORECASE) for word in ("answer", "result")
 ]
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|mbox)\s*\{(.*)\}", re.DOTALL)
-_EDGES = " \t\n*_`\"'$.:"
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+# Where the answer in a statement ends: with the sentence, or before a comma and words; lists go on behind commas.
+_CLAUSE_END = re.compile(r"(?<=[\w)}\]*%])[.;!](?:\s|$)|,\s+(?=(?:[aI]\s+)?[A-Za-z]{2})")
+_SENTENCE_END = re.compile(r"(?:(?<=\w{3})|(?<=[)}\]*\"'$]))[.;!](?:\s|$)")  # not behind "St" or "J"
+_AND = re.compile(r",?\s+(?:and|or)\s+(?=[-+\d\\$.(\[])")
+_COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[A-Za-z]+")
+_EDGES = " \t\n*_`\"'$:"
+_LEADING_STOPS = re.compile(r"^(?:\.{2,}|\.(?!\d))")  # one before a digit is a decimal point
 _BLOCK = re.compile(r"```[ \t]*([A-Za-z0-9]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 
@@ -82,16 +89,16 @@ def extract(problem: EvalProblem, text: str) -> str | None:
         return (marked or [block for _, block in blocks] or [None])[-1]
     box = _last_box(text)
     if box is not None:
-        return _of_kind(problem, box)
+        return _boxed(problem, box)
     for statement in _statements(text):
-        found = _of_kind(problem, statement)
+        found = _stated(problem, statement)
         if found is not None:
             return found
-    if problem.kind in ("number", "math"):
-        numbers = re.findall(_NUMBER, _plain(text))
-        return numbers[-1] if numbers else None
-    if problem.kind == "text":
+    if _is_text(problem):
         return _bare(text.strip().rsplit("\n", 1)[-1]) or None
+    if problem.kind in ("number", "math"):
+        numbers = _NUMBER.findall(_plain(text).replace("\\$", ""))
+        return numbers[-1] if numbers else None
     return None
 
 
@@ -99,24 +106,90 @@ def is_right(problem: EvalProblem, answer: str) -> bool:
     """Whether an extracted answer is the right one."""
     if problem.kind == "choice":
         return answer == problem.answer
-    if problem.kind == "text":
-        return " ".join(answer.casefold().split()) == " ".join(_bare(problem.answer).casefold().split())
     if problem.kind == "code":
         return passes(problem.tests or "[]", answer)
-    if problem.kind == "number":
-        right, given = as_number(problem.answer), as_number(_plain(answer))
-        if right is not None and given is not None:
-            return right == given
-    return same_mathematics(problem.answer, answer)
+    right, given = (" ".join(_bare(text).split()) for text in (problem.answer, answer))
+    if problem.kind == "text":
+        return right.casefold() == given.casefold()
+    if right == given:
+        return True
+    number = _value(problem.answer)
+    if number is not None:
+        answer = _among_words(answer) or answer
+        value = _value(answer)
+        if problem.kind == "number" and value is not None:
+            return number == value
+    return same_mathematics(_plain(problem.answer), _plain(answer))
 
 
-def _of_kind(problem: EvalProblem, text: str) -> str | None:
-    """The answer in a box or a statement, if there is one of the problem's kind."""
+def _is_text(problem: EvalProblem) -> bool:
+    """Whether the right answer is words, be they marked as such in mathematics."""
+    if problem.kind != "math":
+        return problem.kind == "text"
+    bare = _bare(problem.answer)
+    is_wrapped = _WRAPPED.fullmatch(problem.answer.strip()) is not None and re.search(r"[A-Za-z]{3}", bare) is not None
+    return is_wrapped or is_words(bare)
+
+
+def _boxed(problem: EvalProblem, text: str) -> str | None:
+    """The answer in a box, if there is one of the problem's kind; mathematics as it stands there."""
     if problem.kind == "choice":
         return _letter(problem, text)
-    if problem.kind == "text":
+    if _is_text(problem):
         return _bare(text) or None
-    return _expression(text)
+    text = _plain(_trimmed(text))
+    if problem.kind == "math":
+        return text or None
+    behind = _behind_equals(text)
+    if _value(behind) is not None:
+        return behind
+    return text if _has_mathematics(_bare(text)) else None
+
+
+def _stated(problem: EvalProblem, text: str) -> str | None:
+    """The answer in what follows "the answer is": what stands between dollars, else what the sentence begins with."""
+    if problem.kind == "choice":
+        return _letter(problem, text)
+    if _is_text(problem):
+        return _bare(_SENTENCE_END.split(text, maxsplit=1)[0]) or None
+    marked = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
+    if marked:
+        return _boxed(problem, next(part for part in marked[-1] if part))
+    text = _plain(_trimmed(_CLAUSE_END.split(_AND.sub(", ", text), maxsplit=1)[0]))
+    if not re.search(r"[A-Za-z]{3,}", _COMMAND.sub("", text)):
+        return _boxed(problem, text) if _has_mathematics(text) else None
+    # Words as well. What stands in front of them may be an expression; else the first number counts.
+    behind = _behind_equals(text)
+    if _value(behind) is not None:
+        return behind
+    front = _trimmed(re.split(r"\s+(?=\(?[A-Za-z]{2})", text, maxsplit=1)[0])
+    if re.search(r"\d|\\", front) and re.search(r"[\\^A-Za-z(\[]", front) and front.count("{") == front.count("}"):
+        return front
+    numbers = _NUMBER.findall(behind)
+    return numbers[0] if numbers else None
+
+
+def _has_mathematics(text: str) -> bool:
+    return re.search(r"\d|\\|\b[A-Za-z]\b", text) is not None
+
+
+def _behind_equals(text: str) -> str:
+    """What stands behind the last equals sign; the whole where commas make it a list."""
+    return text if re.search(r",(?!\d{3})", text) else text.rsplit("=", 1)[-1].strip()
+
+
+def _value(text: str) -> Fraction | None:
+    """The value of a number in digits, in LaTeX or not."""
+    return as_number(_plain(text).replace("\\$", "").replace("\\%", ""))
+
+
+def _among_words(text: str) -> str | None:
+    """The only number of a text that holds nothing but words beside it: the unit, or a sentence."""
+    parts = [part.strip(".,:;!?()") for part in _WRAPPED.sub(r" \1 ", text).split()]
+    numbers = [part for part in parts if _value(part) is not None]
+    words = [part for part in parts if part and part not in numbers]
+    is_plain = all(re.fullmatch(r"[aI]|[A-Za-z'-]{2,}", word) for word in words)
+    return numbers[0] if len(numbers) == 1 and words and is_plain else None
 
 
 def _statements(text: str) -> list[str]:
@@ -143,39 +216,31 @@ def _last_box(text: str) -> str | None:
     return None
 
 
-def _bare(text: str) -> str:
+def _trimmed(text: str) -> str:
     """A text without emphasis, quotes, mathematics marks and a final stop around it."""
     while True:
         before = text
-        text = text.strip(_EDGES)
+        text = _LEADING_STOPS.sub("", text.lstrip(_EDGES).rstrip(_EDGES + "."))
         for mark in ("\\(", "\\)", "\\[", "\\]"):
             text = text.removeprefix(mark).removesuffix(mark)
-        wrapped = _WRAPPED.fullmatch(text)
-        text = wrapped.group(1) if wrapped else text
         if text == before:
             return text
 
 
+def _bare(text: str) -> str:
+    """A text without anything around it, LaTeX marks of a text or its weight included."""
+    while True:
+        text = _trimmed(text)
+        wrapped = _WRAPPED.fullmatch(text)
+        if wrapped is None:
+            return text
+        text = wrapped.group(1)
+
+
 def _plain(text: str) -> str:
-    """Numbers as programs write them: no thin spaces or LaTeX commas in them, and a minus that is one."""
-    text = text.replace("\u2212", "-").replace("\\$", "").replace("\\%", "").replace("\\!", "")
+    """Mathematics as LaTeX has it: no thin spaces or LaTeX commas in numbers, a minus that is one."""
+    text = text.replace("\u2212", "-").replace("\u00b0", "^\\circ").replace("\\!", "")
     return re.sub(r"(?<=\d)(?:\\,|\{,\}|[\u00a0\u2009\u202f])(?=\d{3})", "", text)
-
-
-def _expression(text: str) -> str | None:
-    """A number or an expression: what stands between dollars or behind the last equals sign, else the first number."""
-    marked = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
-    if marked:
-        text = next(part for part in marked[-1] if part)
-    text = re.split(r"(?<=[\w)}\]*])[.;!](?:\s|$)|,\s", text, maxsplit=1)[0] if not marked else text
-    text = _plain(_bare(text))
-    behind = text.rsplit("=", 1)[-1].strip()
-    if as_number(behind) is not None:
-        return behind
-    if re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", "", behind)):  # words: a sentence, not an expression
-        numbers = re.findall(_NUMBER, behind)
-        return numbers[0] if numbers else None
-    return behind if re.search(r"\d|\\|\b[A-Za-z]\b", behind) else None
 
 
 def _letter(problem: EvalProblem, text: str) -> str | None:

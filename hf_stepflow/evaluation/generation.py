@@ -1,7 +1,8 @@
 """One batch of one arm: prompts in, judged responses out."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,30 @@ from .answers import CORRECT, judge
 from .arms import Arm
 from .problems import EvalProblem
 from .voting import votes
+
+
+def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> None:
+    """Refuses what generation, or the statistics after all of it, would stumble over.
+
+    Args:
+        counts: whole numbers of at least one, by the names of their arguments.
+        seed: a whole number of at least zero.
+        temperature: of the sampling, above zero; None where it is left to the model.
+
+    Raises:
+        StepFlowInputError: one of them is something else.
+    """
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise StepFlowInputError(f"{name} must be a whole number of at least 1, got {count!r}")
+    if type(seed) is not int or seed < 0:
+        raise StepFlowInputError(f"the seed must be a whole number of at least 0, got {seed!r}")
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if temperature is not None and not (is_number and 0 < temperature < math.inf):
+        raise StepFlowInputError(
+            f"the temperature must be a number above 0, got {temperature!r}",
+            hint="it is for sampling: a single response without do_sample=True is greedy and takes none",
+        )
 
 
 @dataclass(frozen=True)

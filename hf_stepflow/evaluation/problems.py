@@ -1,18 +1,27 @@
 """What a model is asked: problems from JSONL files, the paper's benchmarks, and the reasoner's generators."""
 
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError, shown
 
 KINDS = ("math", "choice", "number", "text", "code")
 _FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
 _TESTS = 'for instance [["2 3\\n", "5\\n"]]'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# A number in digits. The exponent is short: as a fraction, 1e10000000 alone would take all time and memory.
+NUMBER = (
+    r"[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/[1-9]\d*)?(?!\d|[eE][-+]?\d)"
+)
+# A word of an answer: an article, initials, or two letters and more; ab-cd is a difference and no word.
+_WORD = re.compile(r"a|(?:[^\W\d_]\.)+|(?:[^\W\d_]['\u2019])?[^\W\d_]{2,}(?:['\u2019][^\W\d_]+|-[^\W\d_]{3,})*\.?")
 
 
 @dataclass(frozen=True)
@@ -123,11 +132,14 @@ def problem_of(data: Any) -> EvalProblem:
     missing = [key for key in ("id", "question", "answer") if not str(data.get(key, "")).strip()]
     if missing:
         raise StepFlowInputError(f"no {' and no '.join(missing)}")
+    name = _text_of(data["id"], "the id")
     choices = data.get("choices", [])
     if not isinstance(choices, list) or len(choices) > len(LETTERS):
-        raise StepFlowInputError(f"choices must be a list of at most {len(LETTERS)} texts, got {choices!r}")
-    choices = [str(choice) for choice in choices]
-    answer = str(data["answer"]).strip()
+        raise StepFlowInputError(
+            f"choices of problem {name!r} must be a list of at most {len(LETTERS)} texts, got {shown(choices)}"
+        )
+    choices = [_text_of(choice, f"a choice of problem {name!r}") for choice in choices]
+    answer = _text_of(data["answer"], f"the answer to problem {name!r}").strip()
     kind = data.get("kind") or ("choice" if choices else "code" if "tests" in data else _kind_of(answer))
     if kind == "choice" and answer not in LETTERS[: len(choices)] and answer in choices:
         answer = LETTERS[choices.index(answer)]
@@ -137,9 +149,15 @@ def problem_of(data: Any) -> EvalProblem:
     trace = data.get("trace")
     if trace is not None and (not isinstance(trace, str) or not trace):
         raise StepFlowInputError(f"trace must be the text of a right response, got {trace!r}", hint="or leave it out")
-    return check_problem(
-        EvalProblem(str(data["id"]), str(data["question"]), answer, tuple(choices), tests, kind, trace)
-    )
+    return check_problem(EvalProblem(name, data["question"], answer, tuple(choices), tests, kind, trace))
+
+
+def _text_of(value: Any, name: str) -> str:
+    """A text, or a number as a text."""
+    is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+    if not isinstance(value, str) and not is_number:
+        raise StepFlowInputError(f"{name} must be a text or a number, got {shown(value)}", hint="write it as a text")
+    return str(value)
 
 
 def check_problem(problem: EvalProblem) -> EvalProblem:
@@ -149,6 +167,19 @@ def check_problem(problem: EvalProblem) -> EvalProblem:
         StepFlowInputError: it cannot.
     """
     answer, kind = problem.answer, problem.kind
+    for name in ("id", "question", "answer"):
+        value = getattr(problem, name)
+        if not isinstance(value, str) or not value.strip():
+            raise StepFlowInputError(
+                f"the {name} of problem {shown(problem.id)} must be a text that is not empty, got {shown(value)}",
+                hint="a number as a text, such as '4'; of a conversation, only the question as one text",
+            )
+    others = [*problem.choices, *(text for text in (problem.tests, problem.trace) if text is not None)]
+    if not all(isinstance(text, str) for text in others):
+        raise StepFlowInputError(
+            f"choices, tests and trace of problem {problem.id!r} must be texts, got {shown(others)}",
+            hint="tests of an EvalProblem are JSON",
+        )
     if kind not in KINDS:
         raise StepFlowInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "number" and as_number(answer) is None:
@@ -176,17 +207,28 @@ def check_problem(problem: EvalProblem) -> EvalProblem:
 
 
 def as_number(text: str) -> Fraction | None:
-    """A number written in digits (`1,250.5`, `$3`, `1/2`, `1e5`), or None."""
-    bare = text.strip().replace("$", "").replace(",", "").rstrip("%").rstrip(".")
+    """A number written in digits (`1,250.5`, `.5`, `$3`, `1/2`, `1e5`), or None; also for exponents beyond reason."""
+    bare = text.strip().replace("$", "").rstrip("%").rstrip(".")
+    if re.fullmatch(NUMBER, bare) is None:
+        return None
     try:
-        return Fraction(bare)
+        return Fraction(bare.replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
 
 
+def is_words(answer: str) -> bool:
+    """Whether an answer is words (`Paris`, `New York`, `no`) and not mathematics (`xy`, `sin x`)."""
+    bare = answer.strip()
+    is_plain = all(_WORD.fullmatch(word) for word in re.split(r"[\s,]+", bare))
+    return is_plain and (bare.casefold() == "no" or re.search(r"[^\W\d_]{3}", bare) is not None)
+
+
 def _kind_of(answer: str) -> str:
-    """A plain number is compared as one, anything else as mathematics."""
-    return "math" if as_number(answer) is None else "number"
+    """A plain number is compared as one, words as a text, anything else as mathematics."""
+    if as_number(answer) is not None:
+        return "number"
+    return "text" if is_words(answer) else "math"
 
 
 def reasoner_problems(level: str, number: int, split: str = "test", start: int = 0) -> list[EvalProblem]:

@@ -19,7 +19,7 @@ from hf_stepflow.runtime.steps import StepVocabulary
 
 from .answers import check_may_run
 from .arms import Arm, make_arms
-from .generation import Sampler
+from .generation import Sampler, check_generation
 from .problems import EvalProblem, check_unique, problem_of
 from .result import EvaluationResult
 from .store import ResultStore
@@ -69,19 +69,18 @@ def evaluate(
     """
     chosen = make_arms({"base": False, "stepflow": True} if arms is None else arms)
     asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
-    if n_samples < 1 or batch_size < 1 or max_new_tokens < 1:
-        raise StepFlowInputError(
-            f"n_samples, batch_size and max_new_tokens must be at least 1, got {n_samples}, {batch_size} and "
-            f"{max_new_tokens}"
-        )
+    check_generation(
+        {"n_samples": n_samples, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
+        seed,
+        generation.get("temperature"),
+    )
     if n_samples > 1 and not generation.get("do_sample"):
         raise StepFlowInputError(
             f"n_samples={n_samples} greedy responses would all be the same", hint="pass do_sample=True, or n_samples=1"
         )
-    if generation.get("num_return_sequences", 1) != 1 or generation.get("temperature", 1) in (0, 0.0):
+    if generation.get("num_return_sequences", 1) != 1:
         raise StepFlowInputError(
-            "num_return_sequences and a temperature of 0 are not for the runner",
-            hint="use n_samples, Arm(samples=...), or leave do_sample out for greedy decoding",
+            "num_return_sequences is not for the runner", hint="use n_samples or Arm(samples=...)"
         )
     for problem in asked:
         check_may_run(problem, run_code)

@@ -10,6 +10,9 @@ import torch
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+# Positions, over all rows of a batch, whose probabilities are held at once.
+_PIECE = 512
+
 
 @dataclass(frozen=True)
 class TraceScore:
@@ -114,8 +117,7 @@ def _score(model: Any, rows: list[tuple[list[int], list[int]]], attached: bool) 
         extra["logits_to_keep"] = after + 1
     output = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
     logits, targets = output.logits[:, -after - 1 : -1], ids[:, before:]
-    right = (logits.argmax(-1) == targets).cpu()
-    likelihood = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].cpu()
+    right, likelihood = (part.cpu() for part in _compare(logits, targets))
     found = []
     for row, (_, response) in enumerate(rows):
         part = slice(0, len(response))
@@ -125,3 +127,24 @@ def _score(model: Any, rows: list[tuple[list[int], list[int]]], attached: bool) 
             TraceScore(not wrong, first, len(wrong), len(response), float(likelihood[row, part].double().sum()))
         )
     return found
+
+
+def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each token is the likeliest, and its log likelihood.
+
+    A piece of the response at a time: probabilities in float32 of all of it would take several times the memory of
+    the logits.
+
+    Args:
+        logits: [rows, tokens, vocabulary], in the model's precision.
+        targets: [rows, tokens], the ids of the response.
+
+    Returns:
+        Both [rows, tokens]; log likelihoods in float32.
+    """
+    right, likelihood = [], []
+    size = max(1, _PIECE // len(targets))
+    for piece, ids in zip(logits.split(size, 1), targets.split(size, 1), strict=True):
+        right.append(piece.argmax(-1) == ids)
+        likelihood.append(piece.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0])
+    return torch.cat(right, 1), torch.cat(likelihood, 1)

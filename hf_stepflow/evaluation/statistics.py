@@ -129,6 +129,8 @@ def paired_p_value(differences: np.ndarray, is_single: bool, seed: int = 0) -> f
         return 1.0
     if is_single:
         return float(stats.binomtest(up, up + down, 0.5).pvalue)
+    if up + down == 1:
+        return 1.0  # both signs are as extreme, and permutation_test takes no single observation
     test = stats.permutation_test(
         (differences[differences != 0],),
         np.mean,
