@@ -157,8 +157,8 @@ class _Stages:
         self.scored = scored
         self.seed = laboratory.sampling.seed
         size = laboratory.sampling.batch_size
-        self.calibration = batches_of(splits.calibration, size, "calibration")
-        self.held_out = batches_of(splits.held_out, size, "held-out")
+        self.calibration = batches_of(splits.calibration, size, "calibration", self.seed)
+        self.held_out = batches_of(splits.held_out, size, "held-out", self.seed)
         self.heads: dict[int, int] = laboratory.model.stepflow_runtime.heads
         self.rows: list[Row] = []
         self.easy: set[str] = set()
