@@ -6,8 +6,7 @@ held-out split is answered once, at the end, by the base, the winner, and the wi
 
 import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_o
 from hf_stepflow.evaluation.runner import digest, model_digest
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
-from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 
 from .ablations import RANDOM_STEPS, ablations, depends_on_steps
+from .argument_checks import check_numbers
 from .bands import Bands, propose_bands, quarter_rule
 from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import look_for_trend
 from .halving import Halving, Results, halve, rank_correlation, to_run
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
-from .laboratory import Laboratory, Sampling
-from .presets import rule_preset
+from .laboratory import Laboratory, Sampling, attached
 from .proxy import proxy_score
 from .random_steps import random_steps
 from .result import Ablation, Calibration
@@ -99,19 +97,13 @@ def calibrate(
         StepFlowError: a model that StepFlow cannot reach, or markers that its tokenizer cannot write.
     """
     spend = parse_budget(budget)
-    if samples < 1 or max_new_tokens < 1 or batch_size < 1 or scored < 2 or not 0 <= seed <= 10**9:
-        raise StepFlowInputError(
-            f"samples, max_new_tokens and batch_size must be at least 1, scored at least 2 and the seed in 0 to 10^9; "
-            f"got {samples}, {max_new_tokens}, {batch_size}, {scored} and {seed}"
-        )
-    if temperature <= 0:
-        raise StepFlowInputError(f"the temperature must be above 0, got {temperature}", hint="samples=1 is greedy")
+    sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))
+    check_numbers(sampling, scored)
     asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
     for problem in asked:
         check_may_run(problem, run_code)
     splits = split_problems(asked, seed)
-    sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))
-    with _attached(model, tokenizer, stepflow):
+    with attached(model, tokenizer, stepflow):
         run = {
             "problems": digest([vars(problem) for problem in asked]),
             "n_problems": len(asked),
@@ -365,27 +357,3 @@ def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
     for result in results:
         shares.setdefault(result["problem"], []).append(float(result["right"]))
     return shares
-
-
-@contextmanager
-def _attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
-    """The model in evaluation mode with StepFlow attached; as it was afterwards."""
-    was_training = model.training
-    attaches = getattr(model, "stepflow_runtime", None) is None
-    if not attaches and stepflow is not None:
-        raise StepFlowInputError(
-            "StepFlow is attached to this model with settings of its own, and stepflow= was given as well",
-            hint="leave stepflow out, or call model.detach_stepflow() first",
-        )
-    if attaches:
-        settings = rule_preset(model).settings.to_dict() if stepflow is None else stepflow
-        if stepflow is None:
-            settings |= {"base_model_name_or_path": None}
-        StepFlowModelForCausalLM.attach(model, settings, tokenizer=tokenizer)
-    try:
-        model.eval()
-        yield
-    finally:
-        if attaches:
-            model.detach_stepflow()
-        model.train(was_training)
