@@ -20,6 +20,9 @@ from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_sc
 from hf_stepflow.calibration.work_folder import WorkFolder
 from hf_stepflow.calibration.workers import Workers
 from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.runtime.steps import StepVocabulary
+
+VOCABULARY = StepVocabulary.from_tokenizer(byte_tokenizer())
 
 
 def naive(rows, before, after, short):
@@ -137,8 +140,17 @@ def test_answers_are_read_by_problem() -> None:
         {"problem": "0", "right": right, "ids": [1] * length, "steps": steps}
         for right, length, steps in ((True, 4, 2), (False, 8, 4))
     ]
-    (one,) = read_answers(asked, results, byte_tokenizer())
+    (one,) = read_answers(asked, results, byte_tokenizer(), VOCABULARY, {})
     assert (one.accuracy, one.tokens, one.steps) == (0.5, 6.0, 3.0)
+
+
+def test_length_and_steps_are_those_of_the_reference() -> None:
+    """A response that went wrong is long, and says nothing about the length of its problem."""
+    trace = "Ann has two eggs. She gets one more egg. That makes three eggs.</think>The answer is 3."
+    asked = [EvalProblem("0", "How many?<think>", "3", kind="number", trace=trace)]
+    lost = [{"problem": "0", "right": False, "ids": [1] * 900, "steps": 70}]
+    (one,) = read_answers(asked, lost, byte_tokenizer(), VOCABULARY, {})
+    assert (one.tokens, one.steps) == (len(encode(trace)) + 1, 3.0)
 
 
 # Heads

@@ -141,6 +141,23 @@ def test_a_closed_gate_gives_the_empty_preset(reasoner, tmp_path: Path) -> None:
     assert "Not reached." in (tmp_path / "empty.html").read_text()
 
 
+def test_force_goes_on_where_the_gate_was_closed(reasoner, whole, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+
+    def answers() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in work.glob("answers/*.json")}
+
+    assert not run(reasoner, work=work, force=False).trials
+    before = answers()
+    assert told(run(reasoner, work=work)) == told(whole)
+    assert before
+    after = answers()
+    assert {path: after[path] for path in before} == before  # the base's answers are not made again
+    with pytest.raises(StepFlowInputError, match="force: true there, false now"):
+        run(reasoner, work=work, force=False)  # it would take the verdict back
+    assert answers() == after
+
+
 def test_presets_of_every_verdict_are_valid(reasoner, whole, tmp_path: Path) -> None:
     preset = whole.preset("found", "org/reasoner", architecture_of(reasoner[0]), "calibrate", "chains-2")
     write_preset(preset, tmp_path / "found.json")

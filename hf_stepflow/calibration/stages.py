@@ -19,6 +19,7 @@ import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
 from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
 from hf_stepflow.evaluation.runner import digest, model_digest
+from hf_stepflow.evaluation.store import another_run
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
 
@@ -27,7 +28,7 @@ from .argument_checks import check_numbers
 from .bands import Bands, propose_bands, quarter_rule
 from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
-from .gate import look_for_trend
+from .gate import Gate, look_for_trend
 from .halving import Halving, Results, halve, rank_correlation, to_run
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .laboratory import Laboratory, Sampling, attached
@@ -81,7 +82,7 @@ def calibrate(
         seed: of splits, sampling, search and resampling.
         work: folder in which everything is kept as soon as it is found; a run that was stopped is continued there, and
             another one refused. None keeps nothing.
-        force: go on where errors do not rise with length.
+        force: go on where errors do not rise with length; also in the folder of a run that ended there.
         stepflow: markers and step rules, as for `attach`; None takes those that are attached, or the rule.
         samples: responses to each problem; 1 is greedy, more are sampled.
         temperature: of the sampling.
@@ -116,7 +117,6 @@ def calibrate(
             "sampling": vars(sampling),
             "seed": seed,
             "budget": vars(spend),
-            "force": force,
             "scored": scored,
             "library": hf_stepflow.__version__,
         }
@@ -163,8 +163,8 @@ class _Stages:
         measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
         gate = look_for_trend(errors, measures, self.seed)
         found = Calibration(run, about, gate, held_out=len(self.splits.held_out))
-        if found.gate.is_open or force:
-            found.is_forced = not found.gate.is_open
+        found.is_forced = self.is_forced(found.gate, force)
+        if found.gate.is_open or found.is_forced:
             self.rows = rows_to_score(solved, self.lab.tokenizer, self.lab.sampling.template, self.scored)
             self.easy = short_and_easy(solved)
             self.base = self.lab.likelihoods(None, self.rows)
@@ -187,7 +187,18 @@ class _Stages:
         self.calibration = self.calibration[:done]
         answered = {problem.id for batch in self.calibration for problem in batch.problems}
         problems = [one for one in self.splits.calibration if one.id in answered]
-        return read_answers(problems, results[BASE], self.lab.tokenizer)
+        vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
+        return read_answers(problems, results[BASE], self.lab.tokenizer, vocabulary, self.lab.sampling.template)
+
+    def is_forced(self, gate: Gate, force: bool) -> bool:
+        """Whether a closed gate is passed. Once it was, there may be a verdict, which must not be taken back."""
+        if gate.is_open:
+            return False
+        if force:
+            return self.lab.decide("forced", lambda: True)
+        if self.lab.work.get("decisions", "forced") is not None:
+            raise another_run(self.lab.work.path, ["force: true there, false now"])
+        return False
 
     def context_lengths(self, solved: Sequence[Solved]) -> list[int]:
         """Lengths from which a length temperature may start: three quarters and half of all traces are longer."""
