@@ -83,6 +83,29 @@ def test_the_same_settings_score_nothing() -> None:
     assert score.is_harmless
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_overflows_counts_as_the_worst(value: float) -> None:
+    rows = [Row(name, (1,), (2,), is_right) for name in "ab" for is_right in (True, False)]
+    before, gains = [-30.0] * 4, [-29.0, -31.0, -29.0, -31.0]
+    fine = proxy_score(rows, before, gains, {"a"})
+    assert fine.is_harmless
+    for place, worst in ((0, -40.0), (1, -20.0)):  # a right response lost, a wrong one made likelier
+        after = [value if at == place else gain for at, gain in enumerate(gains)]
+        score = proxy_score(rows, before, after, {"a"})
+        assert score == proxy_score(
+            rows, before, [worst if at == place else gain for at, gain in enumerate(gains)], {"a"}
+        )
+        assert score.value < 0 < fine.value
+    assert not proxy_score(rows, before, [value, *gains[1:]], {"a"}).is_harmless
+
+
+@pytest.mark.parametrize("after", [math.nan, -3.0])
+def test_where_the_base_overflows_nothing_is_told(after: float) -> None:
+    rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), True)]
+    score = proxy_score(rows, [math.nan, -3.0], [after, -2.0], set())
+    assert (score.likelihood, score.short) == (0.5, None)
+
+
 def test_harm_to_short_problems_is_below_the_base() -> None:
     harmful = ProxyScore(5.0, 0.1, 5.0, 5.0, -2 * TOLERANCE)
     assert not harmful.is_harmless
