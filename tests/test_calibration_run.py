@@ -229,6 +229,26 @@ def test_bad_input_is_refused(reasoner, options: dict, message: str) -> None:
         run(reasoner, **options)
 
 
+@pytest.mark.parametrize("part", ["question", "trace"])
+def test_a_problem_too_long_is_refused_before_any_work(tmp_path: Path, part: str) -> None:
+    model = tiny_model("llama")
+    room = model.config.max_position_embeddings
+    for long in range(30):  # of either split
+        asked = [{"id": at, "question": f"{at} eggs?", "answer": at, "trace": "Some."} for at in range(30)]
+        asked[long][part] += "s" * room
+        with pytest.raises(StepFlowInputError, match=rf"of problem '{long}' .*{room} positions"):
+            calibrate(model, byte_tokenizer(), asked, max_new_tokens=4, work=tmp_path / "work", progress=False)
+    assert not (tmp_path / "work").exists()
+    assert not hasattr(model, "stepflow_runtime")
+
+
+def test_more_new_tokens_than_fit_are_refused() -> None:
+    model = tiny_model("llama")
+    problems = [{"id": at, "question": f"{at + 10} eggs?", "answer": at} for at in range(30)]
+    with pytest.raises(StepFlowInputError, match=r"at most 504"):  # of 512 positions
+        calibrate(model, byte_tokenizer(), problems, max_new_tokens=505, progress=False)
+
+
 def test_settings_of_the_attached_model_do_not_leak_into_candidates() -> None:
     model = attach(tiny_model("llama"), "paper")
     problems = [{"id": at, "question": f"{at} eggs?", "answer": at} for at in range(30)]

@@ -1,5 +1,10 @@
 """Whether a calibration can be carried to its end, told before it begins: some run for hours."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .laboratory import Sampling
@@ -25,3 +30,36 @@ def check_numbers(sampling: Sampling, scored: int) -> None:
         raise StepFlowInputError(
             f"the temperature must be above 0, got {sampling.temperature}", hint="samples=1 is greedy"
         )
+
+
+def check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], sampling: Sampling) -> None:
+    """Refuses problems of either split that the model has no positions for.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        problems: those of both splits.
+        sampling: how responses are generated.
+
+    Raises:
+        StepFlowInputError: a prompt with the response that may follow, or with its reference trace, is too long.
+    """
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is None:
+        return
+    for problem in problems:
+        prompt = len(encode_prompt(tokenizer, problem.prompt, **sampling.template))
+        if prompt + sampling.max_new_tokens > room:
+            raise StepFlowInputError(
+                f"the prompt of problem {problem.id!r} has {prompt} tokens, which with a response of "
+                f"max_new_tokens={sampling.max_new_tokens} makes {prompt + sampling.max_new_tokens}; this model has "
+                f"{room} positions",
+                hint=f"max_new_tokens of at most {max(room - prompt, 0)}, or leave this problem out",
+            )
+        trace = 0 if problem.trace is None else len(encode_response(tokenizer, problem.trace))
+        if prompt + trace > room:
+            raise StepFlowInputError(
+                f"prompt and trace of problem {problem.id!r} have {prompt} and {trace} tokens; this model has {room} "
+                f"positions",
+                hint="leave this problem out, or its trace",
+            )
