@@ -304,6 +304,22 @@ def test_the_command_refuses_bad_input(tmp_path: Path, monkeypatch, capsys, word
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sources_that_number_their_problems_alike(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, things in (("a", "eggs"), ("b", "pens")):
+        rows = [{"id": at, "question": f"{at} {things}?", "answer": at} for at in range(20)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["calibrate", "reasoner", "--max-new-tokens", "4", "--out", "mine.json"]
+    assert main([*words, "--problems", "a.jsonl", "--problems", "b.jsonl"]) == NOTHING_FOUND
+    kept = json.loads(Path("mine-calibration/run.json").read_text())
+    assert kept["run"]["n_problems"] == 40
+    ids = {one["problem"] for file in Path().glob("*/answers/*.json") for one in json.loads(file.read_text())["found"]}
+    assert {one.rpartition("/")[0] for one in ids} == {"a.jsonl", "b.jsonl"}
+    monkeypatch.setattr("hf_stepflow.cli.calibrate.load", None)  # refused before the model is loaded
+    assert main([*words, "--problems", "a.jsonl", "--problems", "a.jsonl"]) == 2
+    assert "a.jsonl is given twice" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_kill_loses_at_most_a_batch(tmp_path: Path) -> None:
     """The process is killed outright while it works, and the command then goes on."""

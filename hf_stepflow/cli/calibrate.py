@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.calibration.preset_checks import NAME
     from hf_stepflow.calibration.result import write_preset
     from hf_stepflow.calibration.stages import calibrate
-    from hf_stepflow.evaluation.problems import load_problems
 
     demand_folders(args.out, args.report)
     base_model = _base_model(args)
@@ -70,11 +70,7 @@ def run(args: argparse.Namespace) -> int:
             hint="pass --out my-model.json",
         )
     work = args.work or (args.out or Path(name)).with_name(f"{name}-calibration")
-    problems = [
-        problem
-        for source in args.problems
-        for problem in load_problems(source, args.limit, split="calibration", seed=args.seed)
-    ]
+    problems = _problems(args.problems, args.limit, args.seed)
     settings = _reading(args.stepflow)
     model, tokenizer = load(args.model, args.dtype, _device(args.device), args.revision)
     architecture = _architecture(model)
@@ -130,6 +126,20 @@ def _base_model(args: argparse.Namespace) -> str:
             hint="pass --base-model ORG/NAME",
         )
     return given
+
+
+def _problems(sources: list[str], limit: int | None, seed: int) -> list[Any]:
+    """The problems of all sources. Many number theirs from 0 or 1: of several sources, each id tells its own."""
+    from hf_stepflow.evaluation.problems import load_problems
+
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise StepFlowInputError(f"--problems {twice} is given twice", hint="give each source once")
+    problems = []
+    for source in sources:
+        own = load_problems(source, limit, split="calibration", seed=seed)
+        problems += own if len(sources) == 1 else [replace(one, id=f"{source}/{one.id}") for one in own]
+    return problems
 
 
 def _reading(stepflow: str | None) -> Any:
