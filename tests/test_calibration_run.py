@@ -286,8 +286,12 @@ def test_the_command(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "Mine.json"], "NAME.json"),
+        (["--out", "Mine.json"], "name is 'Mine', expected a name of a-z"),
         (["--out", "mine.txt"], "NAME.json"),
+        (["--out", "preset.json"], "mean something else"),
+        (["--out", "schema.json"], "mean something else"),
+        (["--out", f"{'m' * 101}.json"], "1 to 100 characters"),
+        (["--revision", "a..b"], "expected a revision"),
         (["--out", "no-such-folder/mine.json"], "no folder"),
         (["--base-model", "no id"], "Hub id"),
         (["--stepflow", "no-such-preset"], "no preset"),
