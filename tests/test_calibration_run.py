@@ -229,6 +229,15 @@ def test_bad_input_is_refused(reasoner, options: dict, message: str) -> None:
         run(reasoner, **options)
 
 
+@pytest.mark.parametrize(("package", "extra"), [("optuna", "calibrate"), ("math_verify", "eval")])
+def test_what_is_not_installed_is_told_before_any_work(tmp_path: Path, monkeypatch, package: str, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    problems = [{"id": at, "question": f"{at} eggs?", "answer": at} for at in range(30)]
+    with pytest.raises(StepFlowInputError, match=rf"needs {package.replace('_', '-')}.*\n.*hf-stepflow\[{extra}\]"):
+        calibrate(tiny_model("llama"), byte_tokenizer(), problems, max_new_tokens=4, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("part", ["question", "trace"])
 def test_a_problem_too_long_is_refused_before_any_work(tmp_path: Path, part: str) -> None:
     model = tiny_model("llama")

@@ -1,8 +1,10 @@
 """Whether a calibration can be carried to its end, told before it begins: some run for hours."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
+from hf_stepflow.evaluation.mathematics import demand_math_verify
 from hf_stepflow.evaluation.problems import EvalProblem
 from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
@@ -30,6 +32,22 @@ def check_numbers(sampling: Sampling, scored: int) -> None:
         raise StepFlowInputError(
             f"the temperature must be above 0, got {sampling.temperature}", hint="samples=1 is greedy"
         )
+
+
+def demand_packages(problems: Sequence[EvalProblem]) -> None:
+    """Checks that what later stages need is installed.
+
+    Args:
+        problems: what is asked.
+
+    Raises:
+        StepFlowInputError: it is not.
+    """
+    if find_spec("optuna") is None:
+        raise StepFlowInputError(
+            "the search for settings needs optuna, which is not installed", hint="pip install 'hf-stepflow[calibrate]'"
+        )
+    demand_math_verify(problem.kind for problem in problems)
 
 
 def check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], sampling: Sampling) -> None:

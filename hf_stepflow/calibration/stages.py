@@ -24,7 +24,7 @@ from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .ablations import RANDOM_STEPS, ablations, depends_on_steps
-from .argument_checks import check_lengths, check_numbers
+from .argument_checks import check_lengths, check_numbers, demand_packages
 from .bands import Bands, propose_bands, quarter_rule
 from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
@@ -94,7 +94,8 @@ def calibrate(
         progress: show progress bars.
 
     Raises:
-        StepFlowInputError: arguments that make no sense, too few problems or too long ones, another run's folder.
+        StepFlowInputError: arguments that make no sense, too few problems or too long ones, another run's folder, a
+            package that is not installed.
         StepFlowError: a model that StepFlow cannot reach, or markers that its tokenizer cannot write.
     """
     spend = parse_budget(budget)
@@ -104,6 +105,7 @@ def calibrate(
     for problem in asked:
         check_may_run(problem, run_code)
     splits = split_problems(asked, seed)
+    demand_packages(asked)
     check_lengths(model, tokenizer, asked, sampling)
     with attached(model, tokenizer, stepflow):
         run = {
