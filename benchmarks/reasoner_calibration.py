@@ -14,12 +14,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_stepflow.calibration.preset_file import calibrations_folder
 from hf_stepflow.evaluation.scoring import score_traces
-from hf_stepflow.evaluation.statistics import compare, proportion
+from hf_stepflow.evaluation.statistics import adjust, compare, proportion
+from hf_stepflow.hub.markdown import table
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
 from hf_stepflow.reasoner.prompts import encode_problem
@@ -80,14 +82,22 @@ def difficulties(number: int) -> None:
         row = {"level": level, "n": number, "base": [accuracy.value, accuracy.low, accuracy.high]}
         row["delta"] = [paired.delta.value, paired.delta.low, paired.delta.high]
         rows.append({**row, "gained": paired.gained, "lost": paired.lost, "p_value": paired.p_value})
-        (low, delta, high), base_share = (100 * row["delta"][at] for at in (1, 0, 2)), 100 * accuracy.value
-        print(
-            f"| {level} | {number} | {base_share:.1f} | {delta:+.1f} [{low:+.1f}, {high:+.1f}] | {paired.gained} | "
-            f"{paired.lost} | {paired.p_value:.2g} |",
-            flush=True,
-        )
+        print(f"{level} done", flush=True)
     found = {"settings": json.loads(preset.read_text())["settings"], "levels": rows}
     (FOLDER / "difficulties.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(difficulties_table(rows))
+
+
+def difficulties_table(rows: list[dict[str, Any]]) -> str:
+    """The table of what `difficulties` found; every level is a comparison, and p is Holm-adjusted over them."""
+    adjusted = adjust([row["p_value"] for row in rows])
+    cells = []
+    for row, p_value in zip(rows, adjusted, strict=True):
+        delta, low, high = (100 * value for value in row["delta"])
+        points = f"{delta:+.1f} [{low:+.1f}, {high:+.1f}]"
+        shown = (row["level"], row["n"], f"{100 * row['base'][0]:.1f}", points, row["gained"], row["lost"])
+        cells.append([*map(str, shown), f"{p_value:.2g}"])
+    return table(("level", "n", "base, %", "difference", "gained", "lost", "p (Holm)"), cells)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def measure(tokens: int, ways: list[str]) -> dict[str, object]:
             if way == "naive":
                 assert torch.allclose(maps, result, rtol=2e-3, atol=1e-12), "the two ways differ"
             del result
-    found: dict[str, object] = {"tokens": tokens, "rounds": rounds}
+    found: dict[str, object] = {"tokens": tokens, "rounds": rounds, "machine": machine()}
     for way in ways:
         ratios = [one / base for one, base in zip(seconds[way], seconds["plain"], strict=True)]
         found[way] = {
@@ -146,14 +146,7 @@ def main() -> None:
         measure_peak(args.peak[0], int(args.peak[1]))
         return
     torch.set_num_threads(1)
-    machine = {
-        "processor": _processor(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    # What was measured before at other lengths stays.
+    # What was measured before at other lengths stays, each row with the machine that it was measured on.
     known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
     rows = {row["tokens"]: row for row in known}
     ways = list(WAYS)
@@ -161,7 +154,7 @@ def main() -> None:
         row = measure(tokens, ways)
         rows[tokens] = row
         ordered = [rows[length] for length in sorted(rows)]
-        args.json.write_text(json.dumps({"machine": machine, "rows": ordered}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
         for way in ways:
             one = row[way]
             print(
@@ -172,6 +165,17 @@ def main() -> None:
         # The naive way grows with the square of the length.
         if "naive" in ways and 4 * row["naive"]["peak_bytes"] > NAIVE_LIMIT:
             ways.remove("naive")
+
+
+def machine() -> dict[str, object]:
+    """What times and peaks depend on."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _processor() -> str:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,8 +46,8 @@ def main() -> None:
         model = unpacked(Path("SmolLM2-135M-Instruct"))  # the name that the report shows
         steps = Path(folder) / "steps.json"
         steps.write_text(json.dumps(STEPS))
-        common = ["diagnose", "--model", str(model), "--steps", str(steps)]
-        hf_stepflow([*common, "--prompt", PROBLEM, "--max-new-tokens", "200", "--out", str(FOLDER / "trace.html")])
+        common = ["--model", str(model), "--steps", str(steps)]
+        diagnose([*common, "--prompt", PROBLEM, "--max-new-tokens", "200", "--out", str(FOLDER / "trace.html")])
         if solutions is None:
             print("right against wrong left out: it needs --solutions FILE")
             return
@@ -54,8 +55,15 @@ def main() -> None:
         compared = [*common, "--compare", *map(str, files), "--paired", "--json"]
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
-            hf_stepflow([*compared, "--out", str(FOLDER / "right_wrong.png")])
+            diagnose([*compared, "--out", str(FOLDER / "right_wrong.png")])
         (FOLDER / "right_wrong.json").write_text(json.dumps(json.loads(told.getvalue()), indent=1) + "\n")
+
+
+def diagnose(words: list[str]) -> None:
+    """Runs `hf-stepflow diagnose`; where it fails, so does this."""
+    status = hf_stepflow(["diagnose", *words])
+    if status:
+        sys.exit(status)
 
 
 def unpacked(folder: Path) -> Path:

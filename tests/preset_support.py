@@ -2,8 +2,12 @@
 
 import copy
 import json
+import logging
 from pathlib import Path
 
+from flow_support import byte_tokenizer
+
+from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.calibration.preset_file import calibrations_folder
 
 RULE = json.loads((calibrations_folder() / "qwen3-8b.json").read_text())
@@ -48,3 +52,14 @@ def tiny_preset(folder: Path, model_type: str = "llama", name: str = "tiny", **c
     }  # fmt: skip
     data = edited(name=name, base_model="org/Tiny", architecture=architecture, **changes)
     return written(folder, data, f"{name}.json")
+
+
+def attached(model, source):
+    """StepFlow on a model, with the preset or the settings that are meant."""
+    return StepFlowModelForCausalLM.attach(model, source, tokenizer=byte_tokenizer())
+
+
+def heard(caplog, monkeypatch):
+    """Where warnings of the package are heard."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog.at_level(logging.WARNING, "hf_stepflow")

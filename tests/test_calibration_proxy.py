@@ -20,6 +20,9 @@ from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_sc
 from hf_stepflow.calibration.work_folder import WorkFolder
 from hf_stepflow.calibration.workers import Workers
 from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.runtime.steps import StepVocabulary
+
+VOCABULARY = StepVocabulary.from_tokenizer(byte_tokenizer())
 
 
 def naive(rows, before, after, short):
@@ -80,6 +83,29 @@ def test_the_same_settings_score_nothing() -> None:
     assert score.is_harmless
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_overflows_counts_as_the_worst(value: float) -> None:
+    rows = [Row(name, (1,), (2,), is_right) for name in "ab" for is_right in (True, False)]
+    before, gains = [-30.0] * 4, [-29.0, -31.0, -29.0, -31.0]
+    fine = proxy_score(rows, before, gains, {"a"})
+    assert fine.is_harmless
+    for place, worst in ((0, -40.0), (1, -20.0)):  # a right response lost, a wrong one made likelier
+        after = [value if at == place else gain for at, gain in enumerate(gains)]
+        score = proxy_score(rows, before, after, {"a"})
+        assert score == proxy_score(
+            rows, before, [worst if at == place else gain for at, gain in enumerate(gains)], {"a"}
+        )
+        assert score.value < 0 < fine.value
+    assert not proxy_score(rows, before, [value, *gains[1:]], {"a"}).is_harmless
+
+
+@pytest.mark.parametrize("after", [math.nan, -3.0])
+def test_where_the_base_overflows_nothing_is_told(after: float) -> None:
+    rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), True)]
+    score = proxy_score(rows, [math.nan, -3.0], [after, -2.0], set())
+    assert (score.likelihood, score.short) == (0.5, None)
+
+
 def test_harm_to_short_problems_is_below_the_base() -> None:
     harmful = ProxyScore(5.0, 0.1, 5.0, 5.0, -2 * TOLERANCE)
     assert not harmful.is_harmless
@@ -137,8 +163,17 @@ def test_answers_are_read_by_problem() -> None:
         {"problem": "0", "right": right, "ids": [1] * length, "steps": steps}
         for right, length, steps in ((True, 4, 2), (False, 8, 4))
     ]
-    (one,) = read_answers(asked, results, byte_tokenizer())
+    (one,) = read_answers(asked, results, byte_tokenizer(), VOCABULARY, {})
     assert (one.accuracy, one.tokens, one.steps) == (0.5, 6.0, 3.0)
+
+
+def test_length_and_steps_are_those_of_the_reference() -> None:
+    """A response that went wrong is long, and says nothing about the length of its problem."""
+    trace = "Ann has two eggs. She gets one more egg. That makes three eggs.</think>The answer is 3."
+    asked = [EvalProblem("0", "How many?<think>", "3", kind="number", trace=trace)]
+    lost = [{"problem": "0", "right": False, "ids": [1] * 900, "steps": 70}]
+    (one,) = read_answers(asked, lost, byte_tokenizer(), VOCABULARY, {})
+    assert (one.tokens, one.steps) == (len(encode(trace)) + 1, 3.0)
 
 
 # Heads

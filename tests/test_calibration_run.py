@@ -141,6 +141,23 @@ def test_a_closed_gate_gives_the_empty_preset(reasoner, tmp_path: Path) -> None:
     assert "Not reached." in (tmp_path / "empty.html").read_text()
 
 
+def test_force_goes_on_where_the_gate_was_closed(reasoner, whole, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+
+    def answers() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in work.glob("answers/*.json")}
+
+    assert not run(reasoner, work=work, force=False).trials
+    before = answers()
+    assert told(run(reasoner, work=work)) == told(whole)
+    assert before
+    after = answers()
+    assert {path: after[path] for path in before} == before  # the base's answers are not made again
+    with pytest.raises(StepFlowInputError, match="force: true there, false now"):
+        run(reasoner, work=work, force=False)  # it would take the verdict back
+    assert answers() == after
+
+
 def test_presets_of_every_verdict_are_valid(reasoner, whole, tmp_path: Path) -> None:
     preset = whole.preset("found", "org/reasoner", architecture_of(reasoner[0]), "calibrate", "chains-2")
     write_preset(preset, tmp_path / "found.json")
@@ -213,6 +230,35 @@ def test_bad_input_is_refused(reasoner, options: dict, message: str) -> None:
         run(reasoner, **options)
 
 
+@pytest.mark.parametrize(("package", "extra"), [("optuna", "calibrate"), ("math_verify", "eval")])
+def test_what_is_not_installed_is_told_before_any_work(tmp_path: Path, monkeypatch, package: str, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    problems = [{"id": at, "question": f"{at} eggs?", "answer": at} for at in range(30)]
+    with pytest.raises(StepFlowInputError, match=rf"needs {package.replace('_', '-')}.*\n.*hf-stepflow\[{extra}\]"):
+        calibrate(tiny_model("llama"), byte_tokenizer(), problems, max_new_tokens=4, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("part", ["question", "trace"])
+def test_a_problem_too_long_is_refused_before_any_work(tmp_path: Path, part: str) -> None:
+    model = tiny_model("llama")
+    room = model.config.max_position_embeddings
+    for long in range(30):  # of either split
+        asked = [{"id": at, "question": f"{at} eggs?", "answer": at, "trace": "Some."} for at in range(30)]
+        asked[long][part] += "s" * room
+        with pytest.raises(StepFlowInputError, match=rf"of problem '{long}' .*{room} positions"):
+            calibrate(model, byte_tokenizer(), asked, max_new_tokens=4, work=tmp_path / "work", progress=False)
+    assert not (tmp_path / "work").exists()
+    assert not hasattr(model, "stepflow_runtime")
+
+
+def test_more_new_tokens_than_fit_are_refused() -> None:
+    model = tiny_model("llama")
+    problems = [{"id": at, "question": f"{at + 10} eggs?", "answer": at} for at in range(30)]
+    with pytest.raises(StepFlowInputError, match=r"at most 504"):  # of 512 positions
+        calibrate(model, byte_tokenizer(), problems, max_new_tokens=505, progress=False)
+
+
 def test_settings_of_the_attached_model_do_not_leak_into_candidates() -> None:
     model = attach(tiny_model("llama"), "paper")
     problems = [{"id": at, "question": f"{at} eggs?", "answer": at} for at in range(30)]
@@ -250,8 +296,12 @@ def test_the_command(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "Mine.json"], "NAME.json"),
+        (["--out", "Mine.json"], "name is 'Mine', expected a name of a-z"),
         (["--out", "mine.txt"], "NAME.json"),
+        (["--out", "preset.json"], "mean something else"),
+        (["--out", "schema.json"], "mean something else"),
+        (["--out", f"{'m' * 101}.json"], "1 to 100 characters"),
+        (["--revision", "a..b"], "expected a revision"),
         (["--out", "no-such-folder/mine.json"], "no folder"),
         (["--base-model", "no id"], "Hub id"),
         (["--stepflow", "no-such-preset"], "no preset"),
@@ -266,6 +316,22 @@ def test_the_command_refuses_bad_input(tmp_path: Path, monkeypatch, capsys, word
     assert message in told
     assert "hint: " in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_that_number_their_problems_alike(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, things in (("a", "eggs"), ("b", "pens")):
+        rows = [{"id": at, "question": f"{at} {things}?", "answer": at} for at in range(20)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["calibrate", "reasoner", "--max-new-tokens", "4", "--out", "mine.json"]
+    assert main([*words, "--problems", "a.jsonl", "--problems", "b.jsonl"]) == NOTHING_FOUND
+    kept = json.loads(Path("mine-calibration/run.json").read_text())
+    assert kept["run"]["n_problems"] == 40
+    ids = {one["problem"] for file in Path().glob("*/answers/*.json") for one in json.loads(file.read_text())["found"]}
+    assert {one.rpartition("/")[0] for one in ids} == {"a.jsonl", "b.jsonl"}
+    monkeypatch.setattr("hf_stepflow.cli.calibrate.load", None)  # refused before the model is loaded
+    assert main([*words, "--problems", "a.jsonl", "--problems", "a.jsonl"]) == 2
+    assert "a.jsonl is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.slow

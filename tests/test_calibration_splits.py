@@ -1,6 +1,7 @@
 """Splits that never overlap, batches that hold each problem once, budgets, and the work folder."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_too_few_problems_are_refused() -> None:
 @given(st.integers(1, 90), st.integers(1, 20))
 def test_batches_hold_each_problem_once(number: int, size: int) -> None:
     asked = problems(number)
-    batches = batches_of(asked, size, "split")
+    batches = batches_of(asked, size, "split", 0)
     assert sorted(int(one.id) for batch in batches for one in batch.problems) == list(range(number))
     assert all(1 <= len(batch.problems) <= size for batch in batches)
     assert len({batch.name for batch in batches}) == len(batches)
@@ -62,6 +63,22 @@ def test_batches_hold_each_problem_once(number: int, size: int) -> None:
         own = {int(one.id) for batch in batches[start : start + 4] for one in batch.problems}
         first = start // 4 * stretch
         assert own == set(range(first, min(first + stretch, number)))
+
+
+def test_where_time_ends_no_length_was_favoured() -> None:
+    asked = [EvalProblem(str(at), "x" * (at * 37 % 160 + 1), "1", kind="number") for at in range(160)]
+
+    def lengths(seed: int) -> list[list[int]]:
+        return [sorted(len(one.prompt) for one in batch.problems) for batch in batches_of(asked, 10, "split", seed)]
+
+    for found in map(lengths, range(20)):
+        for start in range(0, 16, 4):  # like lengths stand together, as in the sorted stretch
+            ordered = sorted(found[start : start + 4])
+            assert all(low[-1] <= high[0] for low, high in pairwise(ordered))
+    # Where the first batch of the first stretch stands among its four: each place is drawn about as often.
+    places = [sorted(found[:4]).index(found[0]) for found in map(lengths, range(200))]
+    assert all(25 <= places.count(place) <= 75 for place in range(4))
+    assert lengths(3) == lengths(3)
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "could not be moved" in capsys.readouterr().err
 
 
+def test_without_math_verify_it_is_refused_at_once(reasoner, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    monkeypatch.setattr("hf_stepflow.evaluation.runner.Sampler.run", None)  # nothing is generated
+    with pytest.raises(StepFlowInputError, match=r"needs math-verify.*\n.*hf-stepflow\[eval\]"):
+        run(reasoner)
+
+
 def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     arm = Arm().to_dict()
     header = {"arms": {"base": arm, "<b>": arm}, "n_problems": 1, "n_samples": 1, "seed": 0, "dtype": "float32"}

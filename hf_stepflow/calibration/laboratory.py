@@ -7,8 +7,11 @@ from typing import Any
 
 from hf_stepflow.evaluation.runner import digest, evaluate
 from hf_stepflow.evaluation.scoring import score_traces
+from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.steps import StepVocabulary
 
+from .presets import rule_preset
 from .splits import Batch
 from .traces import Row
 from .work_folder import WorkFolder
@@ -219,3 +222,36 @@ def _parts(rows: Sequence[Row]) -> list[list[int]]:
         else:
             parts.append([index])
     return parts
+
+
+@contextmanager
+def attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
+    """The model in evaluation mode with StepFlow attached; as it was afterwards.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        stepflow: markers and step rules, as for `attach`; None takes those that are attached, or the rule.
+
+    Raises:
+        StepFlowInputError: some are attached, and others were given.
+    """
+    was_training = model.training
+    attaches = getattr(model, "stepflow_runtime", None) is None
+    if not attaches and stepflow is not None:
+        raise StepFlowInputError(
+            "StepFlow is attached to this model with settings of its own, and stepflow= was given as well",
+            hint="leave stepflow out, or call model.detach_stepflow() first",
+        )
+    if attaches:
+        settings = rule_preset(model).settings.to_dict() if stepflow is None else stepflow
+        if stepflow is None:
+            settings |= {"base_model_name_or_path": None}
+        StepFlowModelForCausalLM.attach(model, settings, tokenizer=tokenizer)
+    try:
+        model.eval()
+        yield
+    finally:
+        if attaches:
+            model.detach_stepflow()
+        model.train(was_training)

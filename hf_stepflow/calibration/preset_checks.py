@@ -52,6 +52,18 @@ def preset_problems(data: dict[str, Any], stem: str | None = None) -> list[Probl
     return problems
 
 
+def identity_problems(name: str, base_model: str, revision: str | None) -> list[Problem]:
+    """What is wrong with what a preset is called and which model it is for, told before there is anything else of it.
+
+    Args:
+        name: of the preset.
+        base_model: Hub id of its model.
+        revision: of the model, None for any.
+    """
+    data = {"name": name, "base_model": base_model, "base_model_revision": revision}
+    return [*record(_IDENTITY, _REVISED)(data, ""), *_name_problems(data, None)]
+
+
 def fitting_problems(
     settings: dict[str, Any], architecture: dict[str, Any], provenance: dict[str, Any]
 ) -> Iterator[Problem]:
@@ -164,6 +176,8 @@ _BASE: Check = partial(
 _REVISION: Check = or_null(
     partial(text, longest=200, pattern=r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_./-]*", what="a revision")
 )
+_IDENTITY: dict[str, Check] = {"name": _NAME_CHECK, "base_model": _BASE}
+_REVISED: dict[str, Check] = {"base_model_revision": _REVISION}
 _OPTIONAL: dict[str, Check] = {"notes": text}
 _SWITCH = one_of(True, False)
 _SETTINGS: dict[str, Check] = {
@@ -250,13 +264,12 @@ _PROVENANCE = {
 _PRESET = record(
     {
         "schema_version": one_of(SCHEMA_VERSION),
-        "name": _NAME_CHECK,
-        "base_model": _BASE,
+        **_IDENTITY,
         "architecture": _architecture,
         "settings": record(_SETTINGS),
         "provenance": _provenance,
     },
-    {"base_model_revision": _REVISION} | _OPTIONAL,
+    _REVISED | _OPTIONAL,
 )
 
 

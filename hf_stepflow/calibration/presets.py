@@ -255,6 +255,8 @@ def rule_preset(model: Any) -> Preset:
 def preset_for(model: Any) -> Preset:
     """What "auto" takes: the preset whose base model this is, else the rule, with a warning.
 
+    A preset that was measured to harm is only taken where it is named.
+
     Args:
         model: a causal language model or its config.
 
@@ -262,15 +264,19 @@ def preset_for(model: Any) -> Preset:
         StepFlowUnsupportedError: a model that StepFlow cannot reach.
     """
     path = _path_of(model)
-    preset = _of_base_model(path)
-    if preset is None:
-        preset = rule_preset(model)
-        logger.warning(
-            "There is no StepFlow preset for %r; taking the rule for its architecture (%s): bottom and top quarter "
-            "with the paper's constants, NOT calibrated for this model.",
-            path or type(model).__name__,
-            preset.architecture,
-        )
+    known = _of_base_model(path)
+    if known is not None and known.provenance.get("verdict") != "harm":
+        return known
+    preset = rule_preset(model)
+    name = path or type(model).__name__
+    logger.warning(
+        "%s; taking the rule for its architecture (%s): bottom and top quarter with the paper's constants, NOT "
+        "calibrated for this model.",
+        f"There is no StepFlow preset for {name!r}"
+        if known is None
+        else f"The StepFlow preset {known.name!r} for {name!r} was measured to harm",
+        preset.architecture,
+    )
     return preset
 
 

@@ -57,7 +57,7 @@ def proxy_score(rows: Sequence[Row], before: Sequence[float], after: Sequence[fl
         after: those under the others.
         short: ids of the short and easy problems.
     """
-    changes = np.clip(np.asarray(after) - np.asarray(before), -CLIP, CLIP)
+    changes = _changes(rows, np.asarray(before, float), np.asarray(after, float))
     problems = list(dict.fromkeys(row.problem for row in rows))
     weights = np.array([next(row.weight for row in rows if row.problem == name) for name in problems])
     right, wrong = (_by_problem(rows, changes, problems, kind) for kind in (True, False))
@@ -73,6 +73,17 @@ def proxy_score(rows: Sequence[Row], before: Sequence[float], after: Sequence[fl
         margin=likelihood - lost,
         short=None if np.isnan(right[np.isin(problems, sorted(short))]).all() else easy,
     )
+
+
+def _changes(rows: Sequence[Row], before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Change of each response, within the clip.
+
+    Settings that leave no number where there was one (an overflow) count as the worst that they could do to this
+    response. One that had none before tells nothing.
+    """
+    worst = np.where([row.is_right for row in rows], -CLIP, CLIP)
+    changes = np.subtract(after, before, where=np.isfinite(after), out=worst)
+    return np.where(np.isfinite(before), np.clip(changes, -CLIP, CLIP), 0.0)
 
 
 def _by_problem(rows: Sequence[Row], changes: np.ndarray, problems: list[str], is_right: bool) -> np.ndarray:

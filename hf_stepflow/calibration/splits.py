@@ -1,6 +1,7 @@
 """The two splits: on one everything is chosen, the other is kept for the verdict and is never looked at before."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,20 +65,24 @@ def split_problems(problems: Sequence[EvalProblem], seed: int) -> Splits:
     return Splits(calibration, held_out)
 
 
-def batches_of(problems: Sequence[EvalProblem], size: int, split: str) -> list[Batch]:
-    """Cuts a split into batches.
+def batches_of(problems: Sequence[EvalProblem], size: int, split: str, seed: int) -> list[Batch]:
+    """Cuts a split into batches, so that where time ends none of its lengths was favoured.
 
-    Any first batches of a stretch hold the shorter prompts of its problems; whole stretches are random samples.
+    Prompts of a batch are of like length, which saves padding; the batches of a stretch come in an order that the seed
+    draws. So any first batches are a random sample of batches, and whole stretches are random samples of problems.
 
     Args:
         problems: in the order of the split.
         size: problems of a batch.
         split: names the batches.
+        seed: draws the order of batches.
     """
     batches: list[Batch] = []
+    drawn = random.Random(f"{seed}/batches/{split}")
     for start in range(0, len(problems), size * _STRETCH):
         stretch = sorted(problems[start : start + size * _STRETCH], key=lambda one: len(one.prompt))
         parts = [tuple(stretch[at : at + size]) for at in range(0, len(stretch), size)]
+        drawn.shuffle(parts)
         batches += [Batch(f"{split}/{len(batches) + number}", part) for number, part in enumerate(parts)]
     return batches
 

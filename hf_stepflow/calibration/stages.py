@@ -6,8 +6,7 @@ held-out split is answered once, at the end, by the base, the winner, and the wi
 
 import platform
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,21 @@ import transformers
 
 import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
-from hf_stepflow.evaluation.generation import check_generation
 from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
 from hf_stepflow.evaluation.runner import digest, model_digest
+from hf_stepflow.evaluation.store import another_run
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
-from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 
 from .ablations import RANDOM_STEPS, ablations, depends_on_steps
+from .argument_checks import check_lengths, check_numbers, demand_packages
 from .bands import Bands, propose_bands, quarter_rule
 from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
-from .gate import look_for_trend
+from .gate import Gate, look_for_trend
 from .halving import Halving, Results, halve, rank_correlation, to_run
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
-from .laboratory import Laboratory, Sampling
-from .presets import rule_preset
+from .laboratory import Laboratory, Sampling, attached
 from .proxy import proxy_score
 from .random_steps import random_steps
 from .result import Ablation, Calibration
@@ -84,7 +82,7 @@ def calibrate(
         seed: of splits, sampling, search and resampling.
         work: folder in which everything is kept as soon as it is found; a run that was stopped is continued there, and
             another one refused. None keeps nothing.
-        force: go on where errors do not rise with length.
+        force: go on where errors do not rise with length; also in the folder of a run that ended there.
         stepflow: markers and step rules, as for `attach`; None takes those that are attached, or the rule.
         samples: responses to each problem; 1 is greedy, more are sampled.
         temperature: of the sampling.
@@ -96,21 +94,20 @@ def calibrate(
         progress: show progress bars.
 
     Raises:
-        StepFlowInputError: arguments that make no sense, too few problems, another run's folder.
+        StepFlowInputError: arguments that make no sense, too few problems or too long ones, another run's folder, a
+            package that is not installed.
         StepFlowError: a model that StepFlow cannot reach, or markers that its tokenizer cannot write.
     """
     spend = parse_budget(budget)
-    check_generation(
-        {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}, seed, temperature
-    )
-    if type(scored) is not int or scored < 2:
-        raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
+    sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))
+    check_numbers(sampling, scored)
     asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
     for problem in asked:
         check_may_run(problem, run_code)
     splits = split_problems(asked, seed)
-    sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))
-    with _attached(model, tokenizer, stepflow):
+    demand_packages(asked)
+    check_lengths(model, tokenizer, asked, sampling)
+    with attached(model, tokenizer, stepflow):
         run = {
             "problems": digest([vars(problem) for problem in asked]),
             "n_problems": len(asked),
@@ -123,7 +120,6 @@ def calibrate(
             "sampling": vars(sampling),
             "seed": seed,
             "budget": vars(spend),
-            "force": force,
             "scored": scored,
             "library": hf_stepflow.__version__,
         }
@@ -156,8 +152,8 @@ class _Stages:
         self.scored = scored
         self.seed = laboratory.sampling.seed
         size = laboratory.sampling.batch_size
-        self.calibration = batches_of(splits.calibration, size, "calibration")
-        self.held_out = batches_of(splits.held_out, size, "held-out")
+        self.calibration = batches_of(splits.calibration, size, "calibration", self.seed)
+        self.held_out = batches_of(splits.held_out, size, "held-out", self.seed)
         self.heads: dict[int, int] = laboratory.model.stepflow_runtime.heads
         self.rows: list[Row] = []
         self.easy: set[str] = set()
@@ -170,8 +166,8 @@ class _Stages:
         measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
         gate = look_for_trend(errors, measures, self.seed)
         found = Calibration(run, about, gate, held_out=len(self.splits.held_out))
-        if found.gate.is_open or force:
-            found.is_forced = not found.gate.is_open
+        found.is_forced = self.is_forced(found.gate, force)
+        if found.gate.is_open or found.is_forced:
             self.rows = rows_to_score(solved, self.lab.tokenizer, self.lab.sampling.template, self.scored)
             self.easy = short_and_easy(solved)
             self.base = self.lab.likelihoods(None, self.rows)
@@ -194,7 +190,18 @@ class _Stages:
         self.calibration = self.calibration[:done]
         answered = {problem.id for batch in self.calibration for problem in batch.problems}
         problems = [one for one in self.splits.calibration if one.id in answered]
-        return read_answers(problems, results[BASE], self.lab.tokenizer)
+        vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
+        return read_answers(problems, results[BASE], self.lab.tokenizer, vocabulary, self.lab.sampling.template)
+
+    def is_forced(self, gate: Gate, force: bool) -> bool:
+        """Whether a closed gate is passed. Once it was, there may be a verdict, which must not be taken back."""
+        if gate.is_open:
+            return False
+        if force:
+            return self.lab.decide("forced", lambda: True)
+        if self.lab.work.get("decisions", "forced") is not None:
+            raise another_run(self.lab.work.path, ["force: true there, false now"])
+        return False
 
     def context_lengths(self, solved: Sequence[Solved]) -> list[int]:
         """Lengths from which a length temperature may start: three quarters and half of all traces are longer."""
@@ -364,27 +371,3 @@ def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
     for result in results:
         shares.setdefault(result["problem"], []).append(float(result["right"]))
     return shares
-
-
-@contextmanager
-def _attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
-    """The model in evaluation mode with StepFlow attached; as it was afterwards."""
-    was_training = model.training
-    attaches = getattr(model, "stepflow_runtime", None) is None
-    if not attaches and stepflow is not None:
-        raise StepFlowInputError(
-            "StepFlow is attached to this model with settings of its own, and stepflow= was given as well",
-            hint="leave stepflow out, or call model.detach_stepflow() first",
-        )
-    if attaches:
-        settings = rule_preset(model).settings.to_dict() if stepflow is None else stepflow
-        if stepflow is None:
-            settings |= {"base_model_name_or_path": None}
-        StepFlowModelForCausalLM.attach(model, settings, tokenizer=tokenizer)
-    try:
-        model.eval()
-        yield
-    finally:
-        if attaches:
-            model.detach_stepflow()
-        model.train(was_training)

@@ -8,6 +8,8 @@ import numpy as np
 
 from hf_stepflow.evaluation.problems import EvalProblem
 from hf_stepflow.prompts import encode_prompt, encode_response
+from hf_stepflow.runtime.step_record import Field
+from hf_stepflow.runtime.steps import StepVocabulary
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Solved:
         problem: the problem.
         accuracy: share of its responses that are right.
         tokens: length of the problem's trace: of its reference, else the mean of the model's own.
-        steps: mean number of thinking steps of the model's own.
+        steps: its thinking steps, of the same.
         results: the responses, as `evaluate` makes them.
     """
 
@@ -54,7 +56,11 @@ class Solved:
 
 
 def read_answers(
-    problems: Sequence[EvalProblem], results: Sequence[Mapping[str, Any]], tokenizer: Any
+    problems: Sequence[EvalProblem],
+    results: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    vocabulary: StepVocabulary,
+    template: Mapping[str, Any],
 ) -> list[Solved]:
     """The base's answers by problem, for the problems that have any.
 
@@ -62,6 +68,8 @@ def read_answers(
         problems: of the calibration split.
         results: as `evaluate` makes them, token ids included.
         tokenizer: the model's tokenizer.
+        vocabulary: its step rules.
+        template: further arguments of the chat template.
     """
     own: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -72,12 +80,20 @@ def read_answers(
             continue
         rows = own[problem.id]
         if problem.trace is not None:
-            tokens = float(len(encode_response(tokenizer, problem.trace)))
+            prompt = encode_prompt(tokenizer, problem.prompt, **template)
+            reference = encode_response(tokenizer, problem.trace)
+            tokens, steps = float(len(reference)), float(_thinking_steps(vocabulary, prompt, reference))
         else:
             tokens = float(np.mean([len(row["ids"]) for row in rows]))
+            steps = float(np.mean([row["steps"] for row in rows]))
         accuracy = float(np.mean([row["right"] for row in rows]))
-        solved.append(Solved(problem, accuracy, tokens, float(np.mean([row["steps"] for row in rows])), rows))
+        solved.append(Solved(problem, accuracy, tokens, steps, rows))
     return solved
+
+
+def _thinking_steps(vocabulary: StepVocabulary, prompt: list[int], response: list[int]) -> int:
+    records = vocabulary.scan(prompt + response, prompt_length=len(prompt))
+    return max((record[Field.THINKING_STEPS] for record in records[len(prompt) :]), default=0)
 
 
 def short_and_easy(solved: Sequence[Solved]) -> set[str]:

@@ -3,9 +3,9 @@
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,12 @@ from .paths import demand_folders
 from .seeds import read_seed
 
 _REASONER = "hf-stepflow/reasoner"
+# What to do about each part of a preset's identity.
+_WAYS_OUT = {
+    "name": "pass --out my-model.json, as the preset is to be called",
+    "base_model": "pass --base-model ORG/NAME, the Hub id of the model",
+    "base_model_revision": "pass --revision with a branch, tag or commit of the Hub",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,26 +62,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes what was asked for, and prints the result."""
-    from hf_stepflow.calibration.preset_checks import NAME
     from hf_stepflow.calibration.result import write_preset
     from hf_stepflow.calibration.stages import calibrate
-    from hf_stepflow.evaluation.problems import load_problems
 
     demand_folders(args.out, args.report)
     base_model = _base_model(args)
     name = base_model.rpartition("/")[2].lower() if args.out is None else args.out.stem
-    if (args.out is not None and args.out.suffix != ".json") or not re.fullmatch(NAME, name):
-        raise StepFlowInputError(
-            f"a preset has a name of a-z, 0-9 and single - . _ between them, and its file is NAME.json; got "
-            f"{str(args.out or name)!r}",
-            hint="pass --out my-model.json",
-        )
+    _check_identity(args.out, name, base_model, args.revision)
     work = args.work or (args.out or Path(name)).with_name(f"{name}-calibration")
-    problems = [
-        problem
-        for source in args.problems
-        for problem in load_problems(source, args.limit, split="calibration", seed=args.seed)
-    ]
+    problems = _problems(args.problems, args.limit, args.seed)
     settings = _reading(args.stepflow)
     model, tokenizer = load(args.model, args.dtype, _device(args.device), args.revision)
     architecture = _architecture(model)
@@ -122,15 +117,37 @@ def run(args: argparse.Namespace) -> int:
 
 def _base_model(args: argparse.Namespace) -> str:
     """The Hub id that the preset is for."""
-    from hf_stepflow.calibration.preset_checks import BASE_MODEL
-
     given = args.base_model or (_REASONER if args.model == "reasoner" else args.model)
-    if not re.fullmatch(BASE_MODEL, given) or (args.base_model is None and Path(args.model).exists()):
+    if args.base_model is None and Path(args.model).exists():
         raise StepFlowInputError(
-            f"a preset names its model by a Hub id, and {given!r} is none",
-            hint="pass --base-model ORG/NAME",
+            f"a preset names its model by a Hub id, and {given!r} is a path", hint="pass --base-model ORG/NAME"
         )
     return given
+
+
+def _check_identity(out: Path | None, name: str, base_model: str, revision: str | None) -> None:
+    """Refuses names that no preset may have before hours are spent on finding one."""
+    from hf_stepflow.calibration.preset_checks import identity_problems
+
+    if out is not None and out.suffix != ".json":
+        raise StepFlowInputError(f"the file of a preset is NAME.json, got {str(out)!r}", hint=_WAYS_OUT["name"])
+    problems = identity_problems(name, base_model, revision)
+    if problems:
+        raise StepFlowInputError(f"the preset to be made: {problems[0]}", hint=_WAYS_OUT[problems[0].field])
+
+
+def _problems(sources: list[str], limit: int | None, seed: int) -> list[Any]:
+    """The problems of all sources. Many number theirs from 0 or 1: of several sources, each id tells its own."""
+    from hf_stepflow.evaluation.problems import load_problems
+
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise StepFlowInputError(f"--problems {twice} is given twice", hint="give each source once")
+    problems = []
+    for source in sources:
+        own = load_problems(source, limit, split="calibration", seed=seed)
+        problems += own if len(sources) == 1 else [replace(one, id=f"{source}/{one.id}") for one in own]
+    return problems
 
 
 def _reading(stepflow: str | None) -> Any:

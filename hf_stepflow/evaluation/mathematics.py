@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 from hf_stepflow.runtime.errors import StepFlowInputError
@@ -99,8 +100,20 @@ def same_mathematics(right: str, given: str) -> bool:
     Raises:
         StepFlowInputError: math-verify is not installed.
     """
-    if find_spec("math_verify") is None:
+    demand_math_verify()
+    return _CHECKER.same(right, given)
+
+
+def demand_math_verify(kinds: Iterable[str] = ("math",)) -> None:
+    """Checks that what compares mathematics is installed, where it may be asked for.
+
+    Args:
+        kinds: of the problems; a number is compared as mathematics where the answer is no plain number.
+
+    Raises:
+        StepFlowInputError: it is not.
+    """
+    if {"math", "number"}.intersection(kinds) and find_spec("math_verify") is None:
         raise StepFlowInputError(
             "comparing mathematics needs math-verify, which is not installed", hint="pip install 'hf-stepflow[eval]'"
         )
-    return _CHECKER.same(right, given)

@@ -20,6 +20,7 @@ from hf_stepflow.runtime.steps import StepVocabulary
 from .answers import check_may_run
 from .arms import Arm, make_arms
 from .generation import Sampler, check_generation
+from .mathematics import demand_math_verify
 from .problems import EvalProblem, check_unique, problem_of
 from .result import EvaluationResult
 from .store import ResultStore
@@ -84,6 +85,7 @@ def evaluate(
         )
     for problem in asked:
         check_may_run(problem, run_code)
+    demand_math_verify(problem.kind for problem in asked)
     with _ready(model, tokenizer, chosen) as (vocabulary, tokenizer):
         sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code, keep_ids)
         encoded = {
