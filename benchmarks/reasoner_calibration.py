@@ -4,7 +4,7 @@ The command is run as a user would type it. What it writes is kept in benchmarks
 in calibrations/, too. A run that was stopped is continued. Then the preset is held against the base on the test split,
 which calibration does not see: exact traces by teacher-forced scoring, float32, the same problems for both.
 
-Run: python benchmarks/reasoner_calibration.py [calibrate] [difficulties] [--levels LEVEL ...] [--budget 40m]
+Run: python benchmarks/reasoner_calibration.py [calibrate] [difficulties] [--levels LEVEL ...] [--budget 60m]
     [--limit 200] [--problems 1000] [--work FOLDER]
 """
 
@@ -28,6 +28,7 @@ from hf_stepflow.reasoner.prompts import encode_problem
 
 FOLDER = Path(__file__).with_suffix("")
 NAME = "stepflow-tiny-reasoner"
+NOTES = "The base model is the reasoner that comes with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
 # Short and easy, longer than trained on, and both in the other family.
 CALIBRATED_ON = ["chains-4", "chains-8", "errands-30", "errands-90", "errands-120"]
 
@@ -36,18 +37,16 @@ def calibrate(levels: list[str], budget: str, limit: int, work: Path) -> int:
     """Calibrates the reasoner on some difficulties."""
     words = ["reasoner", *(word for level in levels for word in ("--problems", f"reasoner:{level}"))]
     words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", "1200", "--batch-size", "32"]
-    status = run_and_keep(words, NAME, work, FOLDER)
-    if status in (0, 3):
-        shutil.copy(FOLDER / f"{NAME}.json", calibrations_folder() / f"{NAME}.json")
-    return status
+    return run_and_keep(words, NAME, NOTES, work, FOLDER)
 
 
-def run_and_keep(words: list[str], name: str, work: Path, folder: Path) -> int:
-    """Runs the command in the work folder and keeps preset, result and report.
+def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Path) -> int:
+    """Runs the command in the work folder and keeps preset, result and report; the preset in calibrations/, too.
 
     Args:
         words: of `hf-stepflow calibrate`, without those that say where results go.
         name: of the preset.
+        notes: what its notes begin with.
         work: folder to work in.
         folder: where the three files are kept.
 
@@ -61,8 +60,12 @@ def run_and_keep(words: list[str], name: str, work: Path, folder: Path) -> int:
     if done.returncode in (0, 3):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
-        for file in (f"{name}.json", "report.html"):
-            shutil.copy(work / file, folder / file)
+        shutil.copy(work / "report.html", folder / "report.html")
+        preset = json.loads((work / f"{name}.json").read_text())
+        preset["notes"] = f"{notes} {preset['notes']}"[:2000]
+        for kept in (folder, calibrations_folder()):
+            text = json.dumps(preset, indent=2, ensure_ascii=False) + "\n"
+            (kept / f"{name}.json").write_text(text, encoding="utf-8")
     return done.returncode
 
 
@@ -104,7 +107,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("parts", nargs="*", default=["calibrate", "difficulties"])
     parser.add_argument("--levels", nargs="+", default=CALIBRATED_ON)
-    parser.add_argument("--budget", default="40m")
+    parser.add_argument("--budget", default="60m")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--work", type=Path, default=Path("build/reasoner-calibration"), help="kept to continue")

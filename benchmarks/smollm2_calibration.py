@@ -8,12 +8,11 @@ The command is run as a user would type it, in a work folder with the model, the
 that was stopped is continued. Preset, result and report are kept in benchmarks/smollm2_calibration/, and the preset in
 calibrations/, too.
 
-Run: python benchmarks/smollm2_calibration.py [--budget 72m] [--problems 440] [--work FOLDER]
+Run: python benchmarks/smollm2_calibration.py [--budget 100m] [--problems 440] [--work FOLDER]
 """
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from reasoner_calibration import run_and_keep
 from smollm2_problems import template_with_examples, write_problems
 from smollm2_saliency import unpacked
 from transformers import AutoTokenizer
-
-from hf_stepflow.calibration.preset_file import calibrations_folder
 
 FOLDER = Path(__file__).with_suffix("")
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -54,19 +51,12 @@ def calibrate(budget: str, number: int, work: Path) -> int:
     words = ["model", "--base-model", BASE_MODEL, "--problems", "additions.jsonl", "--stepflow", "reading.json"]
     words += ["--budget", budget, "--max-new-tokens", "64", "--batch-size", "24", "--scored", "16"]
     words += ["--force"]  # how good the proxy is can be asked of any model, errors that rise with length or not
-    status = run_and_keep(words, NAME, work, FOLDER)
-    if status in (0, 3):
-        kept = FOLDER / f"{NAME}.json"
-        preset = json.loads(kept.read_text())
-        preset["notes"] = f"{NOTES} {preset['notes']}"[:2000]
-        kept.write_text(json.dumps(preset, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copy(kept, calibrations_folder() / kept.name)
-    return status
+    return run_and_keep(words, NAME, NOTES, work, FOLDER)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--budget", default="72m")
+    parser.add_argument("--budget", default="100m")
     parser.add_argument("--problems", type=int, default=440)
     parser.add_argument("--work", type=Path, default=Path("build/smollm2-calibration"), help="kept to continue")
     args = parser.parse_args()

@@ -1,5 +1,6 @@
 """Model cards: the committed ones are up to date, say what stands behind a preset, and nothing breaks out of them."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -135,6 +136,26 @@ def test_every_setting_is_in_the_table():
         assert name in text
         assert json.dumps(value) in text
     assert "Layers of the bridge: 0, 1, 2, 3, 4, 5. Layers of the injection: 18, 19, 20, 21, 22, 23." in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"tau_max": 0.0}, "In this preset the bridge is switched off."),
+        ({"smi_layers": "none", "oeb_layers": []}, "In this preset the bridge and the injection are switched off."),
+        (
+            {"length_temperature": 1.0, "length_temperature_base": 300},
+            "It sets a length temperature.*from 300",
+        ),
+    ],
+)
+def test_what_a_preset_does_not_use(changes, told):
+    preset = PRESETS["qwen3-8b"]
+    text = preset_card(dataclasses.replace(preset, settings=preset.settings.replace(**changes))).text
+    words = ("In this preset the", "It sets a length temperature")
+    assert [word in text for word in words] == [told is not None and word in told for word in words]
+    assert told is None or re.search(told, text)
 
 
 def test_the_citation_is_that_of_the_readme():

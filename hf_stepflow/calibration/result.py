@@ -202,7 +202,7 @@ class Calibration:
                     "confidence": CONFIDENCE,
                 }
             ],
-            "p_value": p_value,
+            "p_value": float(f"{p_value:.3g}"),
             "command": command[:1000],
             "verdict": self.verdict,
             "seed": self.run["seed"],

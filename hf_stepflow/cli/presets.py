@@ -164,7 +164,7 @@ def _as_json(preset: Any) -> dict[str, Any]:
 def _described(preset: Any) -> str:
     """A preset as text, provenance first."""
     stated = [(key, value) for key, value in preset.provenance.items() if key not in ("kind", "figures", "deltas")]
-    lines = [preset.claim, ""]
+    lines = [*textwrap.wrap(preset.claim, _WIDTH, break_on_hyphens=False), ""]
     lines += _fields([("name", preset.name), ("base model", preset.base_model or "unknown")])
     if preset.base_model_revision is not None:
         lines += _fields([("revision", preset.base_model_revision)])

@@ -80,6 +80,7 @@ def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "pre
         base_revision=f', revision="{revision}"' if is_pinned else "",
         base_at=f" at revision `{revision}`" if is_pinned else "",
         provenance_kind=preset.kind,
+        in_use=_in_use(preset),
         provenance=_provenance(preset),
         notes=preset.notes and inline_text(preset.notes),
         settings=_settings(preset),
@@ -176,6 +177,23 @@ def _provenance(preset: Preset) -> str:
         "**Not stated.** Nobody says where these settings come from: take them for untested. No result on this "
         "model is claimed."
     )
+
+
+def _in_use(preset: Preset) -> str:
+    """What the preset has of it all, where that is not just the paper's two mechanisms; else nothing."""
+    settings = preset.settings
+    is_on = {
+        "bridge": settings.tau_max > 0 and settings.oeb_layers not in ("none", []),
+        "injection": settings.alpha != 0 and settings.smi_layers not in ("none", []),
+    }
+    off = [f"the {name}" for name in is_on if not is_on[name]]
+    texts = [f"In this preset {' and '.join(off)} {'is' if len(off) == 1 else 'are'} switched off."] if off else []
+    if settings.length_temperature > 0:
+        texts.append(
+            "It sets a length temperature, which is not the paper's: attention grows sharper with the logarithm of "
+            f"the context's length, from {settings.length_temperature_base} tokens on."
+        )
+    return " ".join(texts)
 
 
 def _settings(preset: Preset) -> str:
