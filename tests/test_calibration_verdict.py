@@ -1,5 +1,6 @@
 """Selection by generation, the verdict, and the ablations, on simulated results."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -94,6 +95,15 @@ def test_what_is_run_is_the_best_and_some_of_the_rest() -> None:
     assert [one.number for one in to_run(ranked[:7])] == [0, 1, 2, 3, 4, 5, 6]
     assert [one.number for one in to_run(ranked[:3])] == [0, 1, 2]
     assert to_run([]) == []
+
+
+def test_candidates_of_every_kind_are_run_before_their_likes() -> None:
+    """The best twelve differ by amounts only; others, worse by the proxy, do something else or elsewhere."""
+    others = [{"temperature": True}, {"bridge": "heads"}, {"injection": "quarter", "bridge": "off"}]
+    ranked = [trial(one) for one in range(12)]
+    ranked += [dataclasses.replace(trial(12 + at), parameters=one) for at, one in enumerate(others)]
+    assert [one.number for one in to_run(ranked)] == [0, 1, 2, 12, 13, 14, 3, 11]
+    assert [one.number for one in to_run(ranked[::-1])][:6] == [14, 13, 12, 11, 10, 9]
 
 
 def test_rank_correlation_has_the_interval_of_bonett_and_wright() -> None:

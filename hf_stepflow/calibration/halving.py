@@ -17,6 +17,10 @@ from .search import Trial
 RUN = 8
 WITNESSES = 2
 
+# Parameters that say what a candidate does and where. Those that agree in them differ by amounts only, and generation
+# hardly tells them apart.
+_KIND = ("bridge", "bridge_scope", "injection", "temperature", "temperature_heads")
+
 # Net losses that a candidate may have among the short and easy problems, as a share of them; one is always let pass.
 HARM = 0.01
 
@@ -62,15 +66,23 @@ class Halving:
 
 
 def to_run(ranked: Sequence[Trial], run: int = RUN, witnesses: int = WITNESSES) -> list[Trial]:
-    """The candidates to run: the best by the proxy, and some spread over the rest.
+    """The candidates to run: the best of each kind by the proxy, and some spread over the rest.
+
+    Where there are fewer kinds than places, the next best of any kind follow.
 
     Args:
         ranked: the best first.
         run: how many in all.
         witnesses: how many of these from the rest.
     """
-    best = list(ranked[: max(1, run - witnesses)])
-    rest = list(ranked[len(best) :])
+    firsts: dict[tuple[Any, ...], Trial] = {}
+    for one in ranked:
+        firsts.setdefault(tuple(one.parameters.get(name) for name in _KIND), one)
+    first_numbers = {one.number for one in firsts.values()}
+    ordered = [*firsts.values(), *(one for one in ranked if one.number not in first_numbers)]
+    chosen = {one.number for one in ordered[: max(1, run - witnesses)]}
+    best = [one for one in ranked if one.number in chosen]
+    rest = [one for one in ranked if one.number not in chosen]
     places = np.linspace(0, len(rest) - 1, min(witnesses, len(rest))).round().astype(int) if rest else []
     return best + [rest[at] for at in dict.fromkeys(map(int, places))]
 
