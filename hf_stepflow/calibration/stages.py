@@ -200,6 +200,7 @@ class _Stages:
         if force:
             return self.lab.decide("forced", lambda: True)
         if self.lab.work.get("decisions", "forced") is not None:
+            assert self.lab.work.path is not None  # without a folder nothing is known of another run
             raise another_run(self.lab.work.path, ["force: true there, false now"])
         return False
 
