@@ -370,3 +370,11 @@ def test_token_ids_are_kept_where_asked_for(reasoner) -> None:
     kept = run(reasoner, arms={"base": False}, keep_ids=True)
     assert all(tokenizer.decode(one["ids"]) == one["text"] for one in kept.results)
     assert not any("ids" in one for one in run(reasoner, arms={"base": False}).results)
+
+
+def test_inside_a_block_that_says_when_stepflow_is_on_it_is_refused(reasoner) -> None:
+    """Arms with StepFlow would run without it, and be told as if they had."""
+    model, _ = reasoner
+    for block in (model.disable_stepflow(), model.use_stepflow({"tau_max": 0.3})):
+        with block, pytest.raises(StepFlowInputError, match=r"disable_stepflow or use_stepflow\n.*outside"):
+            run(reasoner)

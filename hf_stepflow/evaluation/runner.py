@@ -201,6 +201,11 @@ def _show(bar: Any, arms: dict[str, Arm], tally: dict[str, list[int]]) -> None:
 def _ready(model: Any, tokenizer: Any, arms: dict[str, Arm]) -> Iterator[tuple[StepVocabulary, Any]]:
     """The model in evaluation mode, with StepFlow if an arm needs it; as it was afterwards."""
     runtime = getattr(model, "stepflow_runtime", None)
+    if runtime is not None and runtime.is_overridden:
+        raise StepFlowInputError(
+            "arms say when StepFlow is on, but evaluate was called inside of disable_stepflow or use_stepflow",
+            hint="call it outside, and give the settings as an arm",
+        )
     attaches = runtime is None and any(arm.stepflow is not False for arm in arms.values())
     was_training = model.training
     if attaches:
