@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .loading import add_model_arguments, load
+from .loading import add_model_arguments, find_stepflow, load
 from .paths import demand_folders
 
 _REASONER = "hf-stepflow/reasoner"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         for source in args.problems
         for problem in load_problems(source, args.limit, split="calibration", seed=args.seed)
     ]
-    settings = _reading(args.stepflow)
+    settings = find_stepflow(args.stepflow)
     model, tokenizer = load(args.model, args.dtype, _device(args.device), args.revision)
     architecture = _architecture(model)
     result = calibrate(
@@ -130,15 +130,6 @@ def _base_model(args: argparse.Namespace) -> str:
             hint="pass --base-model ORG/NAME",
         )
     return given
-
-
-def _reading(stepflow: str | None) -> Any:
-    """Markers and step rules from what the user names; misspelt names are told before the weights are loaded."""
-    if stepflow is None:
-        return None
-    from hf_stepflow.runtime.preset_lookup import find_preset
-
-    return find_preset(stepflow)
 
 
 def _device(device: str) -> str:
