@@ -2,18 +2,30 @@
 
 from typing import Any
 
+from hf_stepflow.runtime.errors import StepFlowInputError
 
-def encode_prompt(tokenizer: Any, prompt: str, **template: Any) -> list[int]:
+
+def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, **template: Any) -> list[int]:
     """Token ids of a user's message: in the chat template if there is one, else the plain text.
 
     Args:
         tokenizer: the model's tokenizer.
         prompt: the message.
+        system: a system message before it.
         **template: further arguments of the chat template.
+
+    Raises:
+        StepFlowInputError: a system message, and no chat template that could say where it goes.
     """
     if tokenizer.chat_template is None:
+        if system is not None:
+            raise StepFlowInputError(
+                "a system message needs a chat template, and the tokenizer has none",
+                hint="write what it says into the prompt",
+            )
         return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, **template
     )

@@ -246,6 +246,7 @@ def test_traces():
         ["diagnose", "--model", "reasoner", "--compare", "no-such.jsonl", "none.jsonl"],
         ["eval", "--model", "reasoner", "--problems", "reasoner:chains-2"],
         ["calibrate", "reasoner", "--problems", "reasoner:chains-2"],
+        ["generate", "--model", "reasoner", "--prompt", "How many?"],
     ],
     ids=lambda words: words[0],
 )
@@ -253,4 +254,4 @@ def test_every_command_refuses_a_seed_before_it_works(capsys, words, text):
     with pytest.raises(SystemExit) as caught:
         main([*words, "--seed", text])
     assert caught.value.code == EXIT_ERROR
-    assert f"argument --seed: a seed is a whole number from 0 on, got '{text}'" in capsys.readouterr().err
+    assert f"argument --seed: a seed is a whole number from 0 on, below 2^63, got '{text}'" in capsys.readouterr().err

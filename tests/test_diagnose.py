@@ -114,6 +114,7 @@ def test_right_against_wrong(capsys: pytest.CaptureFixture[str], written: Path) 
         (["--prompt", "  "], "--prompt is empty"),
         (["--trace", "{}/text.txt", "--implicit-thinking"], "does not say where"),
         (["--prompt", "x", "--stepflow", "no-such-preset"], "no-such-preset"),
+        (["--prompt", "x", "--stepflow", "tau_max=2"], "tau_max must be a number in [0, 1], got 2"),
         (["--prompt", "x", "--steps", "{}/s.json", "--stepflow", "{}/s.json"], "both say"),
     ],
 )

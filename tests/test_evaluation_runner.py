@@ -326,6 +326,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "could not be loaded" in capsys.readouterr().err
     assert main([*words, "--report", str(tmp_path / "no" / "page.html")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert main([*words, "--temperature", "-1"]) == 2
+    assert "--temperature must be 0 or more, got -1.0" in capsys.readouterr().err
+    assert main([*words, "--stepflow", "tau=0.1"]) == 2
+    assert "unknown StepFlow setting 'tau'" in capsys.readouterr().err
     assert main([*words, "--device", "warp"]) == 2
     assert "could not be moved" in capsys.readouterr().err
 

@@ -19,10 +19,12 @@ SUBCOMMANDS = {
     "doctor": "what is installed here and what of it StepFlow can use",
     "eval": "StepFlow settings and baselines, compared on the same problems",
     "export": "a preset as a folder that transformers loads",
+    "generate": "one answer of a model with StepFlow, as it is written",
     "presets": "settings for models and where they come from: list, show, card, validate",
     "push": "a preset's repository on the Hub",
 }
 EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # as shells have it
 
 # Modules that come with an extra, by the name under which they are imported.
 _EXTRAS = {
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; `sys.argv[1:]` if not given.
 
     Returns:
-        The exit status: 0 for success, 2 for bad input, else what the subcommand says in its help.
+        The exit status: 0 for success, 2 for bad input, 130 where it was interrupted, else what the subcommand says
+        in its help.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -69,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return runs[args.subcommand](args)
     except StepFlowError as error:
         return _refuse(error.message, error.hint)
+    except KeyboardInterrupt:
+        print("\nhf-stepflow: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .loading import add_model_arguments, load
+from .loading import add_model_arguments, find_stepflow, load
 from .paths import demand_folders
 from .seeds import read_seed
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     _check_identity(args.out, name, base_model, args.revision)
     work = args.work or (args.out or Path(name)).with_name(f"{name}-calibration")
     problems = _problems(args.problems, args.limit, args.seed)
-    settings = _reading(args.stepflow)
+    settings = find_stepflow(args.stepflow)
     model, tokenizer = load(args.model, args.dtype, _device(args.device), args.revision)
     architecture = _architecture(model)
     result = calibrate(
@@ -148,15 +148,6 @@ def _problems(sources: list[str], limit: int | None, seed: int) -> list[Any]:
         own = load_problems(source, limit, split="calibration", seed=seed)
         problems += own if len(sources) == 1 else [replace(one, id=f"{source}/{one.id}") for one in own]
     return problems
-
-
-def _reading(stepflow: str | None) -> Any:
-    """Markers and step rules from what the user names; misspelt names are told before the weights are loaded."""
-    if stepflow is None:
-        return None
-    from hf_stepflow.runtime.preset_lookup import find_preset
-
-    return find_preset(stepflow)
 
 
 def _device(device: str) -> str:

@@ -6,11 +6,13 @@ import json
 import random
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+from .answers import did, first_difference, line_of, written_steps
 from .paths import demand_folders
 from .seeds import read_seed
 
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_side_by_side(base, with_stepflow))
         if right is not None:
             console.print(f"The right answer is [bold]{right}[/].\n")
-        console.print(f"[bold]What StepFlow did[/]\n{_did(report)}\n")
+        console.print(f"[bold]What StepFlow did[/]\n{did(report)}\n")
     result = _compare(model, args.difficulty, seed, args.problems, progress=not args.json)
     if console is not None:
         if result is not None:
@@ -128,14 +130,12 @@ def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: 
     from hf_stepflow.evaluation.answers import judge
     from hf_stepflow.evaluation.arms import Arm
     from hf_stepflow.evaluation.generation import Sampler
-    from hf_stepflow.runtime.trace import segment_trace
 
     vocabulary = model.stepflow_runtime.rules.vocabulary
     sampler = Sampler(model, tokenizer, vocabulary, _LONGEST)
     prompt = sampler.encode(problem)
     (response,), _ = sampler.respond(Arm(stepflow=stepflow), [prompt], seed=0)
-    trace = segment_trace(tokenizer, prompt + response.ids, vocabulary)
-    steps = [" ".join((step.text or "").split()) for step in trace.steps if step.label != "question"]
+    steps = [line_of(step) for step in written_steps(tokenizer, prompt, response.ids, vocabulary)]
     outcome = judge(problem, response.summary, response.is_finished).outcome if is_known else None
     return Answer(steps, response.text, len(response.ids), outcome)
 
@@ -151,13 +151,9 @@ def _side_by_side(base: Answer, with_stepflow: Answer) -> Any:
         colour = {None: "", "correct": "[green]"}.get(answer.outcome, "[red]")
         verdict = "" if answer.outcome is None else f", {colour}{answer.outcome}[/]"
         table.add_column(f"{name} ({answer.tokens} tokens{verdict})", ratio=1)
-    length = max(len(base.steps), len(with_stepflow.steps))
-    pairs = [
-        tuple(steps[place] if place < len(steps) else "" for steps in (base.steps, with_stepflow.steps))
-        for place in range(length)
-    ]
-    first = next((place for place, (left, right) in enumerate(pairs) if left != right), None)
-    for place in _shown(length, first):
+    pairs = list(zip_longest(base.steps, with_stepflow.steps, fillvalue=""))
+    first = first_difference(base.steps, with_stepflow.steps)
+    for place in _shown(len(pairs), first):
         if place is None:
             table.add_row("...", "...", "...")
             continue
@@ -179,11 +175,6 @@ def _shown(length: int, first: int | None) -> list[int | None]:
             shown.append(None)
         shown.append(place)
     return shown
-
-
-def _did(report: Any) -> str:
-    """What StepFlow did to the one row, without its steps."""
-    return "\n".join(line for line in str(report).splitlines() if "tokens" not in line)
 
 
 def _compare(model: Any, level: str, seed: int, number: int, progress: bool) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .loading import add_model_arguments, load
+from .loading import add_model_arguments, find_stepflow, load
 from .paths import demand_folders
 from .seeds import read_seed
 
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--compare", nargs=2, type=Path, metavar=("CORRECT", "WRONG"), help="two JSONL files")
     parser.add_argument("--paired", action="store_true", help="the two files hold the same problems, line by line")
     parser.add_argument(
-        "--stepflow", metavar="CONFIG", help="preset, JSON file or folder: look at it with StepFlow on"
+        "--stepflow", metavar="CONFIG", help="preset, JSON file, folder or KEY=VALUE,...: look at it with StepFlow on"
     )
     parser.add_argument("--steps", metavar="CONFIG", help="JSON file or folder with markers and step rules alone")
     parser.add_argument("--implicit-thinking", action="store_true", help="thinking starts where the prompt ends")
@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     groups = [read_traces(path) for path in args.compare or ([args.trace] if args.trace else [])]
     _check(args, groups)
-    from hf_stepflow.runtime.preset_lookup import find_preset
-
-    stepflow = find_preset(args.stepflow)  # a misspelt name is told before the weights are loaded
+    stepflow = find_stepflow(args.stepflow)
     settings = read_settings(args.steps)
     model, tokenizer = load(args.model, args.dtype, args.device, args.revision)
     if stepflow is not None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .loading import add_model_arguments, load
+from .loading import add_model_arguments, find_stepflow, load
 from .paths import demand_folders
-from .seeds import read_seed
+from .sampling import add_sampling_arguments, sampling_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--stepflow", metavar="CONFIG", help="preset, JSON file or folder with the settings that arms start from"
+        "--stepflow",
+        metavar="CONFIG",
+        help="preset, JSON file, folder or KEY=VALUE,... with the settings that arms start from",
     )
     parser.add_argument("--problems", required=True, help="JSONL file, benchmark or reasoner:LEVEL")
     parser.add_argument("--split", default="test", help="of the reasoner's problems (default: test)")
@@ -48,11 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="another method, alone and with every arm; repeat for each",
     )
     parser.add_argument("--samples", type=int, default=1, help="responses to each problem; above 1 they are sampled")
-    parser.add_argument("--temperature", type=float, help="sample at this temperature instead of greedy decoding")
-    parser.add_argument("--top-p", type=float, help="nucleus of the sampling")
-    parser.add_argument("--seed", type=read_seed, default=0, help="of sampling and resampling (default: 0)")
+    add_sampling_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=16, help="default: 16")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="default: 2048")
     parser.add_argument("--run-code", action="store_true", help="run programs that the model writes, to check them")
     parser.add_argument("--out", type=Path, help="JSONL file of the results; a run that was stopped is continued")
     parser.add_argument("--report", type=Path, help="HTML page of the result")
@@ -70,15 +69,13 @@ def run(args: argparse.Namespace) -> int:
     if args.methods:
         arms = combine_arms(arms, _read_arms(args.methods))
     problems = load_problems(args.problems, args.limit, split=args.split, seed=args.seed)
+    sampling = sampling_of(args, is_needed=args.samples > 1)
+    stepflow = find_stepflow(args.stepflow)
     model, tokenizer = load(args.model, args.dtype, args.device, args.revision)
-    if args.stepflow is not None:
+    if stepflow is not None:
         from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 
-        StepFlowModelForCausalLM.attach(model, args.stepflow, tokenizer=tokenizer)
-    sampling: dict[str, Any] = {}
-    if args.samples > 1 or args.temperature is not None or args.top_p is not None:
-        sampling = {"do_sample": True, "temperature": 0.7 if args.temperature is None else args.temperature}
-        sampling |= {} if args.top_p is None else {"top_p": args.top_p}
+        StepFlowModelForCausalLM.attach(model, stepflow, tokenizer=tokenizer)
     result = evaluate(
         model,
         problems,

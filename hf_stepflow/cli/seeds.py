@@ -4,7 +4,7 @@ import argparse
 
 
 def read_seed(text: str) -> int:
-    """The type of the option: a whole number from 0 on, which is what the generators of random numbers take.
+    """The type of the option: a whole number from 0 on, below 2^63, as the generators of random numbers take it.
 
     Args:
         text: what was typed.
@@ -16,6 +16,8 @@ def read_seed(text: str) -> int:
         number = int(text)
     except ValueError:
         number = -1
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"a seed is a whole number from 0 on, got {text!r}: pass for instance 0")
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(
+            f"a seed is a whole number from 0 on, below 2^63, got {text!r}: pass for instance 0"
+        )
     return number

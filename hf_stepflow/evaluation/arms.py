@@ -161,7 +161,7 @@ def parse_arm(text: str) -> tuple[str, Arm]:
     own = {field.name for field in fields(Arm)} - {"stepflow"}
     settings: dict[str, Any] = {}
     arguments = dict(_KINDS[kind])
-    for key, value in _pairs(rest) if colon else ():
+    for key, value in read_pairs(rest) if colon else ():
         (arguments if key in own else settings)[key] = value
     if kind == "budget-forcing" and not arguments:
         raise StepFlowInputError(f"{text!r} names no budget", hint="write budget-forcing:min_steps=8 or max_steps=20")
@@ -175,8 +175,14 @@ def parse_arm(text: str) -> tuple[str, Arm]:
         raise StepFlowInputError(f"{text!r}: {error}") from error
 
 
-def _pairs(text: str) -> list[tuple[str, Any]]:
-    """`a=1,b=[2,3],c=top:0.25`: values are JSON where they can be read as such, else texts."""
+def read_pairs(text: str) -> list[tuple[str, Any]]:
+    """Settings as the command line writes them: `a=1,b=[2,3],c=top:0.25`.
+
+    Values are JSON where they can be read as such, else texts.
+
+    Raises:
+        StepFlowInputError: keys without values.
+    """
     pairs: list[tuple[str, Any]] = []
     parts: list[str] = []
     for part in text.split(","):  # a comma inside brackets belongs to its value
@@ -190,9 +196,7 @@ def _pairs(text: str) -> list[tuple[str, Any]]:
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise StepFlowInputError(
-                f"expected KEY=VALUE, got {part!r}", hint="for instance stepflow:tau_max=0.15,alpha=0"
-            )
+            raise StepFlowInputError(f"expected KEY=VALUE, got {part!r}", hint="for instance tau_max=0.15,alpha=0")
         try:
             read = json.loads(value)
         except json.JSONDecodeError:

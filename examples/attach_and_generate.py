@@ -1,0 +1,41 @@
+"""StepFlow on a loaded model: attach it, generate, read what it did, change it for one call, take it off.
+
+Runs offline with the tiny reasoning model of the package; put the name of a model of yours in place of FOLDER.
+"""
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, segment_trace
+from hf_stepflow.reasoner import FOLDER
+
+QUESTION = "Eve beats Ray by 65. Ann has 97 points. Ray trails Ann by 67. How many points does Ray have?"
+
+
+def main() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+    model = StepFlowModelForCausalLM.attach(model, StepFlowConfig(tau_max=0.15, alpha=0.06), tokenizer=tokenizer)
+
+    messages = [{"role": "user", "content": QUESTION}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=200)
+
+    # The trace as StepFlow saw it: question, thinking and summary, cut into steps.
+    for step in segment_trace(tokenizer, output[0], model.stepflow_config).steps:
+        print(f"{step.label:<9}{step.index:>3} {step.text.strip()}")
+    # What it did, by layer: how much attention the bridge had before and after, how often momentum was injected.
+    print(model.stepflow_report())
+
+    # Settings for one call are merged over the model's own; False leaves StepFlow out.
+    for settings in ({"tau_max": 0.3, "alpha": 0.0}, False):
+        output = model.generate(**inputs, max_new_tokens=200, stepflow=settings)
+        print(settings, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+    with model.disable_stepflow():
+        base_logits = model(**inputs).logits
+    # Detached, it is the very model that it was.
+    model.detach_stepflow()
+    print("as before:", bool((model(**inputs).logits == base_logits).all()))
+
+
+if __name__ == "__main__":
+    main()

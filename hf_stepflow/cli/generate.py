@@ -1,0 +1,246 @@
+"""`hf-stepflow generate`: one answer of a model with StepFlow, as it is written."""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+
+from .answers import did, first_difference, line_of, written_steps
+from .loading import add_model_arguments, find_stepflow, load
+from .sampling import add_sampling_arguments, sampling_of
+
+if TYPE_CHECKING:
+    from hf_stepflow.evaluation.generation import Sampler
+    from hf_stepflow.runtime.report import FlowReport
+    from hf_stepflow.runtime.trace_steps import TraceStep
+
+_NAMES = {"base": "Base model", "stepflow": "With StepFlow"}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer.
+
+    Attributes:
+        text: all of it, markers included.
+        summary: what stands after the thinking.
+        steps: its thinking and summary steps.
+        tokens: its length.
+        seconds: what it took.
+        is_finished: the turn was ended, and not in the middle of thinking.
+        report: what StepFlow did; None where it was off, or had settings that ask for nothing.
+    """
+
+    text: str
+    summary: str
+    steps: "list[TraceStep]"
+    tokens: int
+    seconds: float
+    is_finished: bool
+    report: "FlowReport | None"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {
+            "text": self.text,
+            "summary": self.summary,
+            "steps": [{"label": step.label, "index": step.index, "text": step.text} for step in self.steps],
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "is_finished": self.is_finished,
+            "report": None if self.report is None else self.report.to_dict(),
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """The steps, each as one line of text."""
+        return list(map(line_of, self.steps))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds description, arguments and example to the parser of this subcommand."""
+    parser.description = (
+        "Asks a model, shows its answer step by step as it is written, and then what StepFlow did. Greedy, unless a\n"
+        "temperature or a nucleus is given.\n\n"
+        "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
+        "CONFIG is a preset (name, base model, path, or Hub id), a JSON file or folder with settings, settings as\n"
+        "KEY=VALUE,... (the rest: the paper's), `auto` for MODEL's preset or else the rule, or `off`. Without it the\n"
+        "settings that MODEL was saved with hold, or else the paper's."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  hf-stepflow generate --model reasoner --prompt 'Bob has 4 points. Ann beats Bob by 3. "
+        "How many points does Ann have?'\n"
+        "  hf-stepflow generate --model Qwen/Qwen3-0.6B --stepflow tau_max=0.3,alpha=0 --prompt-file question.txt\n"
+        "  echo 'What is 17 times 23?' | hf-stepflow generate --model Qwen/Qwen3-0.6B --prompt - --json"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what is asked; - reads it from the standard input")
+    parser.add_argument("--prompt-file", metavar="FILE", help="the same from a file")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before it")
+    parser.add_argument(
+        "--no-chat-template", action="store_true", help="the prompt as it stands, without the template"
+    )
+    parser.add_argument("--stepflow", metavar="CONFIG", help="the settings, or `off`: see above")
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--compare", action="store_true", help="answer without StepFlow first, and tell where the answers part"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers and tells what StepFlow did."""
+    is_on = args.stepflow != "off"
+    sampling = sampling_of(args)
+    _check(args, is_on)
+    stepflow = find_stepflow(args.stepflow) if is_on else None
+    prompt = _read_prompt(args)
+    from hf_stepflow.evaluation.generation import Sampler
+    from hf_stepflow.runtime.loading import settings_on
+    from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+    from hf_stepflow.runtime.steps import StepVocabulary
+    from hf_stepflow.runtime.tokenization_stepflow import end_of_turn_ids
+
+    from .step_printer import StepPrinter
+
+    model, tokenizer = load(args.model, args.dtype, args.device, args.revision)
+    ids = _encode(model, tokenizer, prompt, args)
+    ends = end_of_turn_ids(model, tokenizer)
+    if is_on:
+        StepFlowModelForCausalLM.attach(model, stepflow, tokenizer=tokenizer)
+        vocabulary = model.stepflow_runtime.rules.vocabulary
+    else:
+        vocabulary = StepVocabulary.from_tokenizer(tokenizer, settings_on(model, None)[0], end_of_turn_ids=ends)
+    if not args.json:
+        sampling["streamer"] = StepPrinter(tokenizer, vocabulary, ends)
+    sampler = Sampler(model, tokenizer, vocabulary, args.max_new_tokens, sampling)
+    answers = {}
+    for name in _NAMES if args.compare else ["stepflow" if is_on else "base"]:
+        if args.compare and not args.json:
+            print(_NAMES[name])
+        answers[name] = _answer(sampler, ids, name == "stepflow", args.seed, ends)
+        if not args.json:
+            print(f"\n{_told(answers[name], args.max_new_tokens)}\n")
+    last = answers[name]
+    first = first_difference(answers["base"].lines, last.lines) if args.compare else None
+    if args.json:
+        settings = model.stepflow_runtime.settings.to_dict() if is_on else None
+        told = {"model": args.model, "prompt": prompt, "settings": settings}
+        if args.compare:
+            told |= {name: answer.to_dict() for name, answer in answers.items()} | {"first_difference": first}
+        else:
+            told |= last.to_dict()
+        print(json.dumps(told, indent=2))
+        return 0
+    if args.compare:
+        print(f"{_told_difference(first, answers['base'].lines, last.lines)}\n")
+    print(_told_report(last, args.model) if is_on else "StepFlow was off.")
+    return 0
+
+
+def _check(args: argparse.Namespace, is_on: bool) -> None:
+    """Refuses arguments that do not go together."""
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise StepFlowInputError(
+            "expected one of --prompt and --prompt-file, got " + ("neither" if args.prompt is None else "both"),
+            hint="--prompt TEXT, --prompt-file FILE, or --prompt - for the standard input",
+        )
+    if args.system is not None and args.no_chat_template:
+        raise StepFlowInputError("--system needs the chat template", hint="leave out --no-chat-template or --system")
+    if args.compare and not is_on:
+        raise StepFlowInputError("--compare needs StepFlow, and --stepflow is off", hint="leave one of them out")
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    """What is asked, without the end of its last line."""
+    source = "--prompt"
+    try:
+        if "-" in (args.prompt, args.prompt_file):
+            source, prompt = "the standard input", sys.stdin.read()
+        elif args.prompt_file is not None:
+            source, prompt = repr(args.prompt_file), Path(args.prompt_file).read_text(encoding="utf-8-sig")
+        else:
+            prompt = args.prompt
+        prompt.encode()  # fails where an argument was not UTF-8
+    except (OSError, UnicodeError) as error:
+        raise StepFlowFileError(
+            f"the prompt cannot be read from {source}: {error}", hint="it has to be text in UTF-8"
+        ) from error
+    if not prompt.strip():
+        raise StepFlowInputError(f"the prompt is empty: {source} holds no text", hint="ask something")
+    return prompt.rstrip("\n")
+
+
+def _encode(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[int]:
+    """Token ids of the prompt, for which the model has to have positions."""
+    from jinja2 import TemplateError
+
+    from hf_stepflow.prompts import encode_prompt
+
+    try:
+        ids = (
+            tokenizer.encode(prompt) if args.no_chat_template else encode_prompt(tokenizer, prompt, system=args.system)
+        )
+    except TemplateError as error:
+        hint = "leave out --system" if args.system is not None else "--no-chat-template gives the prompt as it stands"
+        raise StepFlowInputError(f"the chat template of {args.model!r} refuses: {error}", hint=hint) from error
+    if not ids:
+        raise StepFlowInputError("the prompt has no tokens", hint="ask something")
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and len(ids) + args.max_new_tokens > room:
+        raise StepFlowInputError(
+            f"the prompt has {len(ids)} tokens and --max-new-tokens allows {args.max_new_tokens} more; this model has "
+            f"{room} positions",
+            hint=f"--max-new-tokens {room - len(ids)}" if room > len(ids) else "a shorter prompt",
+        )
+    return ids
+
+
+def _answer(sampler: "Sampler", ids: list[int], is_on: bool, seed: int, ends: list[int]) -> _Answer:
+    from hf_stepflow.evaluation.arms import Arm
+    from hf_stepflow.runtime.report import FlowReport
+
+    (response,), seconds = sampler.respond(Arm(stepflow=is_on), [ids], seed)
+    own = response.ids[:-1] if response.ids[-1] in ends else response.ids
+    return _Answer(
+        text=sampler.tokenizer.decode(own),
+        summary=response.summary.strip(),
+        steps=written_steps(sampler.tokenizer, ids, own, sampler.vocabulary),
+        tokens=len(response.ids),
+        seconds=seconds,
+        is_finished=response.is_finished,
+        report=None if response.report is None else FlowReport([response.report]),
+    )
+
+
+def _told(answer: _Answer, limit: int) -> str:
+    """How long an answer is, and whether it is whole."""
+    text = f"{answer.tokens} tokens in {answer.seconds:.1f} s"
+    if answer.is_finished:
+        return text
+    return f"{text}; " + ("cut off by --max-new-tokens" if answer.tokens >= limit else "ended before its summary")
+
+
+def _told_difference(first: int | None, base: list[str], other: list[str]) -> str:
+    if first is None:
+        return f"No difference: {len(base)} steps, all the same."
+    sides = [steps[first] if first < len(steps) else "(has ended)" for steps in (base, other)]
+    lines = [f"  {name:<13}  {step}" for name, step in zip(_NAMES.values(), sides, strict=True)]
+    return "\n".join([f"First difference: step {first + 1}", *lines])
+
+
+def _told_report(answer: _Answer, model: str) -> str:
+    """What StepFlow did, or why it did nothing."""
+    if answer.report is None:
+        return "StepFlow had nothing to do: its settings ask for nothing."
+    if any(step.label == "thinking" for step in answer.report.rows[0].steps):
+        return did(answer.report)
+    return (
+        "StepFlow had nothing to do: no thinking was found.\n"
+        f"`hf-stepflow doctor {model}` shows the markers of thinking; implicit_thinking=true is for models without."
+    )
