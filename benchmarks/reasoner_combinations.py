@@ -76,7 +76,7 @@ def run(level: str, number: int) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     told = result.to_dict()
-    told["about"] |= {"processor": names[0] if names else platform.machine()}
+    told["about"] |= {"model": "the embedded reasoner", "processor": names[0] if names else platform.machine()}
     return {"level": level, "n": number, "limits": known, **told}
 
 
