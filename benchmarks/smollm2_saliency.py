@@ -30,6 +30,7 @@ PROBLEM = (
     "Tom has 3 boxes with 12 pencils in each. He gives 9 pencils to Ann. How many pencils does Tom have left? "
     "Think step by step, then end with: The answer is NUMBER."
 )
+END_OF_TURN = "<|im_end|>"
 STEPS = {"implicit_thinking": True, "summary_start": "The answer is", "min_step_chars": 1}
 
 
@@ -89,7 +90,8 @@ def split(solutions: Path, limit: int, folder: Path) -> tuple[Path, Path]:
         lines = []
         for row in [row for row in rows if row["correct"] is is_right][:limit]:
             *thinking, answer = row["solution"].strip().split("\n")
-            text = "\n\n".join([*thinking, answer.replace("A:", "The answer is", 1)])
+            # With the end of the turn, as a model writes it: else an answer of one token would predict nothing.
+            text = "\n\n".join([*thinking, answer.replace("A:", "The answer is", 1)]) + END_OF_TURN
             lines.append(json.dumps({"prompt": row["question"], "response": text}))
         file.write_text("\n".join(lines) + "\n")
     return files
