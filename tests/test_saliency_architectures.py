@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from flow_support import byte_tokenizer, encode
 from saliency_oracle import SaliencyOracle, oracle_map
 from tiny_models import UNBUILDABLE, causal_model_types, tiny_model
@@ -25,7 +26,10 @@ def naive_maps(model, trace) -> torch.Tensor:
         tokens = SaliencyOracle(model)(IDS, lambda logits: torch.nn.functional.cross_entropy(logits[:-1], targets[1:]))
         weights = [tokens[layer].mean(0) for layer in sorted(tokens)]
     else:
+        own = model(targets[None]).logits
         model.set_attn_implementation("eager")
+        if not torch.allclose(model(targets[None]).logits, own, atol=1e-4):
+            pytest.skip(f"the kernels of doge differ from each other in transformers {transformers.__version__}")
         output = model(targets[None], labels=targets[None], output_attentions=True, use_cache=False)
         for one in output.attentions:
             one.retain_grad()
@@ -34,13 +38,20 @@ def naive_maps(model, trace) -> torch.Tensor:
     return torch.stack([oracle_map(one, trace, "causal") for one in weights])
 
 
+def serves(model) -> bool:
+    """Whether StepFlow reaches the model's attention, in this release of transformers."""
+    try:
+        attention_modules(model)
+    except StepFlowUnsupportedError:
+        return False
+    return True
+
+
 def check(model_type: str) -> None:
     if model_type not in causal_model_types() or model_type in UNBUILDABLE:
         pytest.skip(f"this transformers cannot build {model_type}")
     model = tiny_model(model_type, dtype=torch.float64)
-    try:
-        attention_modules(model)
-    except StepFlowUnsupportedError:
+    if not serves(model):
         with pytest.raises(StepFlowUnsupportedError):
             step_saliency(model, IDS, tokenizer=byte_tokenizer())
         return
@@ -66,5 +77,8 @@ def test_every_model_type(model_type: str) -> None:
 
 
 def test_layers_that_cannot_be_checkpointed() -> None:
+    model = tiny_model("ctrl")
+    if not serves(model):
+        pytest.skip(f"StepFlow does not reach the attention of ctrl in transformers {transformers.__version__}")
     with pytest.raises(StepFlowUnsupportedError, match="checkpoints=False"):
-        step_saliency(tiny_model("ctrl"), IDS, tokenizer=byte_tokenizer(), checkpoints=True)
+        step_saliency(model, IDS, tokenizer=byte_tokenizer(), checkpoints=True)

@@ -31,7 +31,7 @@ def facts_of(base: str, revision: str | None = None, token: str | bool | None = 
     """
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, token=token, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # older releases stumble over JSON that is no object
         return BaseFacts(problem=(str(error) or type(error).__name__).strip().splitlines()[0])
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision or "main", token=token)
