@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import statistics
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -57,7 +58,8 @@ def main() -> None:
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
             diagnose([*compared, "--out", str(FOLDER / "right_wrong.png")])
-        (FOLDER / "right_wrong.json").write_text(json.dumps(json.loads(told.getvalue()), indent=1) + "\n")
+        found = json.loads(told.getvalue()) | {"answer_characters": [answer_length(file) for file in files]}
+        (FOLDER / "right_wrong.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def diagnose(words: list[str]) -> None:
@@ -95,6 +97,13 @@ def split(solutions: Path, limit: int, folder: Path) -> tuple[Path, Path]:
             lines.append(json.dumps({"prompt": row["question"], "response": text}))
         file.write_text("\n".join(lines) + "\n")
     return files
+
+
+def answer_length(file: Path) -> float:
+    """Mean number of characters of the answers in a file of traces: groups may differ by it alone."""
+    texts = [json.loads(line)["response"].removesuffix(END_OF_TURN) for line in file.read_text().splitlines()]
+    answers = [text.rpartition("The answer is")[2].strip() for text in texts if "The answer is" in text]
+    return statistics.mean(map(len, answers))
 
 
 if __name__ == "__main__":
