@@ -98,7 +98,7 @@ def test_a_preset_repository(run, tokenizer):
         assert told["logits"] == with_stepflow
     assert loaded["printed"] == [""]
     (answer,) = piped["printed"]
-    assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 1
+    assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 2
 
 
 def test_a_model_of_ones_own(run, tokenizer):
