@@ -64,17 +64,19 @@ def about(model: Any) -> dict[str, Any]:
     }
 
 
-def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
-    """Exact traces of every arm on one level."""
+def traces(
+    model: Any, tokenizer: Any, level: str, number: int, asked: dict[str, dict[str, Any]] = ARMS
+) -> dict[str, Any]:
+    """Exact traces of every arm asked for on one level."""
     rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
     exact, seconds = {}, {}
-    for name, settings in {"base": False, **ARMS}.items():
+    for name, settings in {"base": False, **asked}.items():
         start = time.perf_counter()
         exact[name] = [score.exact for score in score_traces(model, rows, settings, batch_tokens=BATCH_TOKENS)]
         seconds[name] = round(time.perf_counter() - start, 1)
     base = [[one] for one in exact["base"]]
     arms = {}
-    for name in ARMS:
+    for name in asked:
         found = compare(base, [[one] for one in exact[name]])
         arms[name] = {
             "delta": [found.delta.value, found.delta.low, found.delta.high],
@@ -143,20 +145,7 @@ def table() -> str:
     parts = []
     rows = [one for one in known["traces"] if one]
     if rows:
-        # Every arm and level is a comparison of its own; p-values are Holm-adjusted over all of them.
-        keys = [(one["level"], name) for one in rows for name in ARMS]
-        values = adjust([one["arms"][name]["p_value"] for one in rows for name in ARMS])
-        adjusted = dict(zip(keys, values, strict=True))
-        heads = ["level", "n", "tokens", "base, %", *ARMS]
-        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for one in rows:
-            cells = [one["level"], str(one["n"]), f"{one['tokens']:.0f}", _percent(one["base"])]
-            for name in ARMS:
-                mark = "**" if adjusted[one["level"], name] < 0.05 else ""
-                low, high = (100 * value for value in one["arms"][name]["delta"][1:])
-                cells.append(f"{mark}{100 * one['arms'][name]['delta'][0]:+.1f}{mark} [{low:+.1f}, {high:+.1f}]")
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+        parts.append(traces_table(rows))
     rows = [one for one in known["mass"] if one]
     if rows:
         lines = ["| level | tokens | right traces | layer 0 | layer 1 | wrong traces | layer 0 | layer 1 |"]
@@ -197,6 +186,26 @@ def table() -> str:
                 )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def traces_table(rows: list[dict[str, Any]], first: str = "level") -> str:
+    """What `traces` found, a row each, headed by the entry named `first`.
+
+    Every arm and row is a comparison of its own: p-values are adjusted by Holm over all of them.
+    """
+    arms = list(rows[0]["arms"])
+    adjusted = iter(adjust([one["arms"][name]["p_value"] for one in rows for name in arms]))
+    heads = [*dict.fromkeys((first, "level")), "n", "tokens", "base, %", *arms]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for one in rows:
+        cells = [str(one[name]) for name in heads[: -len(arms) - 2]]
+        cells += [f"{one['tokens']:.0f}", _percent(one["base"])]
+        for name in arms:
+            mark = "**" if next(adjusted) < 0.05 else ""
+            low, high = (100 * value for value in one["arms"][name]["delta"][1:])
+            cells.append(f"{mark}{100 * one['arms'][name]['delta'][0]:+.1f}{mark} [{low:+.1f}, {high:+.1f}]")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _percent(interval: list[float]) -> str:

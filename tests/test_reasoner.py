@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import stats
 from hf_stepflow.prompts import encode_prompt
-from hf_stepflow.reasoner import FOLDER, load_reasoner, train
+from hf_stepflow.reasoner import FOLDER, load_reasoner, release, train
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
 from hf_stepflow.reasoner.muon import Muon, orthogonalise
 from hf_stepflow.reasoner.problems import SPLITS, split_of
@@ -185,6 +185,39 @@ def test_the_second_stage_starts_from_the_rounded_first(tmp_path: Path, monkeypa
     second = train.train(recipes[1], tmp_path / "after", start=train.rounded(first))
     assert torch.equal(found, weights(second))
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == sorted(train.STAGES)
+
+
+@pytest.mark.usefixtures("_one_thread_as_before")
+def test_release_ships_a_run_and_reports_others_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stages(seed: int) -> tuple[Recipe, Recipe]:
+        recipe = dataclasses.replace(TINY, seed=seed, steps=2, curriculum=0.0)
+        return recipe, dataclasses.replace(recipe, errands=True)
+
+    monkeypatch.setattr(Recipe, "stages", stages)
+    for seed in (0, 1):
+        train.train_stages(seed, tmp_path / f"run-{seed}")
+    out = tmp_path / "model"
+    ask = ["--out", str(out), "--problems", "1"]
+    release.main([str(tmp_path / "run-0"), *ask])
+    shipped = (out / "model.safetensors").read_bytes()
+    card = (out / "README.md").read_text()
+    assert "| seed 0 |\n" in card
+    assert "seed 1" not in card
+    release.main([str(tmp_path / "run-1"), "--keep", *ask])
+    assert (out / "model.safetensors").read_bytes() == shipped
+    card = (out / "README.md").read_text()
+    assert "| seed 0 | seed 1 |\n" in card
+    assert "Seed 0 is shipped." in card
+    accuracy = json.loads((out / "accuracy.json").read_text())
+    assert accuracy["seed"] == 0
+    assert [run["seed"] for run in accuracy["others"]] == [1]
+
+    with pytest.raises(StepFlowInputError, match="no run that has come to its last stage"):
+        release.main([str(tmp_path), *ask])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(StepFlowInputError, match="something that is no reasoner"):
+        release.main([str(tmp_path / "run-0"), "--problems", "1", "--out", str(tmp_path / "other")])
 
 
 def test_positions_have_gaps_and_stay_in_range() -> None:

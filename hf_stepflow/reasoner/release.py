@@ -1,9 +1,11 @@
 """Makes the model folder that the package ships from a finished training run: weights, tokenizer, log, accuracy, card.
 
 `python -m hf_stepflow.reasoner.release RUN [RUN ...]`: the first run is shipped, the others are reported beside it.
+With `--keep` the weights that are there stay, and every run is reported beside them.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -53,7 +55,7 @@ bfloat16 weights), on {n} problems each of the **calibration** split; 95 % Wilso
 test split.
 
 {table}
-
+{beside}
 The aim is above 95 % at the easiest level of each family: {aim}.
 
 ## Training
@@ -69,55 +71,93 @@ The log is `training_log.jsonl`; its last line: `{last}`.
 """
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        model: with its weights in bfloat16 values.
+        recipe: of the last stage.
+        log: the lines of all stages' logs.
+    """
+
+    model: Any
+    recipe: Recipe
+    log: list[dict[str, Any]]
+
+    @property
+    def minutes(self) -> float:
+        """What all stages took."""
+        return sum(line["seconds"] for line in {line["stage"]: line for line in self.log}.values()) / 60
+
+
+# {level: (exact traces, mean tokens of a response)}
+Accuracy = dict[str, tuple[int, float]]
+
+
+def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m hf_stepflow.reasoner.release", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished training runs")
+    parser.add_argument("--keep", action="store_true", help="ship what is shipped, and only write its card anew")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the model (default: the package's own)")
     parser.add_argument("--problems", type=int, default=400, help="of each level, for the card (default: 400)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(2)
     tokenizer = build_tokenizer()
+    runs = [load_shipped(args.out)] if args.keep else []
+    runs += [load_run(run, tokenizer) for run in args.runs]
     accuracies = []
-    for number, run in enumerate(args.runs):
-        model, recipe, log, seconds = load_run(run, tokenizer)
-        if number == 0:
-            shipped = model, recipe, log, seconds
-        accuracies.append((recipe.seed, measure(model, tokenizer, args.problems)))
-    write(args.out, tokenizer, *shipped, accuracies, args.problems)
+    for run in runs:
+        print(f"seed {run.recipe.seed}", flush=True)
+        accuracies.append(measure(run.model, tokenizer, args.problems))
+    if not args.keep:
+        write_model(args.out, tokenizer, runs[0])
+    write_card(args.out, runs, accuracies, args.problems)
 
 
-def load_run(run: Path, tokenizer: Any) -> tuple[Any, Recipe, list[dict[str, Any]], float]:
-    """The model of a finished run in bfloat16, the recipe of its last stage, and log and seconds of all stages.
+def load_run(folder: Path, tokenizer: Any) -> Run:
+    """The run that a folder of checkpoints and logs holds.
 
     Raises:
         StepFlowInputError: the run is not finished.
     """
     from safetensors import safe_open
 
+    last = folder / STAGES[-1] / "checkpoint.safetensors"
+    if not last.exists():
+        raise StepFlowInputError(f"{folder} holds no run that has come to its last stage", hint="train it to its end")
     log = [
         {"stage": number, **json.loads(line)}
         for number, stage in enumerate(STAGES, 1)
-        for line in (run / stage / "log.jsonl").read_text().splitlines()
+        for line in (folder / stage / "log.jsonl").read_text().splitlines()
     ]
-    with safe_open(run / STAGES[-1] / "checkpoint.safetensors", "pt") as file:
+    with safe_open(last, "pt") as file:
         about = file.metadata()
         recipe = Recipe(**json.loads(about["recipe"]))
         if int(about["step"]) != recipe.steps:
             raise StepFlowInputError(
-                f"{run} has come to step {about['step']} of {recipe.steps}", hint="train it to its end first"
+                f"{folder} has come to step {about['step']} of {recipe.steps}", hint="train it to its end first"
             )
         model = build_model(recipe, tokenizer)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(file.get_tensor(f"model.{name}").to(torch.bfloat16))
-    last_lines = {line["stage"]: line for line in log}
-    seconds = sum(line["seconds"] for line in last_lines.values())
-    return model.eval(), recipe, log, float(seconds)
+    return Run(model.eval(), recipe, log)
 
 
-def measure(model: Any, tokenizer: Any, number: int) -> dict[str, tuple[int, float]]:
-    """{level: (exact traces, mean tokens of a response)} on the calibration split."""
+def load_shipped(folder: Path) -> Run:
+    """The run that a folder of a released model came from."""
+    from transformers import AutoModelForCausalLM
+
+    seed = json.loads((folder / "accuracy.json").read_text())["seed"]
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Run(model.eval(), Recipe.stages(seed)[-1], log)
+
+
+def measure(model: Any, tokenizer: Any, number: int) -> Accuracy:
+    """The accuracy at every level, on so many problems of the calibration split."""
     from hf_stepflow.evaluation.scoring import score_traces
 
     found = {}
@@ -129,59 +169,69 @@ def measure(model: Any, tokenizer: Any, number: int) -> dict[str, tuple[int, flo
     return found
 
 
-def write(
-    out: Path,
-    tokenizer: Any,
-    model: Any,
-    recipe: Recipe,
-    log: list[dict[str, Any]],
-    seconds: float,
-    accuracies: list[tuple[int, dict[str, tuple[int, float]]]],
-    number: int,
-) -> None:
-    """Writes the model folder anew."""
-    from hf_stepflow.evaluation.result import percent
-    from hf_stepflow.evaluation.statistics import proportion
-
+def write_model(out: Path, tokenizer: Any, run: Run) -> None:
+    """Writes the model folder anew, without its card."""
     if out.exists() and any(out.iterdir()) and not (out / "training_log.jsonl").exists():
         raise StepFlowInputError(f"{out} holds something that is no reasoner", hint="choose another folder")
     shutil.rmtree(out, ignore_errors=True)
-    config = model.generation_config
+    config = run.model.generation_config
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.max_new_tokens = 4096
     config._from_model_config = False  # else its file would be read without what is set here
-    model.to(torch.bfloat16).save_pretrained(out)
+    run.model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    names = "".join(f" seed {seed} |" for seed, _ in accuracies)
-    rows = [f"| level | tokens |{names}", "|---|---|" + "---|" * len(accuracies)]
+    (out / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log))
+
+
+def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: int) -> None:
+    """Writes card and accuracy: of the first run, which is shipped, and of the others beside it."""
+    from hf_stepflow.evaluation.result import percent
+    from hf_stepflow.evaluation.statistics import proportion
+
+    shipped, *others = runs
+    names = "".join(f" seed {run.recipe.seed} |" for run in runs)
+    rows = [f"| level | tokens |{names}", "|---|---|" + "---|" * len(runs)]
     for level in LEVELS:
-        cells = [proportion(found[level][0], number) for _, found in accuracies]
+        cells = [proportion(found[level][0], number) for found in accuracies]
         texts = "".join(f" {percent(one)} |" for one in cells)
-        rows.append(f"| {level} | {accuracies[0][1][level][1]:.0f} |{texts}")
+        rows.append(f"| {level} | {accuracies[0][level][1]:.0f} |{texts}")
     card = _CARD.format(
-        millions=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        layers=recipe.layers,
-        width=recipe.hidden_size,
+        millions=sum(parameter.numel() for parameter in shipped.model.parameters()) / 1e6,
+        layers=shipped.recipe.layers,
+        width=shipped.recipe.hidden_size,
         sentences=LONGEST_COUNTING,
         n=number,
         table="\n".join(rows),
-        aim=_aim(accuracies[0][1], number),
-        seed=recipe.seed,
-        first=Recipe.stages(recipe.seed)[0].steps,
-        second=recipe.steps,
-        batch=recipe.batch_tokens,
-        minutes=seconds / 60,
-        last=json.dumps(log[-1]),
+        beside=_beside(shipped, others),
+        aim=_aim(accuracies[0], number),
+        seed=shipped.recipe.seed,
+        first=Recipe.stages(shipped.recipe.seed)[0].steps,
+        second=shipped.recipe.steps,
+        batch=shipped.recipe.batch_tokens,
+        minutes=shipped.minutes,
+        last=json.dumps(shipped.log[-1]),
     )
     (out / "README.md").write_text(card)
-    exact = {level: found[0] for level, found in accuracies[0][1].items()}
-    (out / "accuracy.json").write_text(
-        json.dumps({"split": "calibration", "n": number, "exact": exact}, indent=1) + "\n"
+    told = [
+        {"seed": run.recipe.seed, "exact": {level: found[level][0] for level in LEVELS}}
+        for run, found in zip(runs, accuracies, strict=True)
+    ]
+    accuracy = {"split": "calibration", "n": number, **told[0], "others": told[1:]}
+    (out / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
+
+
+def _beside(shipped: Run, others: list[Run]) -> str:
+    """What the card says of the runs that are not shipped."""
+    if not others:
+        return ""
+    times = ", ".join(f"{run.recipe.seed} in {run.minutes:.0f} minutes" for run in others)
+    return (
+        f"\nSeed {shipped.recipe.seed} is shipped. The others tell how far accuracy depends on the seed of weights and"
+        f"\ndata; they were trained by the same command: {times}.\n"
     )
 
 
-def _aim(found: dict[str, tuple[int, float]], number: int) -> str:
+def _aim(found: Accuracy, number: int) -> str:
     """Whether the easiest levels are where they should be."""
     easiest = {level.partition("-")[0]: level for level in reversed(LEVELS)}.values()
     missed = [level for level in easiest if found[level][0] <= 0.95 * number]
