@@ -11,7 +11,6 @@ Run: python benchmarks/decode_overhead.py [--json benchmarks/decode_overhead.jso
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -19,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_stepflow import StepFlowModelForCausalLM
+from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.runtime.flow_state import FlowState, carry
 from hf_stepflow.runtime.tally import Tally
 
@@ -133,17 +132,10 @@ def main() -> None:
                 results.append(result)
                 print(json.dumps(result), flush=True)
     report = {
-        "machine": {"processor": _processor(), "threads": 1, "python": platform.python_version()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": machine(),
         "results": results,
     }
     args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hf_stepflow.calibration.preset_file import calibrations_folder
+from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, proportion
 from hf_stepflow.hub.markdown import table
@@ -86,7 +87,8 @@ def difficulties(number: int) -> None:
         row["delta"] = [paired.delta.value, paired.delta.low, paired.delta.high]
         rows.append({**row, "gained": paired.gained, "lost": paired.lost, "p_value": paired.p_value})
         print(f"{level} done", flush=True)
-    found = {"settings": json.loads(preset.read_text())["settings"], "levels": rows}
+    about = {"dtype": str(model.dtype), **machine()}
+    found = {"about": about, "settings": json.loads(preset.read_text())["settings"], "levels": rows}
     (FOLDER / "difficulties.json").write_text(json.dumps(found, indent=1) + "\n")
     print(difficulties_table(rows))
 

@@ -13,7 +13,6 @@ Run: python benchmarks/reasoner_combinations.py [run|table] [--levels chains-8 e
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,8 @@ def run(level: str, number: int) -> dict[str, Any]:
         max_new_tokens=known["most_tokens"] * 6 // 5,
         out=RESPONSES / f"{level}.jsonl",
     )
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     told = result.to_dict()
-    told["about"] |= {"model": "the embedded reasoner", "processor": names[0] if names else platform.machine()}
+    told["about"]["model"] = "the embedded reasoner"
     return {"level": level, "n": number, "limits": known, **told}
 
 

@@ -15,14 +15,13 @@ Run: python benchmarks/reasoner_evidence.py [traces|mass|rounding|generation|tab
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.evaluation.problems import load_problems
 from hf_stepflow.evaluation.runner import evaluate, model_digest
 from hf_stepflow.evaluation.scoring import score_traces
@@ -53,15 +52,7 @@ HEADLINE = {"base": False, "paper": PAPER, "length temperature": ARMS["length te
 
 def about(model: Any) -> dict[str, Any]:
     """What a result depends on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "dtype": str(model.dtype),
-        "processor": names[0] if names else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return {"dtype": str(model.dtype), **machine()}
 
 
 def traces(

@@ -16,7 +16,6 @@ Run: python benchmarks/saliency_scale.py [--json benchmarks/saliency_scale.json]
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,10 +23,10 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_stepflow import Trace, step_saliency
+from hf_stepflow.evaluation.machine import machine
 
 STEP = 30
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -165,24 +164,6 @@ def main() -> None:
         # The naive way grows with the square of the length.
         if "naive" in ways and 4 * row["naive"]["peak_bytes"] > NAIVE_LIMIT:
             ways.remove("naive")
-
-
-def machine() -> dict[str, object]:
-    """What times and peaks depend on."""
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow.cli import main as hf_stepflow
+from hf_stepflow.evaluation.machine import machine
 
 FOLDER = Path(__file__).resolve().with_suffix("")
 PROBLEM = (
@@ -59,6 +60,7 @@ def main() -> None:
         with contextlib.redirect_stdout(told):
             diagnose([*compared, "--out", str(FOLDER / "right_wrong.png")])
         found = json.loads(told.getvalue()) | {"answer_characters": [answer_length(file) for file in files]}
+        found["about"] |= machine()
         (FOLDER / "right_wrong.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

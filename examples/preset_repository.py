@@ -1,4 +1,4 @@
-"""Settings as a repository of a few kB: saved without weights, loaded by transformers alone.
+"""Settings as a repository of under 200 kB: saved without weights, loaded by transformers alone.
 
 Runs offline with the tiny reasoning model of the package; put the name of a model of yours in place of FOLDER, and
 `model.push_to_hub("your-name/my-preset", preset_only=True)` in place of the folder.

@@ -22,6 +22,9 @@ MEASURED = {
     "command": "hf-stepflow eval --model M --problems math500",
     "verdict": "no measurable gain",
 }
+# What a calibration states that found no candidate to hold against the base, and what its settings then are.
+NOTHING_COMPARED = MEASURED | {"deltas": [], "p_value": None}
+OFF = {"settings__tau_max": 0.0, "settings__alpha": 0.0}
 
 
 def edited(**changes) -> dict:

@@ -220,6 +220,12 @@ def test_files(tmp_path, caplog, monkeypatch):
     assert "upgrade" in caplog.text
 
 
+def test_a_config_refuses_misspelt_settings():
+    with pytest.raises(StepFlowConfigError, match=r"unknown StepFlow setting 'tau_mx'.*\n.*did you mean 'tau_max'"):
+        StepFlowConfig(tau_mx=0.1)
+    assert StepFlowConfig(architectures=["X"], anything_else=1).tau_max == 0.15  # Transformers' own business
+
+
 def test_config_round_trip(tmp_path):
     config = StepFlowConfig(tau_max=0.3, oeb_heads={1: [0, 2]}, thinking_start=["<a>", "<b>"])
     config.save_pretrained(tmp_path)

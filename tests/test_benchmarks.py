@@ -15,7 +15,7 @@ def test_rows_keep_the_machine_that_they_were_measured_on(tmp_path: Path, monkey
     monkeypatch.setattr(saliency_scale, "WAYS", ())
     monkeypatch.setattr(saliency_scale, "model", lambda: None)
     for processor, lengths in (("this one", ["512", "1024"]), ("another", ["1024"])):
-        monkeypatch.setattr(saliency_scale, "_processor", lambda processor=processor: processor)
+        monkeypatch.setattr(saliency_scale, "machine", lambda processor=processor: {"processor": processor})
         monkeypatch.setattr(sys, "argv", ["saliency_scale", "--json", str(kept), "--lengths", *lengths])
         saliency_scale.main()
     rows = json.loads(kept.read_text())["rows"]
@@ -24,7 +24,7 @@ def test_rows_keep_the_machine_that_they_were_measured_on(tmp_path: Path, monkey
 
 def test_published_rows_name_their_machine() -> None:
     rows = json.loads(Path(saliency_scale.__file__).with_suffix(".json").read_text())["rows"]
-    assert all(row["machine"].keys() == saliency_scale.machine().keys() for row in rows)
+    assert all({"processor", "threads", "torch", "transformers"} <= row["machine"].keys() for row in rows)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="contextlib.chdir")

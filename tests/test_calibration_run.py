@@ -135,7 +135,10 @@ def test_a_closed_gate_gives_the_empty_preset(reasoner, tmp_path: Path) -> None:
     assert result.trials == []
     preset = result.preset("empty", "org/reasoner", architecture_of(reasoner[0]), "calibrate", "chains-2")
     write_preset(preset, tmp_path / "empty.json")
-    assert validate_preset(tmp_path / "empty.json").settings.tau_max == 0
+    read = validate_preset(tmp_path / "empty.json")
+    assert read.settings.tau_max == 0
+    # Nothing was held against the base, so no difference is claimed, not even one of 0.
+    assert (read.provenance["deltas"], read.provenance["p_value"]) == ([], None)
     assert "Gate: " in preset.notes
     write_report(result, tmp_path / "empty.html", preset)
     assert "Not reached." in (tmp_path / "empty.html").read_text()

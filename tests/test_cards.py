@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from preset_support import MEASURED, edited, written
+from preset_support import MEASURED, NOTHING_COMPARED, OFF, edited, written
 
 from hf_stepflow import Preset, StepFlowConfig, list_presets, load_preset
 from hf_stepflow.calibration.architecture import Architecture
@@ -106,7 +106,7 @@ def test_committed_cards(name):
     card = ModelCard.load(file)
     assert str(card) == text
     data = card.data.to_dict()
-    assert ("model-index" in data) == (preset.kind == "measured")
+    assert ("model-index" in data) == bool(preset.provenance.get("deltas"))
     data.pop("model-index", None)
     assert data == {
         "base_model": preset.base_model,
@@ -173,6 +173,15 @@ def test_the_code_of_a_card_is_python(card):
 
 
 # Kinds of cards
+
+
+def test_nothing_compared_is_no_result(tmp_path):
+    path = written(tmp_path, edited(provenance=NOTHING_COMPARED, **OFF))
+    card = reloaded(preset_card(load_preset(path), "me/qwen3-8b-stepflow"), tmp_path)
+    assert "model-index" not in card.content
+    assert "Nothing was held against the base" in card.text
+    assert "p-value" not in card.text
+    assert "None" not in card.text
 
 
 def test_measured_presets_get_a_model_index(tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from preset_support import MEASURED, RULE, edited, written
+from preset_support import MEASURED, NOTHING_COMPARED, OFF, RULE, edited, written
 
 from hf_stepflow import load_preset
 from hf_stepflow.calibration import preset_checks, presets
@@ -128,7 +128,10 @@ WRONG = [
     ({"provenance": MEASURED | {"verdict": "great"}}, "verdict"),
     ({"provenance": MEASURED | {"date": "2026-13-01"}}, "provenance.date"),
     ({"provenance": MEASURED | {"date": 20260301}}, "provenance.date"),
-    ({"provenance": MEASURED | {"deltas": []}}, "provenance.deltas"),
+    ({"provenance": NOTHING_COMPARED}, r"provenance.deltas is \[\], expected at least one, since tau_max is not 0"),
+    ({"provenance": NOTHING_COMPARED | {"p_value": 1.0}, **OFF}, "provenance.p_value is 1.0, expected null"),
+    ({"provenance": NOTHING_COMPARED | {"verdict": "harm"}, **OFF}, "provenance.verdict is 'harm'"),
+    ({"provenance": MEASURED | {"p_value": None}}, "provenance.p_value is None, expected a number"),
     ({"provenance": MEASURED | {"deltas": [MEASURED["deltas"][0] | {"low": 1.0}]}}, "low <= delta <= high"),
     ({"provenance": MEASURED | {"deltas": [MEASURED["deltas"][0] | {"high": 101}]}}, r"number in \[-100, 100\]"),
     ({"provenance": MEASURED | {"p_value": 2}}, "p_value"),
@@ -155,6 +158,12 @@ def test_measured_presets_may_have_found_nothing(tmp_path):
         deltas = [MEASURED["deltas"][0] | {"low": bounds[0], "high": bounds[1]}]
         data = edited(provenance=MEASURED | {"verdict": verdict, "deltas": deltas}, settings__tau_max=0.3)
         assert verdict in str(presets.validate_preset(written(tmp_path, data)))
+
+
+def test_where_nothing_was_compared_the_preset_is_the_base_model(tmp_path):
+    preset = presets.validate_preset(written(tmp_path, edited(provenance=NOTHING_COMPARED, **OFF)))
+    assert preset.provenance["deltas"] == []
+    assert "no measurable gain" in str(preset)
 
 
 JSON_VALUES = st.recursive(
@@ -198,7 +207,8 @@ def test_without_jsonschema(monkeypatch, tmp_path):
 
 def test_the_schema_agrees():
     assert preset_checks.schema_problems(RULE) == []
-    assert preset_checks.schema_problems(edited(provenance=MEASURED)) == []
+    for provenance in (MEASURED, NOTHING_COMPARED):
+        assert preset_checks.schema_problems(edited(provenance=provenance)) == []
     problems = preset_checks.schema_problems(edited(settings__tau_max=3))
     assert [problem.field for problem in problems] == ["settings.tau_max"]
     schema = json.loads((calibrations_folder() / "schema.json").read_text())

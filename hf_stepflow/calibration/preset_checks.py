@@ -252,9 +252,8 @@ _PROVENANCE = {
                     }
                 ),
                 50,
-                1,
             ),
-            "p_value": partial(number, low=0, high=1),
+            "p_value": or_null(partial(number, low=0, high=1)),
             "command": partial(text, longest=1000),
             "verdict": one_of("gain", "no measurable gain", "harm"),
         },
@@ -287,6 +286,10 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
         for place, delta in enumerate(provenance["deltas"]):
             if not delta["low"] <= delta["delta"] <= delta["high"]:
                 yield from wrong(delta, f"provenance.deltas[{place}]", "low <= delta <= high")
+        if not provenance["deltas"]:
+            yield from _nothing_compared(provenance, settings)
+        elif provenance["p_value"] is None:
+            yield from wrong(None, "provenance.p_value", "a number, where there are deltas")
         gains = any(delta["low"] > 0 for delta in provenance["deltas"])
         if provenance["verdict"] == "gain" and not gains:
             yield from wrong("gain", "provenance.verdict", "a delta whose interval lies above 0, or another verdict")
@@ -300,3 +303,14 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
                 f"{stated[name]!r} where provenance.kind is {kind!r}",
                 hint='settings that were chosen for a model by measurement are of the kind "measured"',
             )
+
+
+def _nothing_compared(provenance: dict[str, Any], settings: StepFlowSettings) -> Iterator[Problem]:
+    """Without a comparison nothing can be claimed of settings but that they leave the model as it is."""
+    on = [name for name in ("tau_max", "alpha", "length_temperature") if getattr(settings, name) != 0]
+    if on:
+        yield from wrong([], "provenance.deltas", f"at least one, since {on[0]} is not 0")
+    if provenance["p_value"] is not None:
+        yield from wrong(provenance["p_value"], "provenance.p_value", "null, where there are no deltas")
+    if provenance["verdict"] != "no measurable gain":
+        yield from wrong(provenance["verdict"], "provenance.verdict", "no measurable gain, where there are no deltas")

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .bands import Bands
 from .candidates import EMPTY, OFF, Settings
 from .gate import Gate
 from .halving import Halving
-from .heads import Heads
+from .heads import MOST, Heads
 from .preset_checks import preset_problems
 from .presets import Preset
 from .search import Trial
@@ -146,8 +145,9 @@ class Calibration:
             said.append(f"Step-Saliency: {self.bands.reason}.")
         for mechanism, heads in self.heads.items():
             of = f"{len(heads.chosen)} of {len(heads.gains)} that were tried"
+            most = f", the most that are put together being {MOST}" * (len(heads.chosen) == MOST)
             untried = f"; no time for {heads.untried} more" * bool(heads.untried)
-            said.append(f"Heads that profit from {mechanism}: {of}{untried}.")
+            said.append(f"Heads that profit from {mechanism}: {of}{most}{untried}.")
         if self.halving is not None:
             correlation, number = self.correlation
             told = "" if correlation is None else f"; proxy against generation: rank correlation {_plain(correlation)}"
@@ -182,18 +182,11 @@ class Calibration:
             StepFlowConfigError: names that no preset may have.
         """
         measured = self.measured
-        if measured is None:  # the base against itself, on any problems
-            delta, p_value, n = Estimate(0.0, 0.0, 0.0), 1.0, self.gate.problems
-        else:
-            delta, p_value, n = measured.delta, measured.p_value, measured.problems
-        low, high = (delta.value if end is None else end for end in (delta.low, delta.high))
-        provenance = {
-            "kind": "measured",
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "library_version": hf_stepflow.__version__,
-            "dataset": dataset[:200],
-            "n": n,
-            "deltas": [
+        deltas = []
+        if measured is not None:
+            delta = measured.delta
+            low, high = (delta.value if end is None else end for end in (delta.low, delta.high))
+            deltas.append(
                 {
                     "metric": "accuracy",
                     "delta": round(100 * delta.value, 4),
@@ -201,12 +194,21 @@ class Calibration:
                     "high": round(100 * high, 4),
                     "confidence": CONFIDENCE,
                 }
-            ],
-            "p_value": float(f"{p_value:.3g}"),
+            )
+        provenance = {
+            "kind": "measured",
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "library_version": hf_stepflow.__version__,
+            "dataset": dataset[:200],
+            "n": self.gate.problems if measured is None else measured.problems,
+            "deltas": deltas,
+            "p_value": None if measured is None else float(f"{measured.p_value:.3g}"),
             "command": command[:1000],
             "verdict": self.verdict,
             "seed": self.run["seed"],
-            "machine": f"{platform.system()} {platform.machine()}, {self.about['device']}"[:200],
+            "machine": ", ".join(
+                str(self.about[key]) for key in ("platform", "processor", "accelerator", "device") if key in self.about
+            )[:200],
         }
         base = {"base_model_name_or_path": base_model, "base_model_revision": revision}
         settings = StepFlowSettings(**{**self.run["settings"], **self.settings, **base})

@@ -4,7 +4,6 @@ The stages in their order: gate, traces, bands, settings, verdict. Everything is
 held-out split is answered once, at the end, by the base, the winner, and the winner's ablations.
 """
 
-import platform
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
 import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
+from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
 from hf_stepflow.evaluation.runner import digest, model_digest
 from hf_stepflow.evaluation.store import another_run
@@ -123,13 +121,7 @@ def calibrate(
             "scored": scored,
             "library": hf_stepflow.__version__,
         }
-        about = {
-            "model": getattr(model.config, "_name_or_path", ""),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(model.device),
-            "platform": platform.platform(),
-        }
+        about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         workers = Workers.join()
         if workers.count > 1 and work is None:
             raise StepFlowInputError("several processes meet in a work folder, and none was given", hint="pass work=")

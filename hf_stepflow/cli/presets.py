@@ -171,7 +171,7 @@ def _described(preset: Any) -> str:
     lines += _fields([("architecture", str(preset.architecture or "not stated"))])
     lines += _fields([("notes", preset.notes)]) if preset.notes else []
     lines += ["", f"where it comes from: {preset.kind}"]
-    lines += _fields([(key.replace("_", " "), value) for key, value in stated])
+    lines += _fields([(key.replace("_", " "), value) for key, value in stated if value is not None])
     figures = preset.provenance.get("figures") or []
     rows = [(each["benchmark"], f"{each['base']:.1f}", f"{each['stepflow']:.1f}") for each in figures]
     if rows:

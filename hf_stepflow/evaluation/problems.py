@@ -62,7 +62,7 @@ def load_problems(source: str | Path, limit: int | None = None, *, split: str = 
 
     Args:
         source: a JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`, `trace`); a difficulty
-            of the embedded reasoner, such as `reasoner:chains-3`; or a benchmark: `aime24`, `aime25`, `amc23`,
+            of the embedded reasoner, such as `reasoner:chains-4`; or a benchmark: `aime24`, `aime25`, `amc23`,
             `math500`, `gpqa-diamond`, `livecodebench`, fetched by the `datasets` library.
         limit: how many, from the first on; None takes all of a file or benchmark, and 500 of a generator.
         split: of the reasoner's problems: `train`, `calibration` or `test`.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import platform
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from hf_stepflow.runtime.steps import StepVocabulary
 from .answers import check_may_run
 from .arms import Arm, make_arms
 from .generation import Sampler, check_generation
+from .machine import machine
 from .mathematics import demand_math_verify
 from .problems import EvalProblem, check_unique, problem_of
 from .result import EvaluationResult
@@ -119,14 +119,7 @@ def evaluate(
             raise StepFlowInputError(
                 f"arguments of generate must be JSON-ready here, since runs are told apart by them: {error}"
             ) from error
-        about = {
-            "model": getattr(model.config, "_name_or_path", ""),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
-            "platform": platform.platform(),
-        }
+        about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         store = ResultStore(out, header, about)
         _run(sampler, chosen, items, store, seed, batch_size, progress)
         _warn_of_idle_budgets(chosen, store.results)

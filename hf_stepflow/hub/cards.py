@@ -30,6 +30,10 @@ _PARTS = {
     "segments and steps": "thinking_start summary_start tool_start tool_end implicit_thinking step_rule "
     "min_step_chars",
 }
+_NOTHING_COMPARED = (
+    "Nothing was held against the base: no candidate of the calibration came so far. These settings switch everything "
+    "off, so that the model is the base model."
+)
 _VERDICTS = {
     "gain": "**Measured on this model: a gain.**",
     "no measurable gain": "**Measured on this model: NO measurable gain.**",
@@ -56,7 +60,7 @@ def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "pre
     name, revision = one_line(preset.name), preset.base_model_revision
     is_pinned = revision is not None and _REVISION.fullmatch(revision) is not None
     base = preset.base_model if preset.base_model and _HUB_ID.fullmatch(preset.base_model) else None
-    results = _eval_results(preset.provenance) if preset.kind == "measured" else None
+    results = (_eval_results(preset.provenance) or None) if preset.kind == "measured" else None
     data = ModelCardData(
         base_model=base,
         # Of the Hub's relations the only one that leaves the base's weights as they are and puts something on top;
@@ -169,10 +173,12 @@ def _provenance(preset: Preset) -> str:
         rows = [(inline_text(each["metric"]), f"{each['delta']:+g}", _interval(each)) for each in stated["deltas"]]
         facts = {"data set": "dataset", "problems": "n", "p-value": "p_value", "date": "date",
                  "hf-stepflow": "library_version", "seed": "seed", "machine": "machine"}  # fmt: skip
-        lines = [f"* {label}: {inline_text(stated[key])}" for label, key in facts.items() if key in stated]
+        known = {label: stated.get(key) for label, key in facts.items()}
+        lines = [f"* {label}: {inline_text(value)}" for label, value in known.items() if value is not None]
         lines.append(f"* command: {inline_code(stated['command'])}")
         head = ("metric", "with StepFlow minus without, points", "how sure")
-        return f"{_VERDICTS[stated['verdict']]}\n\n{table(head, rows)}\n\n" + "\n".join(lines)
+        found = table(head, rows) if rows else _NOTHING_COMPARED
+        return f"{_VERDICTS[stated['verdict']]}\n\n{found}\n\n" + "\n".join(lines)
     return (
         "**Not stated.** Nobody says where these settings come from: take them for untested. No result on this "
         "model is claimed."

@@ -139,9 +139,7 @@ class StepFlowSettings:
         """
         for name in changes:
             if name not in SETTING_NAMES:
-                close = difflib.get_close_matches(name, SETTING_NAMES, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(SETTING_NAMES)}"
-                raise StepFlowConfigError(f"unknown StepFlow setting {name!r}", hint=hint)
+                raise _unknown(name)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,17 +161,29 @@ SETTING_NAMES = tuple(field.name for field in dataclasses.fields(StepFlowSetting
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
 
 
+def _unknown(name: str) -> StepFlowConfigError:
+    close = difflib.get_close_matches(name, SETTING_NAMES, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(SETTING_NAMES)}"
+    return StepFlowConfigError(f"unknown StepFlow setting {name!r}", hint=hint)
+
+
 class StepFlowConfig(PretrainedConfig):
     """The configuration of a StepFlow model: the settings of `StepFlowSettings` as flat fields of a config.json.
 
+    Other names are Transformers' own.
+
     Raises:
-        StepFlowConfigError: a value that no model could use; the message names it and what is expected.
+        StepFlowConfigError: a value that no model could use, or the misspelt name of a setting; the message names it
+            and what is expected.
     """
 
     model_type = "stepflow"
 
     def __init__(self, **kwargs: Any):
         given = {name: kwargs.pop(name) for name in SETTING_NAMES if name in kwargs}
+        for name in kwargs:
+            if name not in _TRANSFORMERS_FIELDS and difflib.get_close_matches(name, SETTING_NAMES, 1, 0.85):
+                raise _unknown(name)
         settings = StepFlowSettings(**given)
         for name in SETTING_NAMES:
             setattr(self, name, getattr(settings, name))
