@@ -64,8 +64,8 @@ The aim is above 95 % at the easiest level of each family: {aim}.
 ## Training
 
 `python -m hf_stepflow.reasoner.train --seed {seed} --out FOLDER`, in two stages, {minutes:.0f} minutes altogether on
-two shared CPU cores, float32, Muon and AdamW, about {batch:,} tokens a step, linear decay to zero at the planned end of
-each stage:
+two shared CPU cores, float32, Muon and AdamW, about {batch:,} tokens a step, linear decay to zero at the planned end
+of each stage:
 
 1. {first:,} steps on chains and on holdings (sums of what is looked up by two keys). {lookups}
 2. {second:,} steps on chains and errands, from the weights of the first, rounded to bfloat16.
