@@ -191,8 +191,8 @@ def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: i
     from hf_stepflow.evaluation.result import percent
     from hf_stepflow.evaluation.statistics import proportion
 
-    shipped, *others = runs
-    names = "".join(f" seed {run.recipe.seed} |" for run in runs)
+    shipped = runs[0]
+    names = "".join(f" {_name(run, shipped)} |" for run in runs)
     rows = [f"| level | tokens |{names}", "|---|---|" + "---|" * len(runs)]
     for level in LEVELS:
         cells = [proportion(found[level][0], number) for found in accuracies]
@@ -205,7 +205,7 @@ def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: i
         sentences=LONGEST_COUNTING,
         n=number,
         table="\n".join(rows),
-        beside=_beside(shipped, others),
+        beside=_beside(runs, accuracies, number),
         aim=_aim(accuracies[0], number),
         seed=shipped.recipe.seed,
         first=Recipe.stages(shipped.recipe.seed)[0].steps,
@@ -224,15 +224,25 @@ def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: i
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
 
 
-def _beside(shipped: Run, others: list[Run]) -> str:
+def _beside(runs: list[Run], accuracies: list[Accuracy], number: int) -> str:
     """What the card says of the runs that are not shipped."""
+    shipped, *others = runs
     if not others:
         return ""
-    times = ", ".join(f"{run.recipe.seed} in {run.minutes:.0f} minutes" for run in others)
-    return (
-        f"\nSeed {shipped.recipe.seed} is shipped. The others tell how far accuracy depends on the seed of weights and"
-        f"\ndata; they were trained by the same command: {times}.\n"
-    )
+    lines = [
+        "",
+        f"Seed {shipped.recipe.seed} is shipped: the recipe was found on it, before the others were trained. By the",
+        "same command, each in one run:",
+        "",
+    ]
+    for run, found in zip(others, accuracies[1:], strict=True):
+        lines.append(f"* {_name(run, shipped)}: {run.minutes:.0f} minutes; the aim below is {_aim(found, number)}")
+    return "\n".join([*lines, ""])
+
+
+def _name(run: Run, shipped: Run) -> str:
+    again = " again" if run is not shipped and run.recipe.seed == shipped.recipe.seed else ""
+    return f"seed {run.recipe.seed}{again}"
 
 
 def _lookups(run: Run) -> str:
@@ -248,7 +258,7 @@ def _lookups(run: Run) -> str:
 def _aim(found: Accuracy, number: int) -> str:
     """Whether the easiest levels are where they should be."""
     easiest = {level.partition("-")[0]: level for level in reversed(LEVELS)}.values()
-    missed = [level for level in easiest if found[level][0] <= 0.95 * number]
+    missed = [level for level in LEVELS if level in easiest and found[level][0] <= 0.95 * number]
     return "missed at " + ", ".join(missed) if missed else "reached"
 
 
