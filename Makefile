@@ -51,9 +51,8 @@ bench: .venv/.stamp-smollm2
 calibrations: .venv/.stamp-smollm2
 	for name in reasoner smollm2; do .venv/bin/python "benchmarks/$${name}_calibration.py" || [ $$? = 3 ] || exit 1; done
 
-# The reasoner again from other seeds, some 45 minutes each on two idle cores. `python -m hf_stepflow.reasoner.release
-# --keep build/reasoner-1 build/reasoner-2` then reports them in the card, and benchmarks/reasoner_seeds.py what StepFlow
-# does to them.
+# The reasoner again from other seeds, some 50 minutes each on two idle hyperthreads. `python -m
+# hf_stepflow.reasoner.release --keep build/reasoner-1 build/reasoner-2` then reports them in the card.
 train-seeds: .venv/.stamp
 	set -e; for seed in $(SEEDS); do \
 		.venv/bin/python -m hf_stepflow.reasoner.train --seed $$seed --out build/reasoner-$$seed; done

@@ -55,19 +55,17 @@ def about(model: Any) -> dict[str, Any]:
     return {"dtype": str(model.dtype), **machine()}
 
 
-def traces(
-    model: Any, tokenizer: Any, level: str, number: int, asked: dict[str, dict[str, Any]] = ARMS
-) -> dict[str, Any]:
-    """Exact traces of every arm asked for on one level."""
+def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
+    """Exact traces of every arm on one level."""
     rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
     exact, seconds = {}, {}
-    for name, settings in {"base": False, **asked}.items():
+    for name, settings in {"base": False, **ARMS}.items():
         start = time.perf_counter()
         exact[name] = [score.exact for score in score_traces(model, rows, settings, batch_tokens=BATCH_TOKENS)]
         seconds[name] = round(time.perf_counter() - start, 1)
     base = [[one] for one in exact["base"]]
     arms = {}
-    for name in asked:
+    for name in ARMS:
         found = compare(base, [[one] for one in exact[name]])
         arms[name] = {
             "delta": [found.delta.value, found.delta.low, found.delta.high],
@@ -179,19 +177,17 @@ def table() -> str:
     return "\n\n".join(parts)
 
 
-def traces_table(rows: list[dict[str, Any]], first: str = "level") -> str:
-    """What `traces` found, a row each, headed by the entry named `first`.
+def traces_table(rows: list[dict[str, Any]]) -> str:
+    """What `traces` found, a row a level.
 
-    Every arm and row is a comparison of its own: p-values are adjusted by Holm over all of them.
+    Every arm and level is a comparison of its own: p-values are adjusted by Holm over all of them.
     """
-    arms = list(rows[0]["arms"])
-    adjusted = iter(adjust([one["arms"][name]["p_value"] for one in rows for name in arms]))
-    heads = [*dict.fromkeys((first, "level")), "n", "tokens", "base, %", *arms]
+    adjusted = iter(adjust([one["arms"][name]["p_value"] for one in rows for name in ARMS]))
+    heads = ["level", "n", "tokens", "base, %", *ARMS]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for one in rows:
-        cells = [str(one[name]) for name in heads[: -len(arms) - 2]]
-        cells += [f"{one['tokens']:.0f}", _percent(one["base"])]
-        for name in arms:
+        cells = [one["level"], str(one["n"]), f"{one['tokens']:.0f}", _percent(one["base"])]
+        for name in ARMS:
             mark = "**" if next(adjusted) < 0.05 else ""
             low, high = (100 * value for value in one["arms"][name]["delta"][1:])
             cells.append(f"{mark}{100 * one['arms'][name]['delta'][0]:+.1f}{mark} [{low:+.1f}, {high:+.1f}]")
