@@ -2,6 +2,7 @@
 
 Deterministic for a seed and a machine, in two stages: chains and holdings, then chains and errands from the weights of
 the first, rounded as they are shipped. Holdings ask for lookups by two keys, which are not learnt; counting is.
+Whether a run learns the lookups of chains is chance, rounding included: the card of the reasoner tells of four.
 Progress is kept in FOLDER, so that a run that was stopped goes on where its last checkpoint was. Checkpoints are
 safetensors and JSON.
 """
