@@ -38,6 +38,7 @@ OFF = SETTINGS.replace(tau_max=0.0, alpha=0.0)
 NEUTRAL = SETTINGS.replace(tau_max=1e-12, alpha=0.0, oeb_layers="all")
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+IS_RELEASE_OF_PAGE = f"in transformers {transformers.__version__}:" in PAGE.read_text()
 PAGE_HEAD = """# Model types
 
 Every model type of `AutoModelForCausalLM` in transformers {version}: {supported} are supported, {refused} are refused,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import transformers
-from sweep import PAGE, SweepResult, check_model_type, page
+from sweep import IS_RELEASE_OF_PAGE, PAGE, SweepResult, check_model_type, page
 from tiny_models import causal_model_types, tiny_model
 
 from hf_stepflow.runtime.attention_modules import attention_modules
@@ -46,7 +46,6 @@ REFUSED = {
 IN_EVERY_RELEASE = (
     "llama gpt2 bart gemma2 gemma3 got_ocr2 gpt_oss deepseek_v3 llama4_text qwen3_next bamba falcon".split()
 )
-IS_RELEASE_OF_PAGE = f"in transformers {transformers.__version__}:" in PAGE.read_text()
 
 
 def _check(model_type: str, **settings: Any) -> SweepResult:

@@ -5,6 +5,7 @@ import torch
 import transformers
 from flow_support import byte_tokenizer, encode
 from saliency_oracle import SaliencyOracle, oracle_map
+from sweep import IS_RELEASE_OF_PAGE
 from tiny_models import UNBUILDABLE, causal_model_types, tiny_model
 
 from hf_stepflow import segment_trace, step_saliency
@@ -28,7 +29,7 @@ def naive_maps(model, trace) -> torch.Tensor:
     else:
         own = model(targets[None]).logits
         model.set_attn_implementation("eager")
-        if not torch.allclose(model(targets[None]).logits, own, atol=1e-4):
+        if not IS_RELEASE_OF_PAGE and not torch.allclose(model(targets[None]).logits, own, atol=1e-4):
             pytest.skip(f"the kernels of doge differ from each other in transformers {transformers.__version__}")
         output = model(targets[None], labels=targets[None], output_attentions=True, use_cache=False)
         for one in output.attentions:
@@ -78,7 +79,7 @@ def test_every_model_type(model_type: str) -> None:
 
 def test_layers_that_cannot_be_checkpointed() -> None:
     model = tiny_model("ctrl")
-    if not serves(model):
+    if not IS_RELEASE_OF_PAGE and not serves(model):
         pytest.skip(f"StepFlow does not reach the attention of ctrl in transformers {transformers.__version__}")
     with pytest.raises(StepFlowUnsupportedError, match="checkpoints=False"):
         step_saliency(model, IDS, tokenizer=byte_tokenizer(), checkpoints=True)
