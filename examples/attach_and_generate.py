@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, segment_trace
 from hf_stepflow.reasoner import FOLDER
 
-QUESTION = "Eve beats Ray by 65. Ann has 97 points. Ray trails Ann by 67. How many points does Ray have?"
+QUESTION = "Eve has 65 more than Ray. Ann has 97 points. Ray has 67 fewer than Ann. How many points does Ray have?"
 
 
 def main() -> None:

@@ -22,6 +22,6 @@ def count(generator: random.Random, name: str, sentences: int) -> tuple[str, str
     sentences = min(sentences, (LARGEST - 1) // stride)
     start = generator.randint(1, LARGEST - stride * sentences)
     end = start + stride * sentences
-    said = f" {name} counts from {start} by {stride} to {end}."
+    said = f" {name} counts from {start} to {end} by {stride}."
     work = "".join(f" {name} now counts {at}." for at in range(start + stride, end + 1, stride))
     return said, f"{work} {name} is done."

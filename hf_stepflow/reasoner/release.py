@@ -18,11 +18,8 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from . import FOLDER
 from .levels import LEVELS, problems_of
 from .prompts import encode_problem
-from .train import LONGEST_COUNTING, STAGES, Recipe, build_model
+from .train import LONGEST_COUNTING, Recipe, build_model
 from .vocabulary import build_tokenizer
-
-# Lines of a log whose mean tells how a stage ended.
-_LAST_LINES = 20
 
 _REACHED = "reached"
 
@@ -65,12 +62,9 @@ The aim is above 95 % at the easiest level of each family: {aim}.
 
 ## Training
 
-`python -m hf_stepflow.reasoner.train --seed {seed} --out FOLDER`, in two stages, {minutes:.0f} minutes altogether on
-two shared CPU cores, float32, Muon and AdamW, about {batch:,} tokens a step, linear decay to zero at the planned end
-of each stage:
-
-1. {first:,} steps on chains and on holdings (sums of what is looked up by two keys). {lookups}
-2. {second:,} steps on chains and errands, from the weights of the first, rounded to bfloat16.
+`python -m hf_stepflow.reasoner.train --seed {seed} --out FOLDER`, {minutes:.0f} minutes on two shared CPU cores:
+{steps:,} steps on chains and errands alike, float32, Muon and AdamW, about {batch:,} tokens a step, linear decay to
+zero at the planned end. It starts with heads that look at the token before (`hf_stepflow/reasoner/initial.py`).
 
 The log is `training_log.jsonl`; its last line: `{last}`.
 """
@@ -82,8 +76,8 @@ class Run:
 
     Attributes:
         model: with its weights in bfloat16 values.
-        recipe: of the last stage.
-        log: the lines of all stages' logs.
+        recipe: how it was trained.
+        log: the lines of its log.
     """
 
     model: Any
@@ -92,8 +86,8 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """What all stages took."""
-        return sum(line["seconds"] for line in {line["stage"]: line for line in self.log}.values()) / 60
+        """What it took."""
+        return float(self.log[-1]["seconds"] / 60)
 
 
 # {level: (exact traces, mean tokens of a response)}
@@ -129,15 +123,11 @@ def load_run(folder: Path, tokenizer: Any) -> Run:
     """
     from safetensors import safe_open
 
-    last = folder / STAGES[-1] / "checkpoint.safetensors"
-    if not last.exists():
-        raise StepFlowInputError(f"{folder} holds no run that has come to its last stage", hint="train it to its end")
-    log = [
-        {"stage": number, **json.loads(line)}
-        for number, stage in enumerate(STAGES, 1)
-        for line in (folder / stage / "log.jsonl").read_text().splitlines()
-    ]
-    with safe_open(last, "pt") as file:
+    checkpoint = folder / "checkpoint.safetensors"
+    if not checkpoint.exists():
+        raise StepFlowInputError(f"{folder} holds no training run", hint="name a folder that was trained into")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    with safe_open(checkpoint, "pt") as file:
         about = file.metadata()
         recipe = Recipe(**json.loads(about["recipe"]))
         if int(about["step"]) != recipe.steps:
@@ -158,7 +148,7 @@ def load_shipped(folder: Path) -> Run:
     seed = json.loads((folder / "accuracy.json").read_text())["seed"]
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return Run(model.eval(), Recipe.stages(seed)[-1], log)
+    return Run(model.eval(), Recipe(seed=seed), log)
 
 
 def measure(model: Any, tokenizer: Any, number: int) -> Accuracy:
@@ -210,9 +200,7 @@ def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: i
         beside=_beside(runs, accuracies, number),
         aim=_aim(accuracies[0], number),
         seed=shipped.recipe.seed,
-        first=Recipe.stages(shipped.recipe.seed)[0].steps,
-        lookups=_lookups(shipped),
-        second=shipped.recipe.steps,
+        steps=shipped.recipe.steps,
         batch=shipped.recipe.batch_tokens,
         minutes=shipped.minutes,
         last=json.dumps(shipped.log[-1]),
@@ -252,16 +240,6 @@ def _beside(runs: list[Run], accuracies: list[Accuracy], number: int) -> str:
 def _name(run: Run, shipped: Run) -> str:
     again = " again" if run is not shipped and run.recipe.seed == shipped.recipe.seed else ""
     return f"seed {run.recipe.seed}{again}"
-
-
-def _lookups(run: Run) -> str:
-    """Whether the first stage has learnt the lookups by its end, from its log."""
-    exact = [line["exact"] for line in run.log if line["stage"] == 1][-_LAST_LINES:]
-    chains = Recipe.stages(run.recipe.seed)[0].chains
-    return (
-        f"At its end {100 * sum(exact) / len(exact):.0f} % of\n   the traces in a batch are right, and "
-        f"{100 * chains:.0f} % are chains: the lookups by two keys are hardly learnt."
-    )
 
 
 def _aim(found: Accuracy, number: int) -> str:

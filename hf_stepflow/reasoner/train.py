@@ -1,10 +1,7 @@
 """Trains the embedded reasoner: `python -m hf_stepflow.reasoner.train --out FOLDER --seed 0`.
 
-Deterministic for a seed and a machine, in two stages: chains and holdings, then chains and errands from the weights of
-the first, rounded as they are shipped. Holdings ask for lookups by two keys, which are not learnt; counting is.
-Whether a run learns the lookups of chains is chance, rounding included: the card of the reasoner tells of four.
-Progress is kept in FOLDER, so that a run that was stopped goes on where its last checkpoint was. Checkpoints are
-safetensors and JSON.
+Deterministic for a seed and a machine. Progress is kept in FOLDER, so that a run that was stopped goes on where its
+last checkpoint was. Checkpoints are safetensors and JSON.
 """
 
 import argparse
@@ -14,7 +11,6 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,17 +20,17 @@ import torch
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from . import chains, holdings
+from . import chains
+from .initial import initialise
 from .muon import Muon
-from .problems import Drawn, Problem, draw
+from .problems import Problem, draw
 from .prompts import encode_problem
 from .vocabulary import build_tokenizer
 
 LONGEST = 8192
 # Of the problems trained on: sentences of counting, on so many counts.
 LONGEST_COUNTING = 30
-_COUNTS, _COUNTS_OF_HOLDINGS = 4, 3
-STAGES = ("first", "second")
+_COUNTS = 4
 _CHECKPOINT_SECONDS = 60.0
 _IGNORED = -100
 # A batch goes through the model in so many parts, so that rows of like length are padded together.
@@ -43,7 +39,7 @@ _PARTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a stage is trained. Its text form is kept beside the checkpoints: another one cannot go on from them.
+    """How to train. Its text form is kept beside the checkpoint: another one cannot go on from it.
 
     Attributes:
         seed: of weights and data.
@@ -58,12 +54,11 @@ class Recipe:
         curriculum: share of the steps, after the warmup, over which the problems grow to their full size; 0 for full
             size from the start.
         positions: highest position that random gaps may lead to.
-        chains: share of the problems that are chains; the others are longer.
-        errands: whether the others are errands, or else holdings.
+        chains: share of the problems that are chains; the others are errands.
     """
 
     seed: int = 0
-    steps: int = 4000
+    steps: int = 3000
     batch_tokens: int = 4096
     hidden_size: int = 128
     layers: int = 8
@@ -72,24 +67,8 @@ class Recipe:
     warmup: float = 0.02
     decay: float = 0.45
     curriculum: float = 0.2
-    positions: int = 4096
-    chains: float = 0.6
-    errands: bool = False
-
-    @classmethod
-    def stages(cls, seed: int) -> "tuple[Recipe, Recipe]":
-        """What the shipped reasoner was trained by."""
-        second = cls(
-            seed=seed,
-            steps=1000,
-            muon_rate=0.01,
-            adam_rate=0.004,
-            decay=0.95,
-            curriculum=0.0,
-            chains=0.4,
-            errands=True,
-        )
-        return cls(seed=seed), second
+    positions: int = 1024
+    chains: float = 0.5
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -105,13 +84,16 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         num_key_value_heads=recipe.hidden_size // 64,
         head_dim=32,
         max_position_embeddings=LONGEST,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(recipe.seed)
-    return Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config)
+    initialise(model, recipe.seed)
+    return model
 
 
 def draw_training_problem(recipe: Recipe, step: int, number: int) -> Problem:
@@ -119,22 +101,14 @@ def draw_training_problem(recipe: Recipe, step: int, number: int) -> Problem:
     generator = random.Random(f"sizes/{recipe.seed}/{step}/{number}")
     grown = max(0.0, step / recipe.steps - recipe.warmup)
     size = min(1.0, grown / recipe.curriculum) if recipe.curriculum else 1.0
-    name = f"{'second' if recipe.errands else 'training'}/{recipe.seed}/{step}"
-    make: Callable[[random.Random], Drawn]
-    is_chain = generator.random() < recipe.chains
-    if is_chain or recipe.errands:
-        people = generator.randint(1, 1 + round(5 * size))
-        distractors = generator.randint(0, round(4 * size))
-        counts = 0 if is_chain else generator.randint(1, min(people, _COUNTS))
-        sentences = 0 if is_chain else round(LONGEST_COUNTING * generator.random())
-        make = partial(chains.make, people=people, distractors=distractors, counts=counts, sentences=sentences)
-    else:
-        premises = generator.randint(2, 2 + round(10 * size))
-        terms = generator.randint(1, min(premises, 1 + round(2 * size)))
-        counts = generator.randint(0, round(_COUNTS_OF_HOLDINGS * size))
-        sentences = round(counts / _COUNTS_OF_HOLDINGS * LONGEST_COUNTING * size * generator.random())
-        make = partial(holdings.make, premises=premises, terms=terms, sentences=sentences, counts=counts)
-    return draw(name, make, "train", number)
+    people = generator.randint(1, 1 + round(5 * size))
+    distractors = generator.randint(0, round(4 * size))
+    counts = sentences = 0
+    if generator.random() >= recipe.chains:
+        counts = generator.randint(1, min(people, _COUNTS))
+        sentences = round(LONGEST_COUNTING * size * generator.random())
+    make = partial(chains.make, people=people, distractors=distractors, counts=counts, sentences=sentences)
+    return draw(f"training/{recipe.seed}/{step}", make, "train", number)
 
 
 def draw_batch(recipe: Recipe, tokenizer: Any, step: int) -> list[dict[str, torch.Tensor]]:
@@ -236,30 +210,14 @@ class _Optimizers:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def train_stages(seed: int, out: Path, threads: int = 2, device: str = "cpu") -> Any:
-    """Trains both stages, each to its planned end, and returns the model; for the arguments see `train`."""
-    first, second = (out / stage for stage in STAGES)
-    recipes = Recipe.stages(seed)
-    model = train(recipes[0], first, threads, device)
-    return train(recipes[1], second, threads, device, start=rounded(model))
-
-
-def rounded(model: Any) -> dict[str, torch.Tensor]:
-    """The weights as they are shipped, in bfloat16."""
-    return {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
-
-
-def train(
-    recipe: Recipe, out: Path, threads: int = 2, device: str = "cpu", start: dict[str, torch.Tensor] | None = None
-) -> Any:
-    """Trains a stage to its planned end and returns the model, float32.
+def train(recipe: Recipe, out: Path, threads: int = 2, device: str = "cpu") -> Any:
+    """Trains to the planned end and returns the model, float32.
 
     Args:
         recipe: how.
         out: folder of checkpoint and log; a run that stopped there is continued.
         threads: how many parts of a batch are worked on side by side; the result is the same for any number.
         device: where; on a GPU one part after another.
-        start: weights to start from; None for random ones.
 
     Raises:
         StepFlowInputError: the folder holds a run by another recipe.
@@ -269,21 +227,18 @@ def train(
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     try:
-        return _train(recipe, out, threads if device == "cpu" else 1, device, start)
+        return _train(recipe, out, threads if device == "cpu" else 1, device)
     finally:
         torch.use_deterministic_algorithms(kept[0])
         torch.set_num_threads(kept[1])
 
 
-def _train(recipe: Recipe, out: Path, threads: int, device: str, start: dict[str, torch.Tensor] | None) -> Any:
+def _train(recipe: Recipe, out: Path, threads: int, device: str) -> Any:
     from huggingface_hub.utils import are_progress_bars_disabled
     from tqdm import tqdm
 
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
-    with torch.no_grad():
-        for name, value in (start or {}).items():
-            model.get_parameter(name).copy_(value)
     torch.nn.Module.to(model, device)
     optimizers = _Optimizers(model, recipe)
     out.mkdir(parents=True, exist_ok=True)
@@ -376,12 +331,12 @@ def _resume(out: Path, recipe: Recipe, model: Any, optimizers: _Optimizers) -> t
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m hf_stepflow.reasoner.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and log")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
-    train_stages(args.seed, args.out, args.threads, args.device)
+    train(Recipe(seed=args.seed), args.out, args.threads, args.device)
 
 
 if __name__ == "__main__":
