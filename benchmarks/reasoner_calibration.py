@@ -31,7 +31,7 @@ FOLDER = Path(__file__).with_suffix("")
 NAME = "stepflow-tiny-reasoner"
 NOTES = "The base model is the reasoner that comes with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
 # Short and easy, longer than trained on, and both in the other family.
-CALIBRATED_ON = ["chains-4", "chains-8", "errands-30", "errands-90", "errands-120"]
+CALIBRATED_ON = ["chains-4", "chains-7", "errands-30", "errands-120", "errands-180"]
 
 
 def calibrate(levels: list[str], budget: str, limit: int, work: Path) -> int:

@@ -8,7 +8,7 @@ at temperature 1, from the model's own distribution.
 What is generated is kept in build/reasoner_combinations/, so that a run that was stopped goes on; the summary of each
 level is written to benchmarks/reasoner_combinations/ when it is complete.
 
-Run: python benchmarks/reasoner_combinations.py [run|table] [--levels chains-8 errands-60] [--problems 200]
+Run: python benchmarks/reasoner_combinations.py [run|table] [--levels chains-7 errands-180] [--problems 200]
 """
 
 import argparse
@@ -102,7 +102,7 @@ def _points(one: dict[str, float] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["run", "table"])
-    parser.add_argument("--levels", nargs="*", default=["chains-8", "errands-60"])
+    parser.add_argument("--levels", nargs="*", default=["chains-7", "errands-180"])
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A line that each of them prints.
 LINES = {
     "attach_and_generate": r"as before: True",
-    "batched_pipeline": r"right:  30, given: 30\. +thinking: Ray has 67 fewer than Ann\..*",
+    "batched_pipeline": r"right:  70, given: 70\. +thinking: Zoe has 3 more than Hal\..*",
     "evaluate_paired": r"stepflow: [+-]\d.* points, n = 40, .*",
     "preset_repository": r"the same model: True",
     "step_budget": r"ended summary 4: tokens \d+-\d+",

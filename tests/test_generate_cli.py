@@ -177,7 +177,7 @@ def test_what_the_model_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_thinking(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ASK, "--stepflow", "thinking_start=<|pad|>", "--max-new-tokens", "8"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("      Ray needs")
+    assert shown.startswith("      Zoe has 3 more than Hal.")
     assert "no thinking was found.\n`hf-stepflow doctor reasoner`" in shown
 
 

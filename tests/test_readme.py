@@ -1,4 +1,7 @@
-"""The Python of README.md, run as it is written: only the ids stand for others, which a Hub on the loopback serves."""
+"""The Python of README.md, run as it is written: only ids and question stand for others.
+
+A Hub on the loopback serves the ids, and the question is one that the embedded reasoner understands.
+"""
 
 import json
 import re
@@ -17,7 +20,13 @@ from hf_stepflow.reasoner import FOLDER
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 LOADED, PIPELINE, ATTACHED, TRACE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASE, PRESET = "org/Reasoner", "test-org/preset"
-SERVED = {"Qwen/Qwen3-8B": BASE, "your-name/qwen3-8b-stepflow": PRESET}
+STANDS_FOR = {
+    "Qwen/Qwen3-8B": BASE,
+    "your-name/qwen3-8b-stepflow": PRESET,
+    "A shop sells pens at 3 for 2 euros. What do 12 pens cost?": (
+        "Ben has 4 points. Ann has 3 more than Ben. How many points does Ann have?"
+    ),
+}
 SETTINGS = {"tau_max": 0.15, "alpha": 0.06}
 
 # Runs programs, each of some blocks, and tells what they print and what model they leave.
@@ -65,8 +74,9 @@ def run(hub, tmp_path, tokenizer):
     push_preset(written(tmp_path, preset, "reasoner.json"), PRESET, token=hub.token)
 
     def run(*programs: list[str], alone: bool) -> list[dict]:
-        for id_, served in SERVED.items():
-            programs = [[block.replace(id_, served) for block in blocks] for blocks in programs]
+        for text, other in STANDS_FOR.items():
+            assert text in README
+            programs = [[block.replace(text, other) for block in blocks] for blocks in programs]
         given = {"programs": programs, "alone": alone, "ids": trace(tokenizer)[0].tolist()}
         done = hub.run(f"given = {given!r}\n{RUN}", tmp_path / "cache")
         assert done.returncode == 0, done.stderr

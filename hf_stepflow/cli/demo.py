@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "helps or harms it need not help or harm a real model."
     )
     parser.epilog = "example: hf-stepflow demo --difficulty errands-120 --seed 7"
-    parser.add_argument("--difficulty", default="chains-8", help="level of the problems (default: chains-8)")
+    parser.add_argument("--difficulty", default="chains-7", help="level of the problems (default: chains-7)")
     parser.add_argument("--seed", type=read_seed, help="draws the problem (default: another one each time)")
     parser.add_argument("--problem", metavar="TEXT", help="a question of your own, in the words that the model knows")
     parser.add_argument("--problems", type=int, default=100, help="of the comparison; 0 for none (default: 100)")

@@ -18,7 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Runs every arm on the same problems with the same seeds, and holds each against the first.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
         "PROBLEMS is a JSONL file (id, question, answer), a benchmark (aime24, aime25, amc23, math500, gpqa-diamond,\n"
-        "livecodebench), or a level of the reasoner's problems (reasoner:chains-8).\n"
+        "livecodebench), or a level of the reasoner's problems (reasoner:chains-7).\n"
         "An arm is [LABEL=]KIND[:KEY=VALUE,...]; kinds: base, stepflow (any StepFlow setting), and the methods\n"
         "self-consistency (samples, temperature), budget-forcing (min_steps, max_steps), longer (length_factor) and\n"
         "plan-and-solve. --with METHOD, written like an arm, adds the method to every arm: alone and with StepFlow,\n"
@@ -26,9 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "examples:\n"
-        "  hf-stepflow eval --model reasoner --problems reasoner:chains-8 --limit 100 \\\n"
+        "  hf-stepflow eval --model reasoner --problems reasoner:chains-7 --limit 100 \\\n"
         "      --arm base --arm stepflow:tau_max=0.15 --out results.jsonl --report report.html\n"
-        "  hf-stepflow eval --model reasoner --problems reasoner:chains-8 --limit 100 --max-new-tokens 300 \\\n"
+        "  hf-stepflow eval --model reasoner --problems reasoner:chains-7 --limit 100 --max-new-tokens 300 \\\n"
         "      --with self-consistency:samples=4 --with budget-forcing:min_steps=20 --with plan-and-solve"
     )
     add_model_arguments(parser)

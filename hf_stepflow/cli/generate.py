@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "examples:\n"
-        "  hf-stepflow generate --model reasoner --prompt 'Bob has 4 points. Ann has 3 more than Bob. "
+        "  hf-stepflow generate --model reasoner --prompt 'Ben has 4 points. Ann has 3 more than Ben. "
         "How many points does Ann have?'\n"
         "  hf-stepflow generate --model Qwen/Qwen3-0.6B --stepflow tau_max=0.3,alpha=0 --prompt-file question.txt\n"
         "  echo 'What is 17 times 23?' | hf-stepflow generate --model Qwen/Qwen3-0.6B --prompt - --json"

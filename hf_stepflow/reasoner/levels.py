@@ -12,10 +12,10 @@ from .problems import Drawn, Problem, draw
 # Chains by the number of quantities to be known; the longest that is trained on has six.
 # Errands by the number of counting sentences in between; a problem of the training has thirty at most.
 LEVELS: dict[str, Callable[[random.Random], Drawn]] = {
-    **{f"chains-{n}": partial(chains.make, people=n, distractors=n // 2 + 1) for n in (2, 4, 6, 7, 8, 9)},
+    **{f"chains-{n}": partial(chains.make, people=n, distractors=n // 2 + 1) for n in (2, 4, 6, 7, 8)},
     **{
         f"errands-{n}": partial(chains.make, people=5, distractors=3, counts=4, sentences=n)
-        for n in (10, 30, 60, 90, 120)
+        for n in (10, 30, 60, 90, 120, 180)
     },
 }
 

@@ -37,7 +37,7 @@ A {millions:.2f} million parameter model (Qwen3 architecture, {layers} layers, w
 about two families of invented problems. It exists so that StepFlow can be tried and measured anywhere, offline, in
 seconds. It knows nothing else, and what helps or harms it need not help or harm a real model.
 
-* **chains**: quantities linked by shuffled premises among distractors, worked out digit by digit. `chains-8`: eight
+* **chains**: quantities linked by shuffled premises among distractors, worked out digit by digit. `chains-7`: seven
   quantities must be known. Trained on up to six.
 * **errands**: chains of five quantities with counting in between, so that premises are read early and needed late.
   `errands-60`: about 60 sentences of counting. Trained on up to {sentences}.
