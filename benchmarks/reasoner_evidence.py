@@ -8,27 +8,33 @@ Part "rounding": the base in bfloat16 against the base in float32, exact traces 
 Part "generation": greedy generation for the headline arms, by the paired runner. Responses are cut at twice the length
 of the level's longest right trace: what has not ended by then never ends.
 
-Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is there already is not computed again.
+Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is there already is not computed again. With
+`--model` it is about a model of another seed, as `python -m hf_stepflow.reasoner.release RUN --out FOLDER` writes it,
+and kept in a folder of its own there.
 
 Run: python benchmarks/reasoner_evidence.py [traces|mass|rounding|generation|table] [--levels ...] [--problems 1000]
+    [--model FOLDER]
 """
 
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.evaluation.problems import load_problems
 from hf_stepflow.evaluation.runner import evaluate, model_digest
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, mean, proportion
-from hf_stepflow.reasoner import load_reasoner
+from hf_stepflow.reasoner import FOLDER as SHIPPED
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
 from hf_stepflow.reasoner.prompts import encode_problem
+from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 
 FOLDER = Path(__file__).with_suffix("")
 NO_OEB, NO_SMI = {"tau_max": 0.0}, {"alpha": 0.0}
@@ -109,7 +115,7 @@ def mass(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
 def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
     """What bfloat16 alone does to the base."""
     rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
-    rounded, _ = load_reasoner(dtype="bfloat16")
+    rounded = StepFlowModelForCausalLM.from_pretrained(model.name_or_path, tokenizer=tokenizer, dtype="bfloat16")
     scores = (score_traces(one, rows, batch_tokens=BATCH_TOKENS) for one in (model, rounded))
     exact, inexact = ([[score.exact] for score in found] for found in scores)
     found = compare(exact, inexact)
@@ -117,20 +123,22 @@ def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, A
     return {"level": level, "n": number, "delta": delta, "gained": found.gained, "lost": found.lost}
 
 
-def generation(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
-    """Greedy generation of the headline arms."""
+def generation(model: Any, tokenizer: Any, level: str, number: int, folder: Path) -> dict[str, Any]:
+    """Greedy generation of the headline arms, resumed from the folder."""
     problems = load_problems(f"reasoner:{level}", number)
     longest = max(len(encode_problem(tokenizer, problem)[1]) for problem in problems_of(level, "test", number))
-    out = FOLDER / f"generation-{level}.jsonl"
+    out = folder / f"generation-{level}.jsonl"
     result = evaluate(model, problems, HEADLINE, batch_size=50, max_new_tokens=2 * longest, out=out)
     told = result.to_dict()
     told.pop("run")
     return {"level": level, "n": number, "max_new_tokens": 2 * longest, **told}
 
 
-def table() -> str:
+def table(folder: Path) -> str:
     """The tables of docs/evidence.md, from what is in the folder."""
-    known = {part: [_read(part, level) for level in LEVELS] for part in ("traces", "mass", "rounding", "generation")}
+    known = {
+        part: [_read(folder, part, level) for level in LEVELS] for part in ("traces", "mass", "rounding", "generation")
+    }
     parts = []
     rows = [one for one in known["traces"] if one]
     if rows:
@@ -199,8 +207,8 @@ def _percent(interval: list[float]) -> str:
     return f"{100 * interval[0]:.1f} [{100 * interval[1]:.1f}, {100 * interval[2]:.1f}]"
 
 
-def _read(part: str, level: str) -> dict[str, Any] | None:
-    path = FOLDER / f"{part}-{level}.json"
+def _read(folder: Path, part: str, level: str) -> dict[str, Any] | None:
+    path = folder / f"{part}-{level}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -210,23 +218,28 @@ def main() -> None:
     parser.add_argument("--levels", nargs="*", default=list(LEVELS))
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of the model (default: the package's)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_reasoner()
-    FOLDER.mkdir(exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = StepFlowModelForCausalLM.from_pretrained(args.model, tokenizer=tokenizer, dtype="float32").eval()
+    seed = json.loads((args.model / "accuracy.json").read_text())["seed"]
+    folder = FOLDER if args.model == SHIPPED else FOLDER / f"seed-{seed}"
+    folder.mkdir(exist_ok=True)
     for part in args.parts:
         if part == "table":
-            print(table())
+            print(table(folder))
             continue
         for level in args.levels:
-            known = _read(part, level)
+            known = _read(folder, part, level)
             asked = {"n": args.problems, "model": model_digest(model), "settings": ARMS}
             if known is not None and {name: known[name] for name in asked} == json.loads(json.dumps(asked)):
                 continue
-            part_of = {"traces": traces, "mass": mass, "rounding": rounding, "generation": generation}[part]
+            kept = partial(generation, folder=folder)
+            part_of = {"traces": traces, "mass": mass, "rounding": rounding, "generation": kept}[part]
             found = part_of(model, tokenizer, level, args.problems)
             text = json.dumps({**found, **asked, "about": about(model)}, indent=1)
-            (FOLDER / f"{part}-{level}.json").write_text(text + "\n")
+            (folder / f"{part}-{level}.json").write_text(text + "\n")
             print(f"{part} {level} done", flush=True)
 
 
