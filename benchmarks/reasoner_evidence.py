@@ -5,7 +5,7 @@ gains a problem if greedy decoding under it would write the whole right trace an
 Part "mass": the attention mass that thinking tokens leave on the question in the shallow quarter of the layers, by
 level, in traces that the base has right and in those that it has wrong.
 Part "rounding": the base in bfloat16 against the base in float32, exact traces on the same problems.
-Part "generation": greedy generation for the headline arms, by the paired runner. Responses are cut at twice the length
+Part "generation": greedy generation at the paper's settings, by the paired runner. Responses are cut at twice the length
 of the level's longest right trace: what has not ended by then never ends.
 
 Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is there already is not computed again. With
@@ -18,8 +18,7 @@ Run: python benchmarks/reasoner_evidence.py [traces|mass|rounding|generation|tab
 
 import argparse
 import json
-import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import AutoTokenizer
 from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.evaluation.problems import load_problems
 from hf_stepflow.evaluation.runner import evaluate, model_digest
-from hf_stepflow.evaluation.scoring import score_traces
+from hf_stepflow.evaluation.scoring import TraceScore, score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, mean, proportion
 from hf_stepflow.reasoner import FOLDER as SHIPPED
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
@@ -53,7 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "SMI in the middle": PAPER | NO_OEB | {"smi_layers": MIDDLE},
     "length temperature": NO_OEB | NO_SMI | {"length_temperature": 1.0, "length_temperature_base": 300},
 }
-HEADLINE = {"base": False, "paper": PAPER, "length temperature": ARMS["length temperature"]}
+HEADLINE = {"base": False, "paper": PAPER}
 
 
 def about(model: Any) -> dict[str, Any]:
@@ -61,14 +60,24 @@ def about(model: Any) -> dict[str, Any]:
     return {"dtype": str(model.dtype), **machine()}
 
 
+@cache
+def right_traces(tokenizer: Any, level: str, number: int) -> list[tuple[list[int], list[int]]]:
+    """Prompt and right response of each problem."""
+    return [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
+
+
+@cache
+def base_scores(model: Any, tokenizer: Any, level: str, number: int) -> list[TraceScore]:
+    """How the base takes the right traces."""
+    return score_traces(model, right_traces(tokenizer, level, number), batch_tokens=BATCH_TOKENS)
+
+
 def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
     """Exact traces of every arm on one level."""
-    rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
-    exact, seconds = {}, {}
-    for name, settings in {"base": False, **ARMS}.items():
-        start = time.perf_counter()
+    rows = right_traces(tokenizer, level, number)
+    exact = {"base": [score.exact for score in base_scores(model, tokenizer, level, number)]}
+    for name, settings in ARMS.items():
         exact[name] = [score.exact for score in score_traces(model, rows, settings, batch_tokens=BATCH_TOKENS)]
-        seconds[name] = round(time.perf_counter() - start, 1)
     base = [[one] for one in exact["base"]]
     arms = {}
     for name in ARMS:
@@ -87,14 +96,13 @@ def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any
         "tokens": sum(len(response) for _, response in rows) / number,
         "base": [accuracy.value, accuracy.low, accuracy.high],
         "arms": arms,
-        "seconds": seconds,
     }
 
 
 def mass(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
     """Mass on the question in the shallow quarter, where the base is right and where it is wrong."""
-    rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
-    scores = score_traces(model, rows, False, batch_tokens=BATCH_TOKENS)
+    rows = right_traces(tokenizer, level, number)
+    scores = base_scores(model, tokenizer, level, number)
     end = tokenizer.convert_tokens_to_ids("</think>")
     # A floor below rounding lifts nothing, so that the report tells the base's own masses.
     by_trace: dict[bool, list[list[float]]] = {True: [], False: []}
@@ -114,9 +122,8 @@ def mass(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
 
 def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
     """What bfloat16 alone does to the base."""
-    rows = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
     rounded = StepFlowModelForCausalLM.from_pretrained(model.name_or_path, tokenizer=tokenizer, dtype="bfloat16")
-    scores = (score_traces(one, rows, batch_tokens=BATCH_TOKENS) for one in (model, rounded))
+    scores = base_scores(model, tokenizer, level, number), base_scores(rounded, tokenizer, level, number)
     exact, inexact = ([[score.exact] for score in found] for found in scores)
     found = compare(exact, inexact)
     delta = [found.delta.value, found.delta.low, found.delta.high]
@@ -126,7 +133,7 @@ def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, A
 def generation(model: Any, tokenizer: Any, level: str, number: int, folder: Path) -> dict[str, Any]:
     """Greedy generation of the headline arms, resumed from the folder."""
     problems = load_problems(f"reasoner:{level}", number)
-    longest = max(len(encode_problem(tokenizer, problem)[1]) for problem in problems_of(level, "test", number))
+    longest = max(len(response) for _, response in right_traces(tokenizer, level, number))
     out = folder / f"generation-{level}.jsonl"
     result = evaluate(model, problems, HEADLINE, batch_size=50, max_new_tokens=2 * longest, out=out)
     told = result.to_dict()
