@@ -1,11 +1,12 @@
 """Claim: what `hf-stepflow calibrate` finds on the embedded reasoner, and what its preset does at every difficulty.
 
-The command is run as a user would type it. What it writes is kept in benchmarks/reasoner_calibration/, and the preset
-in calibrations/, too. A run that was stopped is continued. Then the preset is held against the base on the test split,
-which calibration does not see: exact traces by teacher-forced scoring, float32, the same problems for both.
+The command is run as a user would type it: part "both" on both families of problems at once, part "chains" on one of
+them. What it writes is kept in benchmarks/reasoner_calibration/, the preset of the chains in calibrations/, too. A run
+that was stopped is continued. Then that preset is held against the base on the test split, which calibration does not
+see: exact traces by teacher-forced scoring, float32, the same problems for both.
 
-Run: python benchmarks/reasoner_calibration.py [calibrate] [difficulties] [--levels LEVEL ...] [--budget 60m]
-    [--limit 200] [--problems 1000] [--work FOLDER]
+Run: python benchmarks/reasoner_calibration.py [both] [chains] [difficulties] [--budget 100] [--problems 1000]
+    [--work FOLDER]
 """
 
 import argparse
@@ -30,19 +31,25 @@ from hf_stepflow.reasoner.prompts import encode_problem
 FOLDER = Path(__file__).with_suffix("")
 NAME = "stepflow-tiny-reasoner"
 NOTES = "The base model is the reasoner that comes with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
-# Short and easy, longer than trained on, and both in the other family.
-CALIBRATED_ON = ["chains-4", "chains-7", "errands-30", "errands-120", "errands-180"]
+# {part: (levels, problems of each, tokens of a response at most)}: easy ones, and such as are longer than trained on.
+RUNS = {
+    "both": (["chains-4", "chains-7", "errands-30", "errands-120", "errands-180"], 200, 1200),
+    "chains": (["chains-4", "chains-6", "chains-7"], 600, 400),
+}
 
 
-def calibrate(levels: list[str], budget: str, limit: int, work: Path) -> int:
-    """Calibrates the reasoner on some difficulties."""
+def calibrate(part: str, budget: str, work: Path) -> int:
+    """Calibrates the reasoner on the levels of one part."""
+    levels, limit, tokens = RUNS[part]
     words = ["reasoner", *(word for level in levels for word in ("--problems", f"reasoner:{level}"))]
-    words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", "1200", "--batch-size", "32"]
-    return run_and_keep(words, NAME, NOTES, work, FOLDER)
+    words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", str(tokens), "--batch-size", "32"]
+    if part == "chains":
+        return run_and_keep(words, NAME, NOTES, work / part, FOLDER, calibrations_folder())
+    return run_and_keep(words, NAME, NOTES, work / part, FOLDER / part)
 
 
-def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Path) -> int:
-    """Runs the command in the work folder and keeps preset, result and report; the preset in calibrations/, too.
+def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Path, *others: Path) -> int:
+    """Runs the command in the work folder and keeps preset, result and report.
 
     Args:
         words: of `hf-stepflow calibrate`, without those that say where results go.
@@ -50,6 +57,7 @@ def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Pa
         notes: what its notes begin with.
         work: folder to work in.
         folder: where the three files are kept.
+        others: where the preset is kept, too.
 
     Returns:
         The exit status of the command.
@@ -64,7 +72,7 @@ def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Pa
         shutil.copy(work / "report.html", folder / "report.html")
         preset = json.loads((work / f"{name}.json").read_text())
         preset["notes"] = f"{notes} {preset['notes']}"[:2000]
-        for kept in (folder, calibrations_folder()):
+        for kept in (folder, *others):
             text = json.dumps(preset, indent=2, ensure_ascii=False) + "\n"
             (kept / f"{name}.json").write_text(text, encoding="utf-8")
     return done.returncode
@@ -107,17 +115,13 @@ def difficulties_table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["calibrate", "difficulties"])
-    parser.add_argument("--levels", nargs="+", default=CALIBRATED_ON)
-    parser.add_argument("--budget", default="60m")
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("parts", nargs="*", default=[*RUNS, "difficulties"])
+    parser.add_argument("--budget", default="100")
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--work", type=Path, default=Path("build/reasoner-calibration"), help="kept to continue")
     args = parser.parse_args()
-    status = 0
-    if "calibrate" in args.parts:
-        status = calibrate(args.levels, args.budget, args.limit, args.work.resolve())
-    if "difficulties" in args.parts and status in (0, 3):
+    statuses = [calibrate(part, args.budget, args.work.resolve()) for part in RUNS if part in args.parts]
+    if "difficulties" in args.parts and all(status in (0, 3) for status in statuses):
         torch.set_num_threads(1)
         difficulties(args.problems)
-    sys.exit(status)
+    sys.exit(max(statuses, default=0))

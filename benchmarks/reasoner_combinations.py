@@ -1,14 +1,14 @@
 """Claim: what StepFlow adds to other methods on the embedded reasoner, at the same number of generated tokens.
 
-Every method alone and with StepFlow (the paper's settings, and the length temperature that helps this model), greedy
-but for the votes, on the same problems of the test split, in float32. Nothing is chosen on them: the limits of steps
-and tokens are what the right responses of 100 problems of the calibration split have (`limits`), and votes are drawn
-at temperature 1, from the model's own distribution.
+Every method alone and with StepFlow at the paper's settings, greedy but for the votes, on the same problems of the
+test split, in float32. Nothing is chosen on them: the limits of steps and tokens are what the right responses of 100
+problems of the calibration split have (`limits`), and votes are drawn at temperature 1, from the model's own
+distribution.
 
 What is generated is kept in build/reasoner_combinations/, so that a run that was stopped goes on; the summary of each
 level is written to benchmarks/reasoner_combinations/ when it is complete.
 
-Run: python benchmarks/reasoner_combinations.py [run|table] [--levels chains-7 errands-180] [--problems 200]
+Run: python benchmarks/reasoner_combinations.py [run|table] [--levels chains-7 errands-90] [--problems 200]
 """
 
 import argparse
@@ -30,16 +30,7 @@ from hf_stepflow.runtime.step_record import Field
 
 FOLDER = Path(__file__).resolve().with_suffix("")
 RESPONSES = FOLDER.parents[1] / "build" / FOLDER.name
-SETTINGS: dict[str, Any] = {
-    "base": False,
-    "paper": {"tau_max": 0.15, "alpha": 0.06},
-    "length temperature": {
-        "tau_max": 0.0,
-        "alpha": 0.0,
-        "length_temperature": 1.0,
-        "length_temperature_base": 300,
-    },
-}
+SETTINGS: dict[str, Any] = {"base": False, "paper": {"tau_max": 0.15, "alpha": 0.06}}
 VOTES = 4
 
 
@@ -102,7 +93,7 @@ def _points(one: dict[str, float] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["run", "table"])
-    parser.add_argument("--levels", nargs="*", default=["chains-7", "errands-180"])
+    parser.add_argument("--levels", nargs="*", default=["chains-7", "errands-90"])
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -5,8 +5,8 @@ gains a problem if greedy decoding under it would write the whole right trace an
 Part "mass": the attention mass that thinking tokens leave on the question in the shallow quarter of the layers, by
 level, in traces that the base has right and in those that it has wrong.
 Part "rounding": the base in bfloat16 against the base in float32, exact traces on the same problems.
-Part "generation": greedy generation at the paper's settings, by the paired runner. Responses are cut at twice the length
-of the level's longest right trace: what has not ended by then never ends.
+Part "generation": greedy generation at the paper's settings, by the paired runner. Responses are cut at twice the
+length of the level's longest right trace: what has not ended by then never ends.
 
 Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is there already is not computed again. With
 `--model` it is about a model of another seed, as `python -m hf_stepflow.reasoner.release RUN --out FOLDER` writes it,

@@ -21,6 +21,8 @@ from smollm2_problems import template_with_examples, write_problems
 from smollm2_saliency import unpacked
 from transformers import AutoTokenizer
 
+from hf_stepflow.calibration.preset_file import calibrations_folder
+
 FOLDER = Path(__file__).with_suffix("")
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAME = "smollm2-135m-instruct"
@@ -51,7 +53,7 @@ def calibrate(budget: str, number: int, work: Path) -> int:
     words = ["model", "--base-model", BASE_MODEL, "--problems", "additions.jsonl", "--stepflow", "reading.json"]
     words += ["--budget", budget, "--max-new-tokens", "64", "--batch-size", "24", "--scored", "16"]
     words += ["--force"]  # how good the proxy is can be asked of any model, errors that rise with length or not
-    return run_and_keep(words, NAME, NOTES, work, FOLDER)
+    return run_and_keep(words, NAME, NOTES, work, FOLDER, calibrations_folder())
 
 
 if __name__ == "__main__":

@@ -97,6 +97,12 @@ def test_what_is_run_is_the_best_and_some_of_the_rest() -> None:
     assert to_run([]) == []
 
 
+def test_the_anchor_is_run_whatever_the_proxy_says() -> None:
+    ranked = [trial(one) for one in range(20)]
+    assert [one.number for one in to_run(ranked, anchor=11)] == [0, 1, 2, 3, 4, 11, 5, 19]
+    assert to_run(ranked, anchor=20) == to_run(ranked)
+
+
 def test_candidates_of_every_kind_are_run_before_their_likes() -> None:
     """The best twelve differ by amounts only; others, worse by the proxy, do something else or elsewhere."""
     others = [{"temperature": True}, {"bridge": "heads"}, {"injection": "quarter", "bridge": "off"}]

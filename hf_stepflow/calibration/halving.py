@@ -65,8 +65,10 @@ class Halving:
         return asdict(self)
 
 
-def to_run(ranked: Sequence[Trial], run: int = RUN, witnesses: int = WITNESSES) -> list[Trial]:
-    """The candidates to run: the best of each kind by the proxy, and some spread over the rest.
+def to_run(
+    ranked: Sequence[Trial], run: int = RUN, witnesses: int = WITNESSES, anchor: int | None = None
+) -> list[Trial]:
+    """The candidates to run: the anchor, the best of each kind by the proxy, and some spread over the rest.
 
     Where there are fewer kinds than places, the next best of any kind follow.
 
@@ -74,13 +76,14 @@ def to_run(ranked: Sequence[Trial], run: int = RUN, witnesses: int = WITNESSES) 
         ranked: the best first.
         run: how many in all.
         witnesses: how many of these from the rest.
+        anchor: number of a candidate that is run whatever the proxy says.
     """
     firsts: dict[tuple[Any, ...], Trial] = {}
     for one in ranked:
         firsts.setdefault(tuple(one.parameters.get(name) for name in _KIND), one)
-    first_numbers = {one.number for one in firsts.values()}
-    ordered = [*firsts.values(), *(one for one in ranked if one.number not in first_numbers)]
-    chosen = {one.number for one in ordered[: max(1, run - witnesses)]}
+    anchored = [one for one in ranked if one.number == anchor]
+    ordered = dict.fromkeys(one.number for one in [*anchored, *firsts.values(), *ranked])
+    chosen = set(list(ordered)[: max(1, run - witnesses)])
     best = [one for one in ranked if one.number in chosen]
     rest = [one for one in ranked if one.number not in chosen]
     places = np.linspace(0, len(rest) - 1, min(witnesses, len(rest))).round().astype(int) if rest else []

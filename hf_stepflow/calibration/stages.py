@@ -45,6 +45,9 @@ STEPFLOW = "stepflow"
 # Shares of the calibration split that candidates answer up to each rung.
 _RUNGS = (0.25, 0.5, 1.0)
 
+# The number of the trial that every search begins with: the paper's settings. What they do is always asked.
+_PAPER = 0
+
 # Problems whose responses are scored for each candidate.
 SCORED = 96
 
@@ -281,7 +284,7 @@ class _Stages:
 
     def select(self, found: Calibration) -> None:
         """Stage 3: the best few by generation, and how well the proxy foretold it."""
-        candidates = to_run([one for one in found.trials if mechanisms(one.settings)])
+        candidates = to_run([one for one in found.trials if mechanisms(one.settings)], anchor=_PAPER)
         ends = sorted({max(1, round(share * len(self.calibration))) for share in _RUNGS})
         done = [0]
 
