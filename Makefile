@@ -51,7 +51,7 @@ bench: .venv/.stamp-smollm2
 calibrations: .venv/.stamp-smollm2
 	for name in reasoner smollm2; do .venv/bin/python "benchmarks/$${name}_calibration.py" || [ $$? = 3 ] || exit 1; done
 
-# The reasoner again from other seeds, some 50 minutes each on two idle hyperthreads. `python -m
+# The reasoner again from other seeds, some 40 minutes each on two hyperthreads. `python -m
 # hf_stepflow.reasoner.release --keep build/reasoner-1 build/reasoner-2` then reports them in the card.
 train-seeds: .venv/.stamp
 	set -e; for seed in $(SEEDS); do \

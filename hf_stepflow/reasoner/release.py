@@ -226,7 +226,7 @@ def _beside(runs: list[Run], accuracies: list[Accuracy], number: int) -> str:
         "",
     ]
     for run, found in zip(others, accuracies[1:], strict=True):
-        lines.append(f"* {_name(run, shipped)}: {run.minutes:.0f} minutes; the aim below is {_aim(found, number)}")
+        lines.append(f"* {_name(run, shipped)}: the aim below is {_aim(found, number)}")
     reached = sum(_aim(found, number) == _REACHED for found in accuracies)
     if reached < len(runs):
         lines += [
