@@ -16,7 +16,8 @@ from .answers import did, first_difference, line_of, written_steps
 from .paths import demand_folders
 from .seeds import read_seed
 
-_LONGEST = 4000
+# Tokens of an answer to a question of the user's own; drawn ones may take twice what their longest right trace takes.
+_LONGEST = 1000
 _ROWS = 40
 
 
@@ -74,8 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if not is_known:
         problem = EvalProblem("your own", args.problem, "0", kind="number")
     question, right = problem.question, problem.answer if is_known else None
-    base = _answer(model, tokenizer, problem, False, is_known)
-    with_stepflow = _answer(model, tokenizer, problem, True, is_known)
+    limit = _limit(tokenizer, args.difficulty, seed, args.problems)
+    longest = limit if is_known else _LONGEST
+    base = _answer(model, tokenizer, problem, False, is_known, longest)
+    with_stepflow = _answer(model, tokenizer, problem, True, is_known, longest)
     report = model.stepflow_report()
     asked = f"{args.difficulty}, seed {seed}" if args.problem is None else "your own"
     if console is not None:
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         if right is not None:
             console.print(f"The right answer is [bold]{right}[/].\n")
         console.print(f"[bold]What StepFlow did[/]\n{did(report)}\n")
-    result = _compare(model, args.difficulty, seed, args.problems, progress=not args.json)
+    result = _compare(model, args.difficulty, seed, args.problems, limit, progress=not args.json)
     if console is not None:
         if result is not None:
             title = f"[bold]Both on {args.problems} more problems[/]"
@@ -126,13 +129,22 @@ def _write(console: Any, args: argparse.Namespace) -> None:
         console.save_html(str(args.html), clear=False)
 
 
-def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: bool) -> Answer:
+def _limit(tokenizer: Any, level: str, seed: int, number: int) -> int:
+    """Tokens of an answer that has surely gone astray: the one shown and those of the comparison."""
+    from hf_stepflow.reasoner.levels import problems_of
+    from hf_stepflow.reasoner.prompts import encode_problem
+
+    problems = problems_of(level, "test", number + 1, start=seed)
+    return 2 * max(len(encode_problem(tokenizer, problem)[1]) for problem in problems)
+
+
+def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: bool, longest: int) -> Answer:
     from hf_stepflow.evaluation.answers import judge
     from hf_stepflow.evaluation.arms import Arm
     from hf_stepflow.evaluation.generation import Sampler
 
     vocabulary = model.stepflow_runtime.rules.vocabulary
-    sampler = Sampler(model, tokenizer, vocabulary, _LONGEST)
+    sampler = Sampler(model, tokenizer, vocabulary, longest)
     prompt = sampler.encode(problem)
     (response,), _ = sampler.respond(Arm(stepflow=stepflow), [prompt], seed=0)
     steps = [line_of(step) for step in written_steps(tokenizer, prompt, response.ids, vocabulary)]
@@ -177,11 +189,11 @@ def _shown(length: int, first: int | None) -> list[int | None]:
     return shown
 
 
-def _compare(model: Any, level: str, seed: int, number: int, progress: bool) -> Any:
+def _compare(model: Any, level: str, seed: int, number: int, limit: int, progress: bool) -> Any:
     from hf_stepflow.evaluation.problems import reasoner_problems
     from hf_stepflow.evaluation.runner import evaluate
 
     if number == 0:
         return None
     problems = reasoner_problems(level, number, start=seed + 1)
-    return evaluate(model, problems, batch_size=50, max_new_tokens=_LONGEST, seed=seed, progress=progress)
+    return evaluate(model, problems, batch_size=50, max_new_tokens=limit, seed=seed, progress=progress)
