@@ -1,6 +1,6 @@
 """The tables of docs/calibration.md, from what a calibration has left behind.
 
-Run: python benchmarks/calibration_table.py benchmarks/smollm2_calibration [FOLDER ...]
+Run: python -m benchmarks.calibration_table benchmarks/smollm2_calibration [FOLDER ...]
 """
 
 import argparse

@@ -6,14 +6,13 @@ order, each on its own copy of a synthetic KV cache; the traces are thinking, a 
 median time a token of each arm, and the median over tokens of the ratio of an arm to the base for the same token, with
 a 95 % bootstrap interval.
 
-Run: python benchmarks/decode_overhead.py [--json benchmarks/decode_overhead.json]
+Run: python -m benchmarks.decode_overhead [--json benchmarks/decode_overhead.json]
 """
 
 import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -24,10 +23,7 @@ from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.evaluation.machine import machine
 from hf_stepflow.runtime.flow_state import FlowState, carry
 from hf_stepflow.runtime.tally import Tally
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from flow_support import byte_tokenizer, encode  # noqa: E402
+from tests.support.flow import byte_tokenizer, encode
 
 SHAPE = LlamaConfig(
     vocab_size=49152,

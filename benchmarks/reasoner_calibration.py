@@ -5,7 +5,7 @@ them. What it writes is kept in benchmarks/reasoner_calibration/, the preset of 
 that was stopped is continued. Then that preset is held against the base on the test split, which calibration does not
 see: exact traces by teacher-forced scoring, float32, the same problems for both.
 
-Run: python benchmarks/reasoner_calibration.py [both] [chains] [difficulties] [--budget 100] [--problems 1000]
+Run: python -m benchmarks.reasoner_calibration [both] [chains] [difficulties] [--budget 100] [--problems 1000]
     [--work FOLDER]
 """
 

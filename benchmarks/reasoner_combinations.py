@@ -8,7 +8,7 @@ distribution.
 What is generated is kept in build/reasoner_combinations/, so that a run that was stopped goes on; the summary of each
 level is written to benchmarks/reasoner_combinations/ when it is complete.
 
-Run: python benchmarks/reasoner_combinations.py [run|table] [--levels chains-7 errands-90] [--problems 200]
+Run: python -m benchmarks.reasoner_combinations [run|table] [--levels chains-7 errands-90] [--problems 200]
 """
 
 import argparse

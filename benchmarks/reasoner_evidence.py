@@ -12,7 +12,7 @@ Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is the
 `--model` it is about a model of another seed, as `python -m hf_stepflow.reasoner.release RUN --out FOLDER` writes it,
 and kept in a folder of its own there.
 
-Run: python benchmarks/reasoner_evidence.py [traces|mass|rounding|generation|table] [--levels ...] [--problems 1000]
+Run: python -m benchmarks.reasoner_evidence [traces|mass|rounding|generation|table] [--levels ...] [--problems 1000]
     [--model FOLDER]
 """
 

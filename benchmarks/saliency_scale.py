@@ -11,7 +11,7 @@ The vocabulary is small, so that logits do not stand for the rest. Times are tak
 median of the rounds and of the ratio in each round; peaks of memory each in a process of its own, above what the
 process held before the pass. The naive way stops where it passes 8 GB.
 
-Run: python benchmarks/saliency_scale.py [--json benchmarks/saliency_scale.json]
+Run: python -m benchmarks.saliency_scale [--json benchmarks/saliency_scale.json]
 """
 
 import argparse

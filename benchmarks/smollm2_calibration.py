@@ -8,7 +8,7 @@ The command is run as a user would type it, in a work folder with the model, the
 that was stopped is continued. Preset, result and report are kept in benchmarks/smollm2_calibration/, and the preset in
 calibrations/, too.
 
-Run: python benchmarks/smollm2_calibration.py [--budget 100m] [--problems 440] [--work FOLDER]
+Run: python -m benchmarks.smollm2_calibration [--budget 100m] [--problems 440] [--work FOLDER]
 """
 
 import argparse
@@ -16,11 +16,11 @@ import json
 import sys
 from pathlib import Path
 
-from reasoner_calibration import run_and_keep
-from smollm2_problems import template_with_examples, write_problems
-from smollm2_saliency import unpacked
 from transformers import AutoTokenizer
 
+from benchmarks.reasoner_calibration import run_and_keep
+from benchmarks.smollm2_problems import template_with_examples, write_problems
+from benchmarks.smollm2_saliency import unpacked
 from hf_stepflow.calibration.preset_file import calibrations_folder
 
 FOLDER = Path(__file__).with_suffix("")

@@ -6,7 +6,7 @@ It solves few of these problems; the paired runner says what n could have shown.
 
 The problems are JSONL lines with id, question and answer, such as GSM8K's (Cobbe et al. 2021).
 
-Run: python benchmarks/smollm2_gsm8k.py --problems FILE [--limit 300] [--out RESULTS.jsonl]
+Run: python -m benchmarks.smollm2_gsm8k --problems FILE [--limit 300] [--out RESULTS.jsonl]
 """
 
 import argparse

@@ -8,7 +8,7 @@ The solutions are JSONL lines with question, solution and correct, a right and a
 other, such as those published with GSM8K (Cobbe et al. 2021), written by other models: SmolLM2 reads them. Each of
 their lines is made a step. Both comparisons go through `hf-stepflow diagnose`.
 
-Run: python benchmarks/smollm2_saliency.py [--solutions FILE] [--limit 200]; without a file only its own trace
+Run: python -m benchmarks.smollm2_saliency [--solutions FILE] [--limit 200]; without a file only its own trace
 """
 
 import argparse

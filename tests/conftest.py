@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import hub as hub  # a fixture
 from hypothesis import settings
+
+from tests.support.hub_server import hub as hub  # a fixture
 
 torch.set_num_threads(1)
 

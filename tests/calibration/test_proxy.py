@@ -1,0 +1,308 @@
+"""The proxy against a naive oracle, the responses it is taken on, and the heads that it finds."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_stepflow.calibration.candidates import EMPTY
+from hf_stepflow.calibration.heads import PROBE_FLOOR, PROBE_TEMPERATURE, find_heads, floor_on, temperature_on
+from hf_stepflow.calibration.laboratory import Laboratory, Sampling
+from hf_stepflow.calibration.proxy import CLIP, TOLERANCE, ProxyScore, proxy_score
+from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_score, short_and_easy
+from hf_stepflow.calibration.work_folder import WorkFolder
+from hf_stepflow.calibration.workers import Workers
+from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.runtime.steps import StepVocabulary
+from tests.support.calibration import problems
+from tests.support.flow import attach, byte_tokenizer, encode
+from tests.support.tiny_models import tiny_model
+
+VOCABULARY = StepVocabulary.from_tokenizer(byte_tokenizer())
+
+
+def naive(rows, before, after, short):
+    """The definition, problem by problem."""
+    changes = {True: {}, False: {}}
+    weights = {}
+    for row, one, other in zip(rows, before, after, strict=True):
+        changes[row.is_right].setdefault(row.problem, []).append(max(-CLIP, min(CLIP, other - one)))
+        weights[row.problem] = row.weight
+
+    def mean(kind, names=None):
+        own = {
+            name: sum(values) / len(values) for name, values in changes[kind].items() if names is None or name in names
+        }
+        total = sum(weights[name] for name in own)
+        return sum(weights[name] * value for name, value in own.items()) / total if own else None
+
+    likelihood, lost = mean(True) or 0.0, mean(False) or 0.0
+    return (likelihood + likelihood - lost) / 2, likelihood, likelihood - lost, mean(True, short)
+
+
+@given(st.data())
+def test_proxy_is_its_definition(data) -> None:
+    names = data.draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12))
+    weight = {name: data.draw(st.floats(0.5, 4)) for name in sorted(set(names))}
+    rows = [Row(name, (1,), (2,), data.draw(st.booleans()), weight[name]) for name in names]
+    values = st.lists(st.floats(-60, 0), min_size=len(rows), max_size=len(rows))
+    before, after = data.draw(values), data.draw(values)
+    short = set(data.draw(st.lists(st.sampled_from("abcdef"), max_size=3)))
+    score = proxy_score(rows, before, after, short)
+    value, likelihood, margin, easy = naive(rows, before, after, short)
+    assert score.value == pytest.approx(value, abs=1e-9)
+    assert score.likelihood == pytest.approx(likelihood, abs=1e-9)
+    assert score.margin == pytest.approx(margin, abs=1e-9)
+    assert (score.short is None) == (easy is None)
+    if easy is not None:
+        assert score.short == pytest.approx(easy, abs=1e-9)
+    assert score.value == pytest.approx((score.likelihood + score.margin) / 2, abs=1e-9)
+
+
+def test_its_error_is_that_of_drawing_problems_again() -> None:
+    rng = np.random.default_rng(0)
+    rows = [Row(str(at), (1,), (2,), kind) for at in range(200) for kind in (True, False)]
+    after = rng.normal(0.3, 1.0, len(rows)) + np.repeat(rng.normal(0, 1, 200), 2)
+    pairs = after.reshape(200, 2)
+    drawn = [
+        float((part[:, 0] - 0.5 * part[:, 1]).mean())
+        for part in (pairs[rng.integers(0, 200, 200)] for _ in range(4000))
+    ]
+    score = proxy_score(rows, [0.0] * len(rows), after, set())
+    assert score.error == pytest.approx(np.std(drawn), rel=0.05)
+
+
+def test_the_same_settings_score_nothing() -> None:
+    rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), False)]
+    score = proxy_score(rows, [-3.0, -4.0], [-3.0, -4.0], {"a"})
+    assert (score.value, score.error, score.objective) == (0.0, 0.0, 0.0)
+    assert score.is_harmless
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_overflows_counts_as_the_worst(value: float) -> None:
+    rows = [Row(name, (1,), (2,), is_right) for name in "ab" for is_right in (True, False)]
+    before, gains = [-30.0] * 4, [-29.0, -31.0, -29.0, -31.0]
+    fine = proxy_score(rows, before, gains, {"a"})
+    assert fine.is_harmless
+    for place, worst in ((0, -40.0), (1, -20.0)):  # a right response lost, a wrong one made likelier
+        after = [value if at == place else gain for at, gain in enumerate(gains)]
+        score = proxy_score(rows, before, after, {"a"})
+        assert score == proxy_score(
+            rows, before, [worst if at == place else gain for at, gain in enumerate(gains)], {"a"}
+        )
+        assert score.value < 0 < fine.value
+    assert not proxy_score(rows, before, [value, *gains[1:]], {"a"}).is_harmless
+
+
+@pytest.mark.parametrize("after", [math.nan, -3.0])
+def test_where_the_base_overflows_nothing_is_told(after: float) -> None:
+    rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), True)]
+    score = proxy_score(rows, [math.nan, -3.0], [after, -2.0], set())
+    assert (score.likelihood, score.short) == (0.5, None)
+
+
+def test_harm_to_short_problems_is_below_the_base() -> None:
+    harmful = ProxyScore(5.0, 0.1, 5.0, 5.0, -2 * TOLERANCE)
+    assert not harmful.is_harmless
+    assert harmful.objective < 0
+    worse = ProxyScore(5.0, 0.1, 5.0, 5.0, -20 * TOLERANCE)
+    assert worse.objective < harmful.objective
+    assert ProxyScore(5.0, 0.1, 5.0, 5.0, -TOLERANCE / 2).objective == 5.0
+
+
+def solved(accuracies: list[float], traces: bool = False) -> list[Solved]:
+    made = []
+    for at, (problem, accuracy) in enumerate(zip(problems(len(accuracies)), accuracies, strict=True)):
+        if traces:
+            problem = EvalProblem(
+                problem.id, problem.question, problem.answer, kind="number", trace=f"It is {at + 1}."
+            )
+        rights = [sample < accuracy * 2 for sample in range(2)]
+        results = [{"right": right, "ids": [10 + at, 50 + sample], "steps": 1} for sample, right in enumerate(rights)]
+        made.append(Solved(problem, accuracy, 10.0 + at, 1.0, results))
+    return made
+
+
+def test_rows_stand_for_all_problems() -> None:
+    own = solved([1.0] * 30 + [0.0] * 10 + [0.5] * 10)
+    rows = rows_to_score(own, byte_tokenizer(), {}, 20)
+    names = {row.problem for row in rows}
+    assert len(names) == 20
+    missed = {one.problem.id for one in own if one.accuracy < 1}
+    assert len(names & missed) == 10
+    weights = {row.problem: row.weight for row in rows}
+    assert sum(weights.values()) == pytest.approx(50)
+    assert sum(weight for name, weight in weights.items() if name in missed) == pytest.approx(20)
+    half = [row for row in rows if row.problem == "45"]
+    assert sorted(row.is_right for row in half) in ([], [False, True])
+    few = rows_to_score(solved([1.0] * 30 + [0.0] * 2), byte_tokenizer(), {}, 20)
+    assert len({row.problem for row in few}) == 20  # problems that are solved fill up
+
+
+def test_reference_traces_are_the_right_ones() -> None:
+    rows = rows_to_score(solved([1.0, 0.0, 0.5], traces=True), byte_tokenizer(), {}, 3)
+    right = {row.problem: row.response for row in rows if row.is_right}
+    eos = byte_tokenizer().eos_token_id
+    assert right == {str(at): (*encode(f"It is {at + 1}."), eos) for at in range(3)}
+    assert all(row.prompt == tuple(encode(f"What is {row.problem} + 1?")) for row in rows)
+
+
+def test_short_and_easy_problems() -> None:
+    assert short_and_easy(solved([1.0, 0.5, 1.0, 1.0, 0.0, 1.0])) == {"0", "2"}
+    assert short_and_easy([]) == set()
+
+
+def test_answers_are_read_by_problem() -> None:
+    asked = [*problems(2), EvalProblem("no answer", "?", "1")]
+    results = [
+        {"problem": "0", "right": right, "ids": [1] * length, "steps": steps}
+        for right, length, steps in ((True, 4, 2), (False, 8, 4))
+    ]
+    (one,) = read_answers(asked, results, byte_tokenizer(), VOCABULARY, {})
+    assert (one.accuracy, one.tokens, one.steps) == (0.5, 6.0, 3.0)
+
+
+def test_length_and_steps_are_those_of_the_reference() -> None:
+    """A response that went wrong is long, and says nothing about the length of its problem."""
+    trace = "Ann has two eggs. She gets one more egg. That makes three eggs.</think>The answer is 3."
+    asked = [EvalProblem("0", "How many?<think>", "3", kind="number", trace=trace)]
+    lost = [{"problem": "0", "right": False, "ids": [1] * 900, "steps": 70}]
+    (one,) = read_answers(asked, lost, byte_tokenizer(), VOCABULARY, {})
+    assert (one.tokens, one.steps) == (len(encode(trace)) + 1, 3.0)
+
+
+# Heads
+
+
+def simulated(gains: dict, joint=None):
+    """Likelihoods of one right trace each of 40 problems, which change by the gains of the heads under a floor."""
+    rows = [Row(str(at), (1,), (2,), True) for at in range(40)]
+    noise = np.random.default_rng(1).normal(0, 0.3, (40,))
+    asked = []
+
+    def likelihoods(settings):
+        if settings is None:
+            return [-3.0] * 40
+        heads = [(int(layer), head) for layer, own in settings["oeb_heads"].items() for head in own]
+        asked.append(heads)
+        total = sum(gains.get(head, 0.0) for head in heads) if joint is None else joint(heads)
+        return list(-3.0 + total + noise * len(heads))
+
+    def score(before, after):
+        return proxy_score(rows, before, after, set())
+
+    return likelihoods, score, asked
+
+
+def no_end(head, together):
+    return False
+
+
+ALL = [(layer, head) for layer in range(3) for head in range(4)]
+
+
+def test_a_planted_head_is_found() -> None:
+    likelihoods, score, _ = simulated({(1, 2): 1.0})
+    found = find_heads(ALL, floor_on, likelihoods, score, no_end)
+    assert found.chosen == [(1, 2)]
+    assert found.table == {1: [2]}
+    assert found.untried == 0
+
+
+def test_heads_that_only_help_alone_are_not_both_taken() -> None:
+    likelihoods, score, _ = simulated({}, joint=lambda heads: {1: 1.0, 2: -1.0}[len(heads)])
+    assert len(find_heads(ALL[:4], floor_on, likelihoods, score, no_end).chosen) == 1
+
+
+def test_heads_that_help_together_are_all_taken_the_best_first() -> None:
+    likelihoods, score, _ = simulated({(0, 1): 0.5, (1, 2): 1.0, (2, 0): 0.7})
+    assert find_heads(ALL, floor_on, likelihoods, score, no_end).chosen == [(1, 2), (2, 0), (0, 1)]
+
+
+def test_no_head_is_taken_from_noise() -> None:
+    likelihoods, score, _ = simulated({})
+    noise = find_heads(ALL, floor_on, likelihoods, score, no_end)
+    assert all(abs(gain) < 0.2 for gain in noise.gains.values())
+    assert not noise.chosen
+
+
+def test_time_ends_the_trials() -> None:
+    likelihoods, score, asked = simulated({(0, 1): 1.0})
+    found = find_heads(ALL, floor_on, likelihoods, score, lambda head, together: head == (1, 0))
+    assert found.untried == 8
+    assert found.chosen == [(0, 1)]
+    assert len(asked) == 4 + 1
+
+
+def test_where_time_ends_the_trials_together_the_best_is_there() -> None:
+    likelihoods, score, _ = simulated({(0, 1): 0.5, (1, 2): 1.0})
+    found = find_heads(ALL, floor_on, likelihoods, score, lambda head, together: together)
+    assert found.chosen == [(1, 2)]
+    assert found.untried == 0
+
+
+BRIDGE = (floor_on, {"tau_max": 0.9}, (0, 1))
+TEMPERATURE = (partial(temperature_on, base=8), {"length_temperature": 4.0}, (1, 2))
+
+
+@pytest.mark.parametrize(("acting_on", "strength", "planted"), [BRIDGE, TEMPERATURE])
+def test_a_head_planted_in_a_model_is_found(acting_on, strength: dict, planted: tuple[int, int]) -> None:
+    """Traces that the model samples under a mechanism on one head are likelier under that mechanism."""
+    model = attach(tiny_model("llama", seed=4), "paper")
+    strong = {**acting_on([planted]), **strength}
+    rows = []
+    for at in range(24):
+        prompt = encode(f"Ann has {at} eggs. Bob has more.<think>")
+        made = model.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=True, top_k=0, stepflow=strong, pad_token_id=0
+        )
+        rows.append(Row(str(at), tuple(prompt), tuple(made[0, len(prompt) :].tolist()), True))
+    laboratory = Laboratory(model, byte_tokenizer(), Sampling(), WorkFolder(None, {}, {}), Workers(), progress=False)
+
+    def likelihoods(settings):
+        return laboratory.likelihoods(settings and {**settings, **strength}, rows)
+
+    found = find_heads(
+        [(layer, head) for layer in range(2) for head in range(4)],
+        acting_on,
+        likelihoods,
+        lambda before, after: proxy_score(rows, before, after, set()),
+        no_end,
+    )
+    assert max(found.gains, key=found.gains.get) == planted
+    assert found.chosen == [planted]
+
+
+def test_a_floor_on_heads_is_nothing_else() -> None:
+    settings = floor_on([(3, 1), (0, 2), (3, 0)])
+    assert settings == {**EMPTY, "oeb_layers": [0, 3], "oeb_heads": {"0": [2], "3": [0, 1]}, "tau_max": PROBE_FLOOR}
+
+
+def test_a_temperature_on_heads_is_nothing_else() -> None:
+    settings = temperature_on([(3, 1), (0, 2), (3, 0)], 120)
+    assert settings == {
+        **EMPTY, "length_temperature": PROBE_TEMPERATURE, "length_temperature_base": 120,
+        "length_temperature_heads": {"0": [2], "3": [0, 1]},
+    }  # fmt: skip
+
+
+def test_likelihoods_are_those_of_one_row_alone() -> None:
+    model = attach(tiny_model("llama", seed=3), "paper")
+    folder = WorkFolder(None, {}, {})
+    laboratory = Laboratory(model, byte_tokenizer(), Sampling(), folder, Workers(), progress=False)
+    texts = [("How many?<think>", "Two of them. Then one."), ("Ann has 4 eggs.<think>", "Four.</think>It is 4.")]
+    rows = [Row(str(at), tuple(encode(one)), tuple(encode(other)), True) for at, (one, other) in enumerate(texts)]
+    for settings in (None, {**EMPTY, "oeb_layers": [0, 1], "tau_max": 0.4}):
+        found = laboratory.likelihoods(settings, rows)
+        for row, value in zip(rows, found, strict=True):
+            with torch.no_grad(), model.use_stepflow(False if settings is None else settings):
+                logits = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+            own = sum(float(logits[at - 1, row.ids[at]]) for at in range(len(row.prompt), len(row.ids)))
+            assert value == pytest.approx(own, rel=1e-4)
+        assert math.isfinite(sum(found))
+        assert laboratory.likelihoods(settings, rows) == found

@@ -1,0 +1,157 @@
+"""Splits that never overlap, batches that hold each problem once, budgets, and the work folder."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_stepflow.calibration.budget import ENDS, Budget, parse_budget
+from hf_stepflow.calibration.splits import batches_of, split_problems
+from hf_stepflow.calibration.work_folder import WorkFolder
+from hf_stepflow.calibration.workers import Workers
+from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from tests.support.calibration import problems
+
+
+@given(st.integers(60, 300), st.integers(0, 10**9))
+def test_no_question_is_in_both_splits(number: int, seed: int) -> None:
+    asked = problems(number)
+    splits = split_problems(asked, seed)
+    questions = [{one.question for one in split} for split in (splits.calibration, splits.held_out)]
+    assert not questions[0] & questions[1]
+    assert len(splits.calibration) + len(splits.held_out) == number
+    again = split_problems(asked[::-1], seed)
+    assert (again.calibration, again.held_out) == (splits.calibration, splits.held_out)
+
+
+def test_one_question_under_many_ids_stays_together() -> None:
+    asked = problems(100)
+    twins = [EvalProblem(f"twin {one.id}", f"  {one.question.upper()} ", one.answer, kind="number") for one in asked]
+    splits = split_problems([*asked, *twins], 3)
+    for split in (splits.calibration, splits.held_out):
+        own = {one.id for one in split}
+        assert {f"twin {name}" for name in own if not name.startswith("twin")} == {
+            name for name in own if name.startswith("twin")
+        }
+
+
+def test_a_seed_draws_the_splits() -> None:
+    asked = problems(200)
+    drawn = [{one.id for one in split_problems(asked, seed).calibration} for seed in range(5)]
+    assert len({frozenset(one) for one in drawn}) == 5
+    assert all(70 <= len(one) <= 130 for one in drawn)
+
+
+def test_too_few_problems_are_refused() -> None:
+    with pytest.raises(StepFlowInputError, match="each needs 8"):
+        split_problems(problems(12), 0)
+
+
+@given(st.integers(1, 90), st.integers(1, 20))
+def test_batches_hold_each_problem_once(number: int, size: int) -> None:
+    asked = problems(number)
+    batches = batches_of(asked, size, "split", 0)
+    assert sorted(int(one.id) for batch in batches for one in batch.problems) == list(range(number))
+    assert all(1 <= len(batch.problems) <= size for batch in batches)
+    assert len({batch.name for batch in batches}) == len(batches)
+    stretch = size * 4
+    for start in range(0, len(batches), 4):  # a stretch of the order, and no problem from elsewhere
+        own = {int(one.id) for batch in batches[start : start + 4] for one in batch.problems}
+        first = start // 4 * stretch
+        assert own == set(range(first, min(first + stretch, number)))
+
+
+def test_where_time_ends_no_length_was_favoured() -> None:
+    asked = [EvalProblem(str(at), "x" * (at * 37 % 160 + 1), "1", kind="number") for at in range(160)]
+
+    def lengths(seed: int) -> list[list[int]]:
+        return [sorted(len(one.prompt) for one in batch.problems) for batch in batches_of(asked, 10, "split", seed)]
+
+    for found in map(lengths, range(20)):
+        for start in range(0, 16, 4):  # like lengths stand together, as in the sorted stretch
+            ordered = sorted(found[start : start + 4])
+            assert all(low[-1] <= high[0] for low, high in pairwise(ordered))
+    # Where the first batch of the first stretch stands among its four: each place is drawn about as often.
+    places = [sorted(found[:4]).index(found[0]) for found in map(lengths, range(200))]
+    assert all(25 <= places.count(place) <= 75 for place in range(4))
+    assert lengths(3) == lengths(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("40", Budget(40)),
+        (7, Budget(7)),
+        ("90s", Budget(1000, 90)),
+        ("20m", Budget(1000, 1200)),
+        ("1.5h", Budget(1000, 5400)),
+        (Budget(3), Budget(3)),
+    ],
+)
+def test_budgets(text: object, expected: Budget) -> None:
+    assert parse_budget(text) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "2.5", "ten", "5d", "0m", "nan"])
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(StepFlowInputError, match="budget"):
+        parse_budget(text)
+
+
+def test_stages_share_the_time() -> None:
+    assert list(ENDS.values()) == sorted(ENDS.values())
+    assert ENDS["ablations"] == 1
+    assert Budget(1, 200).end_of("traces") == pytest.approx(200 * ENDS["traces"])
+    assert Budget(1).end_of("traces") is None
+
+
+def test_a_folder_keeps_what_was_found(tmp_path: Path) -> None:
+    run = {"seed": 0, "sampling": {"samples": 1}}
+    folder = WorkFolder(tmp_path / "work", run, {})
+    assert folder.get("answers", {"tau_max": 0.1}, "batch") is None
+    folder.put("answers", [{"right": True}], {"tau_max": 0.1}, "batch")
+    again = WorkFolder(tmp_path / "work", run, {"torch": "another version"})
+    assert again.get("answers", {"tau_max": 0.1}, "batch") == [{"right": True}]
+    assert again.get("answers", {"tau_max": 0.2}, "batch") is None
+    with pytest.raises(StepFlowInputError, match=r"sampling.samples: 1 there, 2 now"):
+        WorkFolder(tmp_path / "work", {"seed": 0, "sampling": {"samples": 2}}, {})
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(StepFlowFileError, match="other files"):
+        WorkFolder(tmp_path, {}, {})
+    with pytest.raises(StepFlowFileError, match="cannot be used"):
+        WorkFolder(tmp_path / "thesis.tex", {}, {})
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(StepFlowFileError, match="expected an object"):
+        WorkFolder(tmp_path, {}, {})
+
+
+def test_what_a_kill_left_half_written_is_not_read(tmp_path: Path) -> None:
+    folder = WorkFolder(tmp_path / "work", {}, {})
+    folder.put("answers", [1], "a")
+    (file,) = (tmp_path / "work" / "answers").iterdir()
+    (file.parent / f".{file.name}.123").write_text('{"seconds": 1, "fou')
+    assert WorkFolder(tmp_path / "work", {}, {}).get("answers", "a") == [1]
+
+
+def test_time_is_counted_over_all_runs(tmp_path: Path) -> None:
+    folder = WorkFolder(tmp_path / "work", {}, {}, processes=2)
+    folder.put("answers", [1], "a")
+    (file,) = (tmp_path / "work" / "answers").iterdir()
+    file.write_text(json.dumps({"seconds": 100.0, "found": [1]}))
+    assert 100 <= WorkFolder(tmp_path / "work", {}, {}).spent() < 101
+
+
+def test_a_process_alone_does_all() -> None:
+    workers = Workers.join()
+    assert list(workers.share([1, 2, 3])) == [1, 2, 3]
+    assert workers.is_first
+    workers.wait()
+    shared = [Workers(rank, 3).share(range(10)) for rank in range(3)]
+    assert sorted(item for part in shared for item in part) == list(range(10))
