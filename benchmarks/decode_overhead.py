@@ -21,8 +21,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.evaluation.machine import machine
-from hf_stepflow.runtime.flow_state import FlowState, carry
-from hf_stepflow.runtime.tally import Tally
+from hf_stepflow.runtime.flow_state import FlowState, put_state_on
+from hf_stepflow.runtime.report import Tally
 from tests.support.flow import byte_tokenizer, encode
 
 SHAPE = LlamaConfig(
@@ -74,9 +74,9 @@ def measure(arms: dict[str, LlamaForCausalLM], context: int, batch: int, tokens:
     caches = {arm: cache(context, batch) for arm in ARMS}
     runtime = arms["on"].stepflow_runtime
     state = FlowState(runtime.vocabulary_for(runtime.settings), batch, ids.device)
-    state.append(ids, mask == 0, None)
+    state.append(state.read(ids, mask == 0), None, ids.device)
     state.tally = Tally(batch, tuple(range(SHAPE.num_hidden_layers)), ids.device)
-    carry(caches["on"], state)
+    put_state_on(caches["on"], state)
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = list(ARMS)
     for index in range(tokens + 3):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hf_stepflow.runtime.attention_modules import attention_modules
+from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.errors import StepFlowConfigError
 
 _COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -8,6 +8,7 @@ from typing import Any
 from hf_stepflow.evaluation.runner import digest, evaluate
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.steps import StepVocabulary
 
@@ -183,8 +184,8 @@ class Laboratory:
         self, settings: Settings | None, batch: Batch, steps: "tuple[str, StepVocabulary] | None"
     ) -> list[dict[str, Any]]:
         sampling = self.sampling
-        cut = nullcontext() if steps is None else self.model.stepflow_runtime.cutting(steps[1])
-        with cut:
+        runtime = self.model.stepflow_runtime
+        with nullcontext() if steps is None else runtime.override(FlowRules(runtime.rules.plan, steps[1])):
             result = evaluate(
                 self.model,
                 batch.problems,

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_stepflow.runtime.configuration_stepflow import SETTING_NAMES, STEP_RULES, StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, shown
-from hf_stepflow.runtime.flow_pass import FlowPlan
+from hf_stepflow.runtime.forward import FlowPlan
 
 from .architecture import Architecture
 from .field_checks import Check, Problem, count, list_of, number, one_of, or_null, record, text, wrong

@@ -81,7 +81,7 @@ def _of_model(model: Any, path: str) -> tuple[Any, dict[str, Any]]:
     """The settings of its preset, or of the rule, and what is found out without a tokenizer."""
     from hf_stepflow.calibration.architecture import architecture_of
     from hf_stepflow.calibration.presets import list_presets, rule_preset
-    from hf_stepflow.runtime.attention_modules import attention_modules
+    from hf_stepflow.runtime.attention_interface import attention_modules
     from hf_stepflow.runtime.configuration_stepflow import resolve_layers
 
     modules = attention_modules(model)

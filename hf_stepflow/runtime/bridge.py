@@ -1,13 +1,102 @@
-"""The Odds-Equal Bridge (OEB) as a plain function on dense attention logits.
+"""The Odds-Equal Bridge (OEB): a floor under the attention mass on earlier context.
 
-What it does, and its source: `bridge_shifts`. Models compute the same by key groups, without dense logits for all
-queries (`bridged_weights`, `decode_attention`). Shapes: B batch, H query heads, q queries, K keys.
+Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), Odds-Equal Bridge; docs/method.md, section 3. The
+keys that a query sees fall into the current segment S, the bridge B and the others O. Where the mass p(B) is below the
+floor, attention becomes the KL projection of p on {q : q(O) = p(O), q(B) = floor}: the masses of S and B change, the
+proportions inside each group do not.
+
+* `bridge_shifts` is the equation, on the log masses of the groups.
+* `odds_equal_bridge` is the reference, on dense logits.
+* `bridged_weights` and `bridged_decode` are what models run. Each group has its own softmax, and the equation says how
+  much mass each gets in the merged attention. So any mass keeps its digits, however small, without a second form for
+  extreme masses and without asking the device. The first takes many queries, with a group for each query and key; the
+  second takes one query a row, with groups that all heads and layers share.
+
+Shapes: B batch, H query heads, Hkv key-value heads, G = H / Hkv, c queries, K keys.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .bridge_shifts import bridge_shifts
+BRIDGE_FLOORS = ("share", "absolute")
+
+# From here on, log(1 + exp(x)) is x in float64, too.
+_SOFTPLUS_LINEAR_FROM = 40.0
+
+
+def bridge_shifts(
+    log_same: Tensor,
+    log_bridge: Tensor,
+    log_total: Tensor | None,
+    n_same: Tensor,
+    n_bridge: Tensor,
+    *,
+    tau_max: float | Tensor,
+    floor: str = "share",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the shifts of the logits in S and B from the masses of the groups.
+
+    With tau = min(sqrt(n_bridge / (n_bridge + n_same)), tau_max), the target masses are
+
+        "share":     q(B) = tau * (p(S) + p(B)),  q(S) = (1 - tau) * (p(S) + p(B)),  where p(B) < q(B)
+        "absolute":  q(B) = tau,                  q(S) = p(S) + p(B) - tau,          where p(B) < tau < p(S) + p(B)
+
+    and the shifts are log(q(S) / p(S)) and log(q(B) / p(B)). They are formed from differences of log masses, so no
+    small mass is ever exponentiated and a bridge of mass 1e-300 is lifted like any other.
+
+    Args:
+        log_same: Log mass of S: the log-sum-exp of its visible logits, under any normaliser that all three masses
+            share. -inf or any finite value where S is empty. Shape [...]; the other arguments broadcast with it.
+        log_bridge: Log mass of B, likewise.
+        log_total: Log mass of all visible keys and learned sinks. Only the absolute floor uses it.
+        n_same: Number of visible keys in S, of any integer or float dtype.
+        n_bridge: Number of visible keys in B.
+        tau_max: Cap of the floor, a float in [0, 1] or a tensor that broadcasts.
+        floor: "share" or "absolute".
+
+    Returns:
+        The shift of S [...], the shift of B [...] (both at least float32, 0 where inactive), and a bool [...] that
+        marks the rows that are bridged.
+
+    Raises:
+        ValueError: If `tau_max` is a float outside [0, 1], or `floor` is unknown or lacks `log_total`.
+    """
+    if floor not in BRIDGE_FLOORS:
+        raise ValueError(f"floor must be one of {', '.join(BRIDGE_FLOORS)}, got {floor!r}")
+    if not isinstance(tau_max, Tensor) and not 0.0 <= tau_max <= 1.0:
+        raise ValueError(f"tau_max must be in [0, 1], got {tau_max}")
+
+    dtype = torch.promote_types(torch.promote_types(log_same.dtype, log_bridge.dtype), torch.float32)
+    n_same, n_bridge = n_same.to(dtype), n_bridge.to(dtype)
+    n_both = n_same + n_bridge
+    root = (n_bridge / n_both).sqrt()
+    cap = tau_max.to(dtype) if isinstance(tau_max, Tensor) else root.new_full((), tau_max)
+    tau = torch.minimum(root, cap)
+
+    odds = log_bridge.to(dtype) - log_same.to(dtype)
+    usable = (n_same > 0) & (n_bridge > 0) & odds.isfinite()
+    odds = torch.where(usable, odds, 0.0)
+    # log((p(S) + p(B)) / p(S))
+    both_over_same = torch.nn.functional.softplus(odds, threshold=_SOFTPLUS_LINEAR_FROM)
+
+    if floor == "share":
+        # 1 - sqrt(r) = (1 - r) / (1 + sqrt(r)) stays positive where sqrt(r) rounds to 1.
+        rest = torch.maximum(n_same / (n_both * (1 + root)), 1 - cap)
+        shift_same = rest.log() + both_over_same
+        shift_bridge = tau.log() + both_over_same - odds
+        active = usable & (shift_bridge > 0)
+    else:
+        if log_total is None:
+            raise ValueError("floor 'absolute' needs log_total, got None")
+        total_over_same = torch.where(usable, log_total.to(dtype) - log_same.to(dtype), 0.0)
+        held = (both_over_same - total_over_same).exp()
+        feasible = held > tau
+        shift_same = torch.where(feasible, held - tau, 1.0).log() + total_over_same
+        shift_bridge = tau.log() + total_over_same - odds
+        active = usable & feasible & (shift_bridge > 0)
+    return torch.where(active, shift_same, 0.0), torch.where(active, shift_bridge, 0.0), active
 
 
 def odds_equal_bridge(
@@ -19,27 +108,34 @@ def odds_equal_bridge(
     floor: str = "share",
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Applies the Odds-Equal Bridge to dense attention logits.
+    """Applies the Odds-Equal Bridge to dense attention logits: the reference.
 
-    A query and head without a visible key in S or in B, or whose bridge mass already holds the floor, keeps its logits
-    bit for bit.
+    A query and head without a visible key in S or in B, or whose bridge already holds the floor, keeps its logits bit
+    for bit.
 
     Args:
-        logits: Attention logits [B, H, q, K] after scaling, softcap and mask; -inf marks an invisible key. Pass
+        logits: Attention logits [B, H, c, K] after scaling, softcap and mask; -inf marks an invisible key. Pass
             float32 or float64 for an exact floor: half-precision logits are shifted in float32, then rounded.
-        same: Bool, broadcastable to [B, H, q, K]: the keys of S. Invisible keys may be set and never count.
-        bridge: Bool, broadcastable to [B, H, q, K]: the keys of B. No key may be in both groups.
-        tau_max: The cap of the floor, in [0, 1]; a float or a tensor broadcastable to [B, H, q] (for instance [H, 1],
-            with 0 for the heads to be left alone).
+        same: Bool, broadcastable to [B, H, c, K]: the keys of S. Invisible keys may be set and never count.
+        bridge: Bool, broadcastable to [B, H, c, K]: the keys of B. No key may be in both groups.
+        tau_max: Cap of the floor, in [0, 1]: a float, or a tensor broadcastable to [B, H, c] (for instance [H, 1],
+            with 0 for the heads to leave alone).
         floor: "share" sets the floor as a share of the mass that S and B hold together; "absolute" is the paper's
             rule, which leaves a head alone where the floor reaches that mass.
         sink_logits: Learned sink logits [H], part of the softmax denominator, or None.
 
     Returns:
-        Logits [B, H, q, K] of the dtype of `logits`. Their softmax, sinks included, is the projected attention.
+        Logits [B, H, c, K] of the dtype of `logits`. Their softmax, sinks included, is the projected attention.
 
     Raises:
         ValueError: If `tau_max` is a float outside [0, 1], or `floor`, the masks' dtype or the sinks' shape are wrong.
+
+    Example:
+        >>> import torch
+        >>> question = torch.tensor([True, True, False])
+        >>> logits = torch.tensor([[[[0.0, 0.0, 9.0]]]])
+        >>> odds_equal_bridge(logits, ~question, question, tau_max=0.15).softmax(-1)[..., :2].sum()
+        tensor(0.1500)
     """
     for name, mask in (("same", same), ("bridge", bridge)):
         if mask.dtype != torch.bool:
@@ -68,3 +164,154 @@ def odds_equal_bridge(
     shift = torch.where(same, shift_same[..., None], shift_bridge[..., None])
     shifted = torch.where(active[..., None] & (same | bridge), work + shift, work)
     return shifted.to(logits.dtype)
+
+
+def bridged_weights(
+    logits: Tensor,
+    same: Tensor,
+    bridge: Tensor,
+    *,
+    tau_max: float | Tensor,
+    floor: str,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the attention weights of many queries with the bridge.
+
+    Args:
+        logits: [B, H, c, K], float32 or float64, after scaling, softcap and mask; -inf marks an invisible key.
+        same: Bool, broadcastable to the logits: visible keys of S.
+        bridge: Bool, broadcastable to the logits: visible keys of B.
+        tau_max: Cap of the floor, or one value a head, [H, 1].
+        floor: "share" or "absolute".
+        sink_logits: Learned sinks [H], in the denominator only.
+
+    Returns:
+        The weights [B, H, c, K], and the mass of the bridge before and after, [B, H, c].
+    """
+    nothing = torch.finfo(logits.dtype).min / 2
+    # A finite stand-in for -inf: a query that sees no key at all gets weights that nobody uses, instead of NaN.
+    logits = logits.clamp(min=nothing)
+    # Products and sums with indicators: on a CPU torch.where takes several times as long, and everything is finite.
+    in_same, in_bridge = same.to(logits.dtype), bridge.to(logits.dtype)
+    others = 1 - in_same - in_bridge
+    with torch.no_grad():  # the greatest logit of each group cancels out, and so do its gradients
+        top = logits.amax(-1, keepdim=True)
+        top_same = (logits + (1 - in_same) * nothing).amax(-1, keepdim=True)
+        top_bridge = (logits + (1 - in_bridge) * nothing).amax(-1, keepdim=True)
+        tops = (others * top).addcmul_(in_same, top_same).addcmul_(in_bridge, top_bridge)
+    weights = torch.exp(logits - tops)
+    sums = torch.stack([(weights * group).sum(-1) for group in (others, in_same, in_bridge)], -1)
+    factors, before, after = _merged(
+        torch.cat((top, top_same, top_bridge), -1),
+        sums,
+        same.sum(-1),
+        bridge.sum(-1),
+        tau_max=tau_max,
+        floor=floor,
+        sink_logits=None if sink_logits is None else sink_logits.to(logits.dtype)[None, :, None],
+    )
+    factor_others, factor_same, factor_bridge = factors.split(1, -1)
+    scale = (others * factor_others).addcmul(in_same, factor_same).addcmul(in_bridge, factor_bridge)
+    return weights * scale, before, after
+
+
+@dataclass(frozen=True)
+class DecodeGroups:
+    """The key groups of one query a row, the same for all heads.
+
+    Attributes:
+        indicator: [B, 3, K] of 0 and 1: which keys are others or invisible, current segment, bridge.
+        outside: [B, 2, K]: 0 for the keys of S (of B), far below any logit for the rest.
+        n_same: Number of visible keys in S, [B, 1].
+        n_bridge: Number of visible keys in B, [B, 1].
+        bias: [B, 1, K] to add to the logits, far below any logit where a key is not visible; None for nothing.
+    """
+
+    indicator: Tensor
+    outside: Tensor
+    n_same: Tensor
+    n_bridge: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, same: Tensor, bridge: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "DecodeGroups":
+        """Makes the groups from bool masks [B, K] of the visible keys in S and B and a bias [B, K]."""
+        groups = torch.stack((~(same | bridge), same, bridge), 1)
+        counts = groups[:, 1:].sum(-1)
+        indicator = groups.to(dtype)
+        outside = (1 - indicator[:, 1:]) * (torch.finfo(dtype).min / 2)
+        return cls(indicator, outside, counts[:, :1], counts[:, 1:], None if bias is None else bias[:, None].to(dtype))
+
+
+def bridged_decode(
+    logits: Tensor, groups: DecodeGroups, *, tau_max: float | Tensor, floor: str, sink_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the attention weights of one query a row with the bridge.
+
+    Args:
+        logits: [B, H, K], float32 or float64, after scaling and softcap.
+        groups: The key groups, which carry the mask.
+        tau_max: Cap of the floor, or one value a head, [H].
+        floor: "share" or "absolute".
+        sink_logits: Learned sinks [H], in the denominator only.
+
+    Returns:
+        The weights [B, H, K], and the mass of the bridge before and after, [B, H].
+    """
+    if groups.bias is not None:
+        logits = (logits + groups.bias).clamp(min=torch.finfo(logits.dtype).min / 2)
+    with torch.no_grad():
+        inside = [(logits + groups.outside[:, group : group + 1]).amax(-1) for group in (0, 1)]
+        tops = torch.stack((logits.amax(-1), *inside), -1)
+    weights = torch.baddbmm(logits, tops, groups.indicator, alpha=-1).exp()
+    sums = torch.matmul(weights, groups.indicator.mT)
+    factors, before, after = _merged(
+        tops,
+        sums,
+        groups.n_same,
+        groups.n_bridge,
+        tau_max=tau_max,
+        floor=floor,
+        sink_logits=None if sink_logits is None else sink_logits.to(logits.dtype),
+    )
+    return weights * torch.matmul(factors, groups.indicator), before, after
+
+
+def _merged(
+    tops: Tensor,
+    sums: Tensor,
+    n_same: Tensor,
+    n_bridge: Tensor,
+    *,
+    tau_max: float | Tensor,
+    floor: str,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges the softmaxes of the groups O, S and B, which the last dimension of size 3 lists.
+
+    Args:
+        tops: The greatest logit of all keys, of S and of B, [..., 3]; that of O is the one of all keys.
+        sums: The sum of exp(logit - top) of each group, [..., 3]; 0 where a group is empty.
+        n_same: Number of visible keys in S, broadcastable to [...].
+        n_bridge: Number of visible keys in B.
+        tau_max: Cap of the floor, broadcastable to [...].
+        floor: "share" or "absolute".
+        sink_logits: Learned sinks, broadcastable to [...].
+
+    Returns:
+        The factor of each group's exp(logit - top), [..., 3]; the mass of B before and after, [...].
+    """
+    # Relative to the greatest logit: differences of large logits are exact, their logarithms of sums would be lost.
+    relative = tops - tops[..., :1]
+    log_masses = relative + sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
+    log_total = log_masses.logsumexp(-1)
+    if sink_logits is not None:
+        log_total = torch.logaddexp(log_total, sink_logits - tops[..., 0])
+    log_masses = log_masses - log_total[..., None]
+    _, log_same, log_bridge = log_masses.unbind(-1)
+    shift_same, shift_bridge, _ = bridge_shifts(
+        log_same, log_bridge, torch.zeros_like(log_total), n_same, n_bridge, tau_max=tau_max, floor=floor
+    )
+    shifts = torch.stack((torch.zeros_like(shift_same), shift_same, shift_bridge), -1)
+    factors = torch.exp(relative + shifts - log_total[..., None])
+    return factors, torch.exp(log_bridge), torch.exp(log_bridge + shift_bridge)

@@ -1,4 +1,4 @@
-"""FlowState: what StepFlow knows of every cached token, riding on the KV cache.
+"""FlowState: what StepFlow knows about every cached token, riding on the KV cache.
 
 The state is one tensor of records (`step_record.Field`), a row of integers for each slot of the cache, so that
 everything that happens to a cache (beams reorder it, speculation crops it, sampling repeats it) happens to it by the
@@ -6,30 +6,43 @@ same index operation. It is carried by swapping the cache's class for one with `
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .report import Tally
 from .step_record import FIELDS, Field, empty_record
 from .steps import StepVocabulary
-from .tally import Tally
-
-# Above this many rows a decode step labels its tokens in tensors; below, on the host, which costs fewer operations.
-_HOST_ROWS = 32
 
 _FRESH = tuple(empty_record())
+
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """New tokens on the host.
+
+    Attributes:
+        ids: Token ids of each row, [B][q].
+        padding: Which of them are padding, [B][q], or None if none is.
+        cached: Tokens in the cache, where that was asked for; else None.
+    """
+
+    ids: list[list[int]]
+    padding: list[list[int]] | None
+    cached: int | None = None
 
 
 class FlowState:
     """Records and tallies of a batch.
 
     Attributes:
-        vocabulary: the step rules that the records were made with.
+        vocabulary: The step rules that the records were made with.
         records: int32 [B, capacity, FIELDS]; slots past `length` are undefined.
-        length: number of valid slots: an int, or (for a cache with static shapes) a long tensor [], so that a
+        length: Number of valid slots: an int, or (for a cache with static shapes) a long tensor [], so that a
             compiled decode step changes no Python value.
-        tally: the sums behind the report, or None.
-        virtual_tokens: slots before the prompt's first token, which generation does not count (prefix tuning).
+        tally: The sums behind the report, or None.
+        virtual_tokens: Slots before the prompt's first token, which generation does not count (prefix tuning).
     """
 
     def __init__(self, vocabulary: StepVocabulary, batch: int, device: torch.device, capacity: int | None = None):
@@ -67,72 +80,77 @@ class FlowState:
             self._count = int(self.length)
         return self._count
 
-    def append(
-        self,
-        ids: torch.Tensor,
-        padding: torch.Tensor | None,
-        prompt_length: int | None,
-        cached: torch.Tensor | None = None,
-        mask: Any = None,
-    ) -> "tuple[torch.Tensor, list[list[list[int]]] | None]":
-        """Adds the records of new tokens.
+    def read(self, ids: torch.Tensor, padding: torch.Tensor | None, cached: torch.Tensor | None = None) -> ReadTokens:
+        """Reads tokens to be appended from their device, with one read for everything that labelling them needs.
 
         Args:
             ids: int64 [B, q].
             padding: bool [B, q] of the tokens that are padding, or None.
-            prompt_length: slot at which implicit thinking starts; None for what was given before.
-            cached: tokens in the cache, one number on the device, if it has not been followed yet.
-            mask: what `follow` takes.
-
-        Returns:
-            The new records on the device, int32 [B, q, FIELDS], and on the host [B][q][FIELDS], which is None where
-            the rules ran in tensors.
+            cached: Tokens in the cache, one number on the device, or None.
         """
-        if prompt_length is not None:
-            self._prompt_length = prompt_length
-            if self._opening is not None:
-                self._opening.fill_(prompt_length)
-        if ids.shape[1] == 1 and (torch.compiler.is_compiling() or ids.shape[0] > _HOST_ROWS):
-            if cached is not None:
-                self.follow(int(cached), mask)
-            return self._append_in_tensors(ids, padding), None
-        return self._append_on_host(ids, padding, cached, mask)
-
-    @torch.compiler.disable(reason="StepFlow labels the tokens of a prompt on the host: compile decode steps only")
-    def _append_on_host(
-        self, ids: torch.Tensor, padding: torch.Tensor | None, cached: torch.Tensor | None, mask: Any
-    ) -> "tuple[torch.Tensor, list[list[list[int]]]]":
-        start, queries = self.count, ids.shape[1]
         parts = [ids] if padding is None else [ids, padding.to(ids.dtype)]
         if cached is not None:
             parts.append(cached.to(ids.device, ids.dtype).reshape(1, 1).expand(ids.shape[0], 1))
-        if self._last is None and start:
-            parts.append(self.records[:, start - 1].to(ids.device, ids.dtype))
-        read = torch.cat(parts, 1).tolist()  # one host read for everything
-        if self._last is None:
-            self._last = [row[-FIELDS:] if start else empty_record() for row in read]
-        if cached is not None:
-            self.follow(read[0][queries if padding is None else 2 * queries], mask)
-            start = self.count
+        reads_last = self._last is None and self.count > 0
+        if reads_last:
+            parts.append(self.records[:, self.count - 1].to(ids.device, ids.dtype))
+        rows, queries = torch.cat(parts, 1).tolist(), ids.shape[1]
+        end = queries if padding is None else 2 * queries
+        if reads_last:
+            self._last = [row[-FIELDS:] for row in rows]
+        return ReadTokens(
+            [row[:queries] for row in rows],
+            None if padding is None else [row[queries:end] for row in rows],
+            None if cached is None else rows[0][end],
+        )
+
+    def append(
+        self, read: ReadTokens, prompt_length: int | None, device: torch.device
+    ) -> "tuple[torch.Tensor, list[list[list[int]]]]":
+        """Adds the records of new tokens that have been read.
+
+        Args:
+            read: The tokens.
+            prompt_length: Slot at which implicit thinking starts; None for what was given before.
+            device: Where the records are wanted.
+
+        Returns:
+            The new records on the device, int32 [B, q, FIELDS], and on the host, [B][q][FIELDS].
+        """
+        self._open_at(prompt_length)
+        start = self.count
         host = [
             self.vocabulary.scan(
-                row[:queries],
+                ids,
                 before,
                 start=start,
-                padding=None if padding is None else row[queries : 2 * queries],
+                padding=None if read.padding is None else read.padding[row],
                 prompt_length=self._prompt_length,
             )
-            for row, before in zip(read, self._last_records(), strict=True)
+            for row, (ids, before) in enumerate(zip(read.ids, self._last_records(), strict=True))
         ]
-        records = torch.tensor(host, dtype=torch.int32).to(ids.device, non_blocking=True)
-        end = start + queries
+        records = torch.tensor(host, dtype=torch.int32).to(device, non_blocking=True)
+        end = start + len(read.ids[0])
         self._reserve(end)
         self.records[:, start:end] = records
         self.set_length(end)
         self._last = [row[-1] for row in host]
         return records, host
 
-    def _append_in_tensors(self, ids: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    def append_in_tensors(
+        self, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
+    ) -> torch.Tensor:
+        """Adds the record of one token a row without reading anything.
+
+        Args:
+            ids: int64 [B, 1].
+            padding: bool [B, 1] of the tokens that are padding, or None.
+            prompt_length: As for `append`.
+
+        Returns:
+            The new records, int32 [B, 1, FIELDS].
+        """
+        self._open_at(prompt_length)
         if not self.is_static:
             self._reserve(self.count + 1)
         slot = torch.as_tensor(self.length, device=ids.device)
@@ -151,6 +169,12 @@ class FlowState:
             self._count = self.length
         self._last = None
         return records
+
+    def _open_at(self, prompt_length: int | None) -> None:
+        if prompt_length is not None:
+            self._prompt_length = prompt_length
+            if self._opening is not None:
+                self._opening.fill_(prompt_length)
 
     def _last_records(self) -> list[list[int]]:
         if self._last is None:
@@ -178,12 +202,12 @@ class FlowState:
     def follow(self, cached: int, mask: Any = None) -> None:
         """Brings the state to the length of its cache.
 
-        It is shorter after a rollback that went past `crop`, longer where the cache holds tokens that StepFlow has not
-        seen (virtual tokens of a prefix, turns without StepFlow). Those count as question.
+        The cache is shorter after a rollback that went past `crop`, and longer where it holds tokens that StepFlow has
+        not seen (virtual tokens of a prefix, turns without StepFlow). Those count as question.
 
         Args:
-            cached: tokens in the cache.
-            mask: the padding mask [B, slots] if there is one, 0 for padding; masks of another form tell nothing.
+            cached: Tokens in the cache.
+            mask: The padding mask [B, slots] if there is one, 0 for padding; masks of another form are ignored.
         """
         start = self.count
         if cached <= start:
@@ -309,7 +333,7 @@ class FlowCacheMixin:
 def _rebuild_cache(kind: Any, attributes: dict[str, Any]) -> Any:
     cache = kind.__new__(kind)
     cache.__dict__.update(attributes)
-    carry(cache, attributes["stepflow_state"])
+    put_state_on(cache, attributes["stepflow_state"])
     return cache
 
 
@@ -321,7 +345,7 @@ def state_of(cache: Any) -> FlowState | None:
     return getattr(cache, "stepflow_state", None)
 
 
-def carry(cache: Any, state: FlowState) -> None:
+def put_state_on(cache: Any, state: FlowState) -> None:
     """Makes a cache carry a state; the cache keeps its type's name and behaviour."""
     kind = type(cache)
     if not isinstance(cache, FlowCacheMixin):

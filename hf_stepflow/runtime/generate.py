@@ -8,36 +8,29 @@ from .modeling_stepflow import StepFlowModelForCausalLM
 
 # Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
 if TYPE_CHECKING:
-    from .attention_call import AttentionCall
-    from .attention_modules import attention_modules
-    from .attention_names import base_implementation
+    from .attention import AttentionLink
+    from .attention_interface import attention_modules
     from .base_model import read_repository_file
-    from .bridge_shifts import bridge_shifts
-    from .bridged_weights import bridged_weights
+    from .bridge import DecodeGroups
     from .call_checks import no_constructor
     from .configuration_stepflow import StepFlowSettings
-    from .decode_attention import DecodeGroups
     from .errors import StepFlowError
-    from .flow_attention import AttentionLink
-    from .flow_masks import visible_keys
-    from .flow_pass import FlowPlan
-    from .flow_runtime import FlowRules
     from .flow_state import FlowState
+    from .forward import FlowPlan
     from .loading import Loaded
     from .markers import MarkerTable
+    from .momentum import mean_of_members
     from .preset_files import PresetFiles
     from .preset_lookup import find_preset
     from .report import LayerReport
     from .repository_code import code_files
     from .saving import save_files
     from .sentence_rules import keeps_letters
-    from .step_injection import inject
-    from .step_record import Field
+    from .step_record import empty_record
     from .step_tables import RuleTable
     from .step_tensors import StepTensors
     from .step_walk import StepWalk
     from .steps import StepVocabulary
-    from .tally import Tally
     from .token_text import TokenText
     from .tokenization_stepflow import StepFlowTokenizer
     from .trace_steps import TraceStep
@@ -74,7 +67,7 @@ def generate(model: Any, inputs: Any = None, stepflow: Any = None, tokenizer: An
         if stepflow is False:
             return type(model).generate(model, inputs, **kwargs)
         known = tokenizer if tokenizer is not None else _TOKENIZERS.get(model)
-        StepFlowModelForCausalLM._put_on(model, None if stepflow is True else stepflow, known, for_everyone=False)
+        StepFlowModelForCausalLM._put_on(model, None if stepflow is True else stepflow, known, is_on=False)
         try:
             runtime = model.stepflow_runtime
             if tokenizer is None:

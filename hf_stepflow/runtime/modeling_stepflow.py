@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from .attention_modules import attention_modules, query_heads
-from .attention_names import base_implementation, register_on
+from .attention import AttentionLink
+from .attention_interface import attention_modules, base_implementation, query_heads, register_on
 from .call_checks import check_model, check_prompt, no_constructor, no_continuous_batching, no_other_attention
 from .configuration_stepflow import StepFlowConfig, read_settings
 from .errors import StepFlowInputError
-from .flow_runtime import FlowRules, FlowRuntime
+from .forward import FlowRules, FlowRuntime
 from .loading import load, settings_on
 from .preset_lookup import find_preset
 from .report import FlowReport
@@ -29,26 +29,19 @@ from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_
 
 # Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
 if TYPE_CHECKING:
-    from .attention_call import AttentionCall
     from .base_model import read_repository_file
-    from .bridge_shifts import bridge_shifts
-    from .bridged_weights import bridged_weights
-    from .decode_attention import DecodeGroups
-    from .flow_attention import AttentionLink
-    from .flow_masks import visible_keys
-    from .flow_pass import FlowPlan
+    from .bridge import DecodeGroups
     from .flow_state import FlowState
     from .markers import MarkerTable
+    from .momentum import mean_of_members
     from .preset_files import PresetFiles
     from .repository_code import code_files
     from .sentence_rules import keeps_letters
-    from .step_injection import inject
-    from .step_record import Field
+    from .step_record import empty_record
     from .step_tables import RuleTable
     from .step_tensors import StepTensors
     from .step_walk import StepWalk
     from .steps import StepVocabulary
-    from .tally import Tally
     from .token_text import TokenText
     from .trace_steps import TraceStep
 
@@ -138,8 +131,8 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         return cls._put_on(model, config, tokenizer)
 
     @classmethod
-    def _put_on(cls, model: Any, config: Any, tokenizer: Any, for_everyone: bool = True) -> Any:
-        """As `attach`; where it is not for everyone, only blocks with settings of their own run StepFlow."""
+    def _put_on(cls, model: Any, config: Any, tokenizer: Any, is_on: bool = True) -> Any:
+        """As `attach`; where it is not on, only blocks with settings of their own run StepFlow."""
         if getattr(model, "stepflow_runtime", None) is not None:
             raise StepFlowInputError(
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
@@ -153,7 +146,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model, settings)
         heads = {layer: query_heads(model, module) for layer, module in modules.items()}
         ends = end_of_turn_ids(model, tokenizer)
-        runtime = FlowRuntime(settings, tokenizer, heads, base, ends, for_everyone)
+        runtime = FlowRuntime(settings, tokenizer, heads, base, ends, is_on)
         warn_if_never_thinking(tokenizer, settings)
 
         name = register_on(base)
@@ -166,7 +159,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         model._stepflow_preset = settings, block
         model._stepflow_replaced = {}
         for layer, module in modules.items():
-            module.stepflow_link = runtime.link(layer)
+            module.stepflow_link = AttentionLink(layer, runtime.current)
             model._stepflow_replaced[layer] = module.config
             # A config of its own: the model's may be shared with other models, and goes on to say what masks to make.
             module.config = copy.copy(module.config)
@@ -257,7 +250,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             StepFlowError: settings that do not fit, an empty prompt or one of padding only, continuous batching.
         """
         runtime = getattr(self, "stepflow_runtime", None)
-        if runtime is None or not (runtime.for_everyone or runtime.is_overridden):
+        if runtime is None or not (runtime.is_on or runtime.is_overridden):
             # A call in another thread has put StepFlow on for itself, and takes it off when it ends.
             kwargs |= {} if stepflow is None else {"stepflow": stepflow}
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]

@@ -1,15 +1,30 @@
-"""The momentum of Step Momentum Injection (SMI) as a plain function: the mean value vector of the previous step.
+"""Step Momentum Injection (SMI): at the first token of each step, the mean value vector of the step before it.
 
-Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), Step Momentum Injection. At the first token of a
-step, every head output (before the output projection) receives alpha times the mean value vector of the previous step.
+Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), Step Momentum Injection; docs/method.md, section
+4. Every head output of that token, before the output projection, receives alpha times the mean.
 
-Shapes: B batch, Hkv key-value heads, K cache slots, D width of a value vector.
+* `step_momentum` is the mean of a step given by its slots: the reference.
+* `inject` is what models run, on the records of a pass.
+
+Shapes: B batch, q queries, n some of them, H query heads, Hkv key-value heads, K keys, D width of a value vector.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .step_injection import mean_of_members
+from .forward import FlowPass
+from .step_record import SUMMARY, Field
+
+# Memberships of a chunk of queries, in elements, where they are worked out for all keys at once.
+_CHUNK_ELEMENTS = 1 << 24
+
+# Steps of one row whose means are taken by one product.
+_TOGETHER = 32
+
+# Which keys queries [start, end) see, bool broadcastable to [B, 1, end - start, K].
+Visible = Callable[[int, int], Tensor]
 
 
 def step_momentum(
@@ -30,25 +45,124 @@ def step_momentum(
 
     Raises:
         ValueError: If `window` is negative.
+
+    Example:
+        >>> import torch
+        >>> value = torch.tensor([[[[1.0], [3.0], [8.0]]]])
+        >>> step_momentum(value, torch.tensor([0]), torch.tensor([2]))
+        tensor([[[2.]]])
     """
     if window is not None and window < 0:
         raise ValueError(f"window must be None or at least 0, got {window}")
-    batch, heads, length, width = value.shape
-    if window == 0 or length == 0:
-        return value.new_zeros(batch, heads, width)
-
-    start, end = start[:, None], end[:, None]
-    if window is None:
-        slots = torch.arange(length, device=value.device)[None, :]
-    else:
-        # Only the window is read: [B, w] slots that end with the step.
-        window = min(window, length)
-        slots = end - window + torch.arange(window, device=value.device)
-        within = slots.clamp(0, length - 1)
-        value = value.gather(2, within[:, None, :, None].expand(batch, heads, window, width))
-        members = None if members is None else members.gather(1, within)
+    slots, start, end = torch.arange(value.shape[2], device=value.device), start[:, None], end[:, None]
     counts = (slots >= start) & (slots < end) & (start >= 0)
+    if window is not None:
+        counts = counts & (slots >= end - window)
     if members is not None:
         counts = counts & members
-
     return mean_of_members(counts[:, None], value)[:, :, 0]
+
+
+def inject(flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: Visible | None) -> Tensor:
+    """Adds alpha times the previous step's mean value at the first token of each step.
+
+    Args:
+        flow: The pass.
+        layer: Index of the layer, for the report.
+        output: Head outputs before the output projection, [B, q, H, D].
+        value: [B, Hkv, K, D].
+        visible: Which keys queries see; None where every query sees all steps before it.
+
+    Returns:
+        The new head outputs, [B, q, H, D].
+    """
+    alpha, shared = flow.plan.settings.alpha, output.shape[2] // value.shape[1]
+    if flow.host is None:
+        means = _means_of_all(flow, output.shape[1], value, visible)
+        triggered = flow.records[:, :, Field.TRIGGER].to(output.device) > 0
+        spread = means.repeat_interleave(shared, 2).to(output.device, output.dtype)
+        addition = torch.where(triggered[:, :, None, None], alpha * spread, 0.0)
+    else:
+        addition = torch.zeros_like(output)
+        for row, records in enumerate(flow.host):
+            triggered_here = [query for query, record in enumerate(records) if record[Field.TRIGGER]]
+            for start in range(0, len(triggered_here), _TOGETHER):
+                some = triggered_here[start : start + _TOGETHER]
+                means = _means_of_row(flow, row, some, value, visible)
+                spread = means.repeat_interleave(shared, 0).transpose(0, 1)
+                addition[row, some] = alpha * spread.to(output.device, output.dtype)
+    if flow.state.tally is not None:
+        with torch.no_grad():
+            flow.state.tally.add_injections(layer, *_effect(addition, output))
+    return output + addition
+
+
+def _effect(addition: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of injections, and the sum of their norms relative to the head output, [B] each."""
+    accumulator = torch.promote_types(output.dtype, torch.float32)
+    size = addition.to(accumulator).flatten(2).norm(dim=-1)
+    ratio = size / output.to(accumulator).flatten(2).norm(dim=-1).clamp(min=torch.finfo(accumulator).tiny)
+    return (size > 0).sum(1), ratio.sum(1)
+
+
+def _means_of_row(flow: FlowPass, row: int, some: list[int], value: Tensor, visible: Visible | None) -> Tensor:
+    """Mean values [Hkv, n, D] of the steps before those that open at n queries: only those steps' slots are read."""
+    assert flow.host is not None
+    records = [flow.host[row][query] for query in some]
+    keys = value.shape[2]
+    offset = flow.offset(keys)
+    left = max(min(record[Field.PREVIOUS_START] for record in records) - offset, 0)
+    right = max(max(record[Field.PREVIOUS_END] for record in records) - offset, left)
+    labels, steps = (
+        column[row, left:right].to(value.device) for column in flow.key_columns(keys, Field.LABEL, Field.STEP)
+    )
+    wanted = [(one[Field.LABEL] - int(one[Field.LABEL] % 3 == SUMMARY), one[Field.STEP] - 1) for one in records]
+    label, previous = torch.tensor(wanted, device=value.device).T[..., None]
+    members = _last_of((labels == label) & (steps == previous), flow.plan.settings.smi_window)
+    if visible is not None:
+        seen = torch.cat([visible(query, query + 1)[:, 0, :, left:right] for query in some], 1)
+        members = members & seen[row if seen.shape[0] > 1 else 0].to(value.device)
+    return mean_of_members(members, value[row, :, left:right])
+
+
+def _means_of_all(flow: FlowPass, queries: int, value: Tensor, visible: Visible | None) -> Tensor:
+    """The same for every query, [B, q, Hkv, D], where the host knows nothing: membership is a mask over all keys."""
+    keys = value.shape[2]
+    labels, steps = (column.to(value.device)[:, None] for column in flow.key_columns(keys, Field.LABEL, Field.STEP))
+    records = flow.records.to(value.device)
+    label = (records[:, :, Field.LABEL] - (records[:, :, Field.LABEL] % 3 == SUMMARY).int())[:, :, None]
+    previous = records[:, :, Field.STEP, None] - 1
+    chunk = max(1, _CHUNK_ELEMENTS // (value.shape[0] * keys))
+    means = []
+    for start in range(0, queries, chunk):
+        end = min(start + chunk, queries)
+        members = (labels == label[:, start:end]) & (steps == previous[:, start:end])
+        members = _last_of(members, flow.plan.settings.smi_window)
+        if visible is not None:
+            members = members & visible(start, end)[:, 0].to(value.device)
+        means.append(mean_of_members(members, value).transpose(1, 2))
+    return torch.cat(means, 1)
+
+
+def _last_of(members: Tensor, window: int | None) -> Tensor:
+    """The last members of each set, [..., K], or all."""
+    return members if window is None else members & (members.flip(-1).cumsum(-1).flip(-1) <= window)
+
+
+def mean_of_members(members: Tensor, value: Tensor) -> Tensor:
+    """Averages the value vectors of some slots, for any number of such sets.
+
+    Args:
+        members: Bool [..., n, K]: the slots of each set.
+        value: Value vectors [..., Hkv, K, D]. Half precision is accumulated in float32.
+
+    Returns:
+        The means [..., Hkv, n, D] of the dtype of `value`; zeros for a set without a slot.
+    """
+    # One weight, rounded to the dtype of the values, serves all slots of a set: dividing by the sum of the weights
+    # takes its rounding out again, and the product reads the cache once, without a float32 copy of it.
+    accumulator = torch.promote_types(value.dtype, torch.float32)
+    number = members.sum(-1, keepdim=True).clamp(min=1).to(accumulator)
+    weight = number.reciprocal().to(value.dtype)
+    total = torch.matmul((members * weight).unsqueeze(-3), value)
+    return (total.to(accumulator) / (number * weight.to(accumulator)).unsqueeze(-3)).to(value.dtype)

@@ -1,26 +1,108 @@
-"""FlowReport: what StepFlow did to a generation or a forward pass, by row and layer."""
+"""FlowReport: what StepFlow did to a generation or a forward pass, by row and layer, and the sums behind it."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .flow_pass import FlowPlan
-from .flow_state import FlowState
+import torch
+
 from .step_record import Field
-from .tally import BRIDGE_QUERIES, BRIDGED, INJECTION_NORM, INJECTIONS, MASS_AFTER, MASS_BEFORE
 from .trace_steps import TraceStep, steps_of_records
+
+# Columns of Tally.sums, per row and layer.
+BRIDGE_QUERIES, BRIDGED, MASS_BEFORE, MASS_AFTER, INJECTIONS, INJECTION_NORM = range(6)
+COLUMNS = 6
+
+# Decode steps that a layer may note before they are added up: bounds memory, and spreads the cost of adding.
+_NOTES = 32
+
+Note = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Tally:
+    """Sums over the queries of each row and layer.
+
+    Attributes:
+        sums: float32 [B, layers, COLUMNS].
+    """
+
+    def __init__(self, batch: int, layers: tuple[int, ...], device: torch.device):
+        self.sums = torch.zeros(batch, len(layers), COLUMNS, device=device)
+        self._place = {layer: index for index, layer in enumerate(layers)}
+        self._notes: dict[int, list[Note]] = {}
+
+    def copy(self) -> "Tally":
+        """An independent copy."""
+        self.add_notes()
+        copied = object.__new__(Tally)
+        copied.sums, copied._place, copied._notes = self.sums.clone(), self._place, {}
+        return copied
+
+    def add_injections(self, layer: int, number: torch.Tensor, norm: torch.Tensor) -> None:
+        """Adds the number of injections of a layer and the sum of their relative norms, both [B]."""
+        amounts = torch.stack((number, norm), 1).to(self.sums.device, self.sums.dtype)
+        self.sums[:, self._place[layer], INJECTIONS:] += amounts
+
+    @torch.no_grad()
+    def add_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
+        """Adds the bridge of some queries.
+
+        Args:
+            layer: the layer.
+            before: mass of the bridge without the floor, [B, H, c].
+            after: its mass with it, [B, H, c].
+            usable: where the bridge had a say (non-zero), broadcastable to them.
+        """
+        chosen = usable.expand_as(before) > 0
+        counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1)
+        self.sums[:, self._place[layer], : MASS_AFTER + 1] += counts.sum((1, 2)).to(self.sums.device, self.sums.dtype)
+
+    def note_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
+        """As `add_bridge` for one query a row, added up later: before, after [B, H], usable [B, 1 or H]."""
+        notes = self._notes.setdefault(layer, [])
+        notes.append((before.detach(), after.detach(), usable))
+        if len(notes) >= _NOTES:
+            self._add_notes_of(layer)
+
+    def add_notes(self) -> None:
+        """Adds up what was noted."""
+        for layer in list(self._notes):
+            self._add_notes_of(layer)
+
+    def _add_notes_of(self, layer: int) -> None:
+        notes = self._notes.pop(layer)
+        before, after = (torch.stack([note[column] for note in notes], 2) for column in (0, 1))
+        usable = torch.stack([note[2].expand_as(note[0]) for note in notes], 2)
+        self.add_bridge(layer, before, after, usable)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Takes rows by index."""
+        self.add_notes()
+        self.sums = self.sums.index_select(0, rows)
+
+    def repeat(self, times: int) -> None:
+        """Repeats each row in place."""
+        self.add_notes()
+        self.sums = self.sums.repeat_interleave(times, 0)
+
+    def zero_(self) -> None:
+        """Forgets everything."""
+        self._notes.clear()
+        self.sums.zero_()
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened in one layer to one row.
+    """What StepFlow did in one layer to one row.
 
     Attributes:
-        layer: its index.
-        bridge_queries: (token, head) pairs that the bridge looked at: both groups visible, head chosen.
-        bridged_share: share of them below the floor, and so lifted; None where there were none.
-        mass_before, mass_after: their mean attention mass on the bridge.
-        injections: tokens that got the previous step's momentum.
-        injection_norm: mean norm of the addition relative to the head output.
+        layer: Index of the layer.
+        bridge_queries: Number of (token, head) pairs where the bridge applies: both groups visible, head chosen.
+        bridged_share: Share of them below the floor, which were lifted; None where there were none.
+        mass_before: Their mean attention mass on the bridge without the floor.
+        mass_after: The same with it.
+        injections: Number of tokens that got the previous step's momentum.
+        injection_norm: Mean norm of the addition relative to the head output.
     """
 
     layer: int
@@ -42,35 +124,47 @@ class RowReport:
 
 @dataclass(frozen=True)
 class FlowReport:
-    """What StepFlow did: `print(report)` is a table, `to_dict()` is JSON.
+    """What StepFlow did in the last call: `print(report)` shows a table, `to_dict()` gives JSON-ready data.
 
     Queries that speculative decoding computed and then rejected count like any other.
 
     Attributes:
-        rows: one entry a row of the batch.
+        rows: One entry a row of the batch.
+
+    Example:
+        >>> output = model.generate(**inputs)
+        >>> print(model.stepflow_report())
     """
 
     rows: list[RowReport]
 
     @classmethod
-    def of(cls, state: FlowState, plan: FlowPlan, tokenizer: Any = None) -> "FlowReport":
-        """Reads a state once.
+    def of(
+        cls,
+        records: list[list[list[int]]],
+        tally: Tally | None,
+        layers: tuple[int, ...],
+        changed: Collection[int],
+        tokenizer: Any = None,
+    ) -> "FlowReport":
+        """Makes a report.
 
         Args:
-            state: the state after the last pass.
-            plan: the plan it ran under.
-            tokenizer: gives the steps their texts.
+            records: The records of all tokens, [B][T][FIELDS].
+            tally: The sums, or None.
+            layers: The layers of the tally.
+            changed: The layers that StepFlow was to change.
+            tokenizer: Gives the steps their texts.
         """
-        records = state.records[:, : state.count].tolist()
-        tally = None
-        if state.tally is not None:
-            state.tally.settle()
-            tally = state.tally.sums.tolist()
+        sums = None
+        if tally is not None:
+            tally.add_notes()
+            sums = tally.sums.tolist()
         rows = []
         for index, row in enumerate(records):
             steps = steps_of_records(row, [record[Field.TOKEN] for record in row], tokenizer)
-            layers = [] if tally is None else _layer_reports(plan, tally[index])
-            rows.append(RowReport(steps, layers))
+            amounts = [] if sums is None else zip(layers, sums[index], strict=True)
+            rows.append(RowReport(steps, [_layer_report(*one) for one in amounts if one[0] in changed]))
         return cls(rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,24 +175,17 @@ class FlowReport:
         return "\n\n".join(_row_text(index, row) for index, row in enumerate(self.rows))
 
 
-def _layer_reports(plan: FlowPlan, tally: list[list[float]]) -> list[LayerReport]:
-    reports = []
-    for layer, amounts in zip(plan.layers, tally, strict=True):
-        if layer not in plan.tau and layer not in plan.inject:
-            continue
-        queries, injections = amounts[BRIDGE_QUERIES], amounts[INJECTIONS]
-        reports.append(
-            LayerReport(
-                layer,
-                round(queries),
-                amounts[BRIDGED] / queries if queries else None,
-                amounts[MASS_BEFORE] / queries if queries else None,
-                amounts[MASS_AFTER] / queries if queries else None,
-                round(injections),
-                amounts[INJECTION_NORM] / injections if injections else None,
-            )
-        )
-    return reports
+def _layer_report(layer: int, amounts: list[float]) -> LayerReport:
+    queries, injections = amounts[BRIDGE_QUERIES], amounts[INJECTIONS]
+    return LayerReport(
+        layer,
+        round(queries),
+        amounts[BRIDGED] / queries if queries else None,
+        amounts[MASS_BEFORE] / queries if queries else None,
+        amounts[MASS_AFTER] / queries if queries else None,
+        round(injections),
+        amounts[INJECTION_NORM] / injections if injections else None,
+    )
 
 
 def _row_text(index: int, row: RowReport) -> str:

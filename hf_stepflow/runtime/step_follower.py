@@ -69,8 +69,8 @@ class StepFollower(LogitsProcessor):
             self._moved(parents, common)
         known = [[record] for record in self.records]
         if kept < ids.shape[1]:
-            records, host = state.append(ids[:, kept:], None, self._opening)
-            for row, new in zip(known, records.tolist() if host is None else host, strict=True):
+            _, host = state.append(state.read(ids[:, kept:], None), self._opening, ids.device)
+            for row, new in zip(known, host, strict=True):
                 row += new
         self.records = [row[-1] for row in known]
         self._ids = ids.clone()  # some ways of generating write into one buffer
@@ -99,8 +99,8 @@ class StepFollower(LogitsProcessor):
         self.records = [empty_record() for _ in range(batch)]
         if self._first_length:
             hidden = None if self.pad_token_id is None else (ids == self.pad_token_id).long().cumprod(1).bool()
-            records, _ = self._state.append(ids, hidden, self._opening)
-            self.records = records[:, -1].tolist()
+            _, host = self._state.append(self._state.read(ids, hidden), self._opening, ids.device)
+            self.records = [row[-1] for row in host]
         self._begun(batch)
 
     def _begun(self, rows: int) -> None:

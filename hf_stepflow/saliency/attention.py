@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from hf_stepflow.runtime.attention_call import AttentionCall, BridgedCall, Output
+from hf_stepflow.runtime.attention import AttentionCall, BridgedCall, Output, visible_keys
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
-from hf_stepflow.runtime.flow_masks import visible_keys
 
 from .row_mask import RowMask
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_stepflow.runtime.attention_modules import attention_modules
+from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.configuration_stepflow import Layers, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace, segment_trace

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from hf_stepflow.runtime.attention_call import AttentionCall, Output
-from hf_stepflow.runtime.attention_modules import query_heads
+from hf_stepflow.runtime.attention import AttentionCall, Output
+from hf_stepflow.runtime.attention_interface import query_heads
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace
 

@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_stepflow.runtime.attention_call import AttentionCall, Output
+from hf_stepflow.runtime.attention import AttentionCall, AttentionLink, Output, make_flow_attention
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
-from hf_stepflow.runtime.flow_attention import AttentionLink, make_flow_attention
-from hf_stepflow.runtime.flow_pass import FlowPass
+from hf_stepflow.runtime.forward import FlowPass
 
 from .row_mask import RowMask
 
@@ -128,10 +127,11 @@ class Watch:
         self._recalls.append(recall)
         if link is None:
             undo.callback(module.__dict__.pop, "stepflow_link", None)
-            module.stepflow_link = AttentionLink(layer, recall, attend)
         else:
             undo.callback(setattr, module, "stepflow_link", link)
-            module.stepflow_link = replace(link, current=recall, attend=attend)
+        undo.callback(module.__dict__.pop, "saliency_attend", None)
+        module.stepflow_link = AttentionLink(layer, recall)
+        module.saliency_attend = attend
 
     def _take_masks(self, undo: ExitStack) -> None:
         """Has the model make masks for this attention. Configs are copied: others may hold them too."""
@@ -199,6 +199,6 @@ def _register(base: str, masks_by_row: bool) -> str:
     name = f"stepflow_saliency_{base}_{'rows' if masks_by_row else 'whole'}"
     name = name.replace("sdpa", "fused").replace("flash", "quick")  # names that models look for
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, make_flow_attention(base))
+        AttentionInterface.register(name, make_flow_attention(base, lambda module, call: module.saliency_attend(call)))
         AttentionMaskInterface.register(name, RowMask.make if masks_by_row else sdpa_mask)
     return name

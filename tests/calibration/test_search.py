@@ -12,7 +12,7 @@ from hf_stepflow.calibration.candidates import EMPTY, MECHANISMS, Space, mechani
 from hf_stepflow.calibration.proxy import ProxyScore
 from hf_stepflow.calibration.search import Proposer, search
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.flow_pass import FlowPlan
+from hf_stepflow.runtime.forward import FlowPlan
 from tests.support.flow import attach, byte_tokenizer, encode
 from tests.support.tiny_models import tiny_model
 

@@ -14,7 +14,7 @@ from hf_stepflow.calibration.random_steps import random_steps
 from hf_stepflow.calibration.verdict import BASE, GAIN, HARM, NO_GAIN, measure
 from hf_stepflow.evaluation.statistics import compare
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.flow_pass import FlowPlan
+from hf_stepflow.runtime.forward import FlowPlan, FlowRules
 from hf_stepflow.runtime.step_record import Field
 from tests.support.calibration import responses, shares, trial
 from tests.support.flow import attach, byte_tokenizer, encode
@@ -302,10 +302,12 @@ def test_random_steps_are_cut_where_asked_and_nowhere_else() -> None:
     runtime = model.stepflow_runtime
     own = runtime.rules.vocabulary
     random = random_steps(own, [(encode(text), 0) for text in TEXTS], seed=1)
-    with runtime.cutting(random):
+    with runtime.override(FlowRules(runtime.rules.plan, random)):
         assert runtime.rules_for(runtime.settings).vocabulary is random
-        with runtime.cutting(own):
-            assert runtime.vocabulary_for(runtime.settings) is own
-        assert runtime.vocabulary_for(runtime.settings) is random
-    assert runtime.vocabulary_for(runtime.settings) is own
+        assert runtime.rules_for(runtime.settings.replace(tau_max=0.5)).vocabulary is random
+        assert runtime.rules_for(runtime.settings.replace(step_rule="paragraph")).vocabulary is not random
+        with runtime.override(runtime.rules):
+            assert runtime.rules_for(runtime.settings).vocabulary is own
+        assert runtime.rules_for(runtime.settings).vocabulary is random
+    assert runtime.rules_for(runtime.settings).vocabulary is own
     assert byte_tokenizer() is runtime.tokenizer

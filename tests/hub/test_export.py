@@ -16,7 +16,7 @@ from hf_stepflow.cli import main
 from hf_stepflow.hub import export as export_module
 from hf_stepflow.hub.cards import custom_generate_card, preset_card
 from hf_stepflow.hub.export import export_custom_generate, export_preset, with_base
-from hf_stepflow.runtime import attention_names
+from hf_stepflow.runtime import attention_interface
 from hf_stepflow.runtime.configuration_stepflow import BASE_FIELDS, read_settings
 from hf_stepflow.runtime.errors import (
     StepFlowConfigError,
@@ -325,13 +325,13 @@ def test_an_entry_names_all_that_it_needs(entry):
 
 def test_copies_of_the_code_have_names_of_their_own(tmp_path):
     """Attention is registered under a name that tells copies with other code apart, wherever it differs."""
-    assert len(attention_names.STAMP) == 8
+    assert len(attention_interface.STAMP) == 8
     for file in code_files("modeling_stepflow"):
         shutil.copy(file, tmp_path)
-    (tmp_path / "bridge_shifts.py").write_text((tmp_path / "bridge_shifts.py").read_text() + "\n")
+    (tmp_path / "bridge.py").write_text((tmp_path / "bridge.py").read_text() + "\n")
     copied = get_class_from_dynamic_module("modeling_stepflow.StepFlowModelForCausalLM", str(tmp_path))
     folder, _, _ = copied.__module__.rpartition(".")
-    assert sys.modules[f"{folder}.attention_names"].STAMP != attention_names.STAMP
+    assert sys.modules[f"{folder}.attention_interface"].STAMP != attention_interface.STAMP
 
 
 # The command

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import transformers
 
-from hf_stepflow.runtime.attention_modules import attention_modules
+from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from tests.support.sweep import IS_RELEASE_OF_PAGE, PAGE, SweepResult, check_model_type, page
 from tests.support.tiny_models import causal_model_types, tiny_model
@@ -36,7 +36,7 @@ REFUSED = {
     "git": "no causal self-attention",
     "zamba2": "no layer index",
     "hrm_text": "more than one self-attention module at layer index 0",
-    "diffllama": "calls attention 2 times",
+    "diffllama": "combines 2 attention calls",
     "deepseek_v32": "hands indices to attention",
     "inkling2_text": "hands sinks to attention",
     "deepseek_v4": "keys that stand for many tokens",

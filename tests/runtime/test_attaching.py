@@ -374,7 +374,7 @@ def test_the_model_runs_while_one_call_puts_stepflow_on_and_off(monkeypatch) -> 
 
     monkeypatch.setattr(modeling_stepflow, "_change_class", watched)
     kept = model.forward
-    StepFlowModelForCausalLM._put_on(model, VARIANTS["paper"], byte_tokenizer(), for_everyone=False)
+    StepFlowModelForCausalLM._put_on(model, VARIANTS["paper"], byte_tokenizer(), is_on=False)
     entered = model.forward  # a thread that is inside already when StepFlow goes
     assert torch.equal(model(IDS).logits, plain)
     model.detach_stepflow()

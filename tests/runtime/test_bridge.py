@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_stepflow.runtime.bridge import odds_equal_bridge
-from hf_stepflow.runtime.bridge_shifts import BRIDGE_FLOORS, bridge_shifts
-from hf_stepflow.runtime.bridged_weights import _in_log_space, _in_probabilities
+from hf_stepflow.runtime.bridge import (
+    BRIDGE_FLOORS,
+    DecodeGroups,
+    bridge_shifts,
+    bridged_decode,
+    bridged_weights,
+    odds_equal_bridge,
+)
 from tests.support.oracles import oracle_bridge
 
 HIDDEN = float("-inf")
@@ -130,30 +135,29 @@ def test_equals_the_oracle(row: Row) -> None:
 def test_weights_in_both_forms_equal_the_oracle(row: Row) -> None:
     visible = row.logits > HIDDEN
     assume(visible.any())
-    p_same, p_bridge, p_other = row.masses(row.logits)
+    p_same, p_bridge, _ = row.masses(row.logits)
     if row.floor == "absolute" and p_same > 0 and p_bridge > 0:
         assume(abs(row.tau() - p_same - p_bridge) > 1e-9)
     expected, _ = oracle_bridge(
         row.logits.tolist(), row.same.tolist(), row.bridge.tolist(), row.tau_max, row.floor, row.sink
     )
-    arguments = (
-        row.logits[None, None, None],
-        (row.same & visible)[None, None, None],
-        (row.bridge & visible)[None, None, None],
-        torch.tensor([[row.tau_max]], dtype=torch.float64),
-        row.floor,
-        None if row.sink is None else torch.tensor([row.sink], dtype=torch.float64),
-    )
-    forms = [_in_log_space(*arguments), _in_probabilities(*arguments)]
-    if min(p_same, p_bridge) > 1e-20 and p_other < 1 - 1e-9:
-        assert forms[1] is not None
-    for form in forms:
-        if form is not None:
-            weights, before, after = (tensor.flatten() for tensor in form)
-            torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
-            assert before.item() == pytest.approx(p_bridge, abs=1e-10)
-            if p_same > 0 and p_bridge > 0:
-                assert after.item() == pytest.approx(weights[row.bridge].sum().item(), abs=1e-10)
+    same, bridge = row.same & visible, row.bridge & visible
+    settings = {
+        "tau_max": torch.tensor([[row.tau_max]], dtype=torch.float64),
+        "floor": row.floor,
+        "sink_logits": None if row.sink is None else torch.tensor([row.sink], dtype=torch.float64),
+    }
+    bias = torch.where(visible, 0.0, float("-inf"))[None]
+    groups = DecodeGroups.of(same[None], bridge[None], bias, torch.float64)
+    for form in (
+        bridged_weights(row.logits[None, None, None], same[None, None, None], bridge[None, None, None], **settings),
+        bridged_decode(row.logits.nan_to_num(neginf=0.0)[None, None], groups, **settings),
+    ):
+        weights, before, after = (tensor.flatten() for tensor in form)
+        torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+        assert before.item() == pytest.approx(p_bridge, abs=1e-10)
+        if p_same > 0 and p_bridge > 0:
+            assert after.item() == pytest.approx(weights[row.bridge].sum().item(), abs=1e-10)
 
 
 @given(rows(empty_groups=True), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 26))

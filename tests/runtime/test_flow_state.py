@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_stepflow.runtime.attention_call import BridgedCall
-from hf_stepflow.runtime.decode_attention import decode_groups
+from hf_stepflow.runtime.attention import BridgedCall
 from hf_stepflow.runtime.errors import StepFlowConfigError
-from hf_stepflow.runtime.flow_pass import FlowPass, FlowPlan, key_groups
 from hf_stepflow.runtime.flow_state import FlowState
+from hf_stepflow.runtime.forward import FlowPass, FlowPlan
 from hf_stepflow.runtime.step_record import THINKING, Field
 from tests.support.flow import SHORT_TEXT, TRACES, VARIANTS, attach, batch, encode
 from tests.support.tiny_models import tiny_model
@@ -90,8 +89,8 @@ def some_pass(text: str, settings, heads: dict[int, int]) -> FlowPass:
     model = attach(tiny_model("llama"), settings)
     ids = torch.tensor([encode(text)])
     state = FlowState(model.stepflow_runtime.rules.vocabulary, 1, ids.device)
-    records, host = state.append(ids, None, None)
-    return FlowPass(FlowPlan.resolve(settings, heads), state, records, host, state.count)
+    records, host = state.append(state.read(ids, None), None, ids.device)
+    return FlowPass.of(FlowPlan.resolve(settings, heads), state, records, host, state.count)
 
 
 @pytest.mark.parametrize("variant", ["paper", "step"])
@@ -99,7 +98,7 @@ def test_layers_on_another_device_than_the_token_ids(variant) -> None:
     """As under a device map; "meta" stands for the other device, and only shapes come back."""
     flow = some_pass(TRACES[0], VARIANTS[variant], dict.fromkeys(range(4), 4))
     total = flow.state.count
-    same, bridge = key_groups(flow, flow.records.to("meta"), total, None)
+    same, bridge = flow.key_groups(flow.records.to("meta"), total, None)
     assert same.device.type == bridge.device.type == "meta"
     query, key = torch.empty(1, 4, total, 8, device="meta"), torch.empty(1, 2, total, 8, device="meta")
     for mask in (None, torch.ones(1, 1, total, total, dtype=torch.bool).tril(), torch.zeros(1, 1, total, total)):
@@ -107,17 +106,22 @@ def test_layers_on_another_device_than_the_token_ids(variant) -> None:
         (weights, *_), usable = call.weights(query, 0)
         assert weights.device.type == usable.device.type == "meta"
         assert weights.shape == (1, 4, total, total)
-    assert decode_groups(flow.last(1), None, total, 0.4, key).floor.device.type == "meta"
+    output, _ = BridgedCall(0, query[:, :, :1], key, key, None, {}, "sdpa", flow.last(1), 0.4).decode()
+    assert (output.device.type, output.shape) == ("meta", (1, 1, 4, 8))
 
 
+@torch.no_grad()
 def test_layers_with_other_numbers_of_key_value_heads() -> None:
-    """They have masks and floors in common, but the floor of a head lies elsewhere."""
+    """They have masks and groups in common, and each head keeps its own floor."""
     settings = VARIANTS["paper"].replace(oeb_layers=[0, 1], oeb_heads={0: [0, 2], 1: [0, 2]})
     flow = some_pass(TRACES[0], settings, {0: 4, 1: 4}).last(1)
-    tau, keys = flow.plan.tau[0], flow.state.count
-    assert tau == flow.plan.tau[1]
-    shapes = [decode_groups(flow, None, keys, tau, torch.zeros(1, heads, keys, 8)).floor.shape for heads in (4, 1, 2)]
-    assert shapes == [(1, 4, 1), (1, 1, 4), (1, 2, 2)]
+    query, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 4, flow.state.count, 8)
+    for shared in (1, 2, 4):
+        key = keys[:, ::shared]
+        output, _ = BridgedCall(0, query, key, key, None, {}, "sdpa", flow, flow.plan.tau[0]).decode()
+        whole = key.repeat_interleave(shared, 1)
+        expected, _ = BridgedCall(0, query, whole, whole, None, {}, "sdpa", flow, flow.plan.tau[0]).rows(0, 1)
+        torch.testing.assert_close(output, expected)
 
 
 @pytest.mark.parametrize(

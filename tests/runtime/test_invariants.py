@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_stepflow.runtime import attention_call, bridged_weights, flow_masks
+from hf_stepflow.runtime import attention
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from tests.support.flow import IMPLEMENTATIONS, SHORT_TEXT, VARIANTS, attach, attached, batch, encode, error, logits_of
 from tests.support.tiny_models import tiny_model
@@ -81,8 +81,7 @@ class _Largest(TorchDispatchMode):
 @torch.no_grad()
 def test_memory_is_linear_in_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """No H x T x T in a prefill (not even T x T here), and no copy of the KV cache per query head in decode."""
-    for module in (attention_call, flow_masks):
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1 << 17)
+    monkeypatch.setattr(attention, "_CHUNK_ELEMENTS", 1 << 17)
     model = tiny_model("llama", max_position_embeddings=4096)
     model.set_attn_implementation("sdpa")
     attach(model, VARIANTS["step"].replace(oeb_layers="all", length_temperature=0.5, length_temperature_base=64))
@@ -125,10 +124,7 @@ def counted_reads() -> Iterator[Counter[str]]:
 
 @pytest.mark.parametrize("kind", ["plain", "padded", "reordered", "static"])
 @torch.no_grad()
-def test_a_decode_step_reads_the_device_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On the CPU, where a read is free, attention takes forms that read more; this is the form of all other devices.
-    monkeypatch.setattr(attention_call.BridgedCall, "decode", lambda call: call.rows(0, 1))
-    monkeypatch.setattr(attention_call, "bridged_weights", bridged_weights._in_log_space)
+def test_a_decode_step_reads_the_device_once(kind: str) -> None:
     model = attached("llama", "step", "sdpa")
     ids, mask = batch(["Two eggs?<think>Add one. Then two is", "Why?<think>So it is. "])
     cache = StaticCache(config=model.config, max_cache_len=64) if kind == "static" else DynamicCache()

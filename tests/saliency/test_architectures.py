@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from hf_stepflow import segment_trace, step_saliency
-from hf_stepflow.runtime.attention_modules import attention_modules
+from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from tests.support.flow import byte_tokenizer, encode

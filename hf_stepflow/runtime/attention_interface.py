@@ -1,19 +1,31 @@
-"""Which modules of a model are its self-attention, and whether StepFlow can act on them.
+"""Which attention modules of a model StepFlow acts on, on which implementations, and under which registered names.
 
-They are found by what their code does: they call Transformers' attention interface. Everything else that matters (the
-layer, causality, what is handed to attention) is read from the module or from that call, not from a list of names.
+Modules are found by what their code does: they call Transformers' attention interface. Everything else that matters
+(the layer, causality, the arguments of attention) is read from the module or that call, not from a list of names.
 """
 
 import ast
+import hashlib
 import inspect
 import textwrap
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import make_flow_attention
 from .errors import StepFlowUnsupportedError
 
-# What StepFlow's attention applies, or need not know. A model that hands down anything else is refused.
+# A name of its own for each copy of this code (a preset repository brings one), free of names that models look for.
+STAMP = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[
+    :8
+]
+_NAMES = {"eager": "plain", "flex_attention": "flexible", "sdpa": "fused"}
+
+# Arguments that StepFlow's attention applies or need not know; a model that hands down anything else is refused.
 ATTENTION_ARGUMENTS = frozenset(
     "attention_mask dropout head_mask is_causal output_attentions position_bias position_ids s_aux scaling "
     "sliding_window softcap".split()
@@ -26,10 +38,10 @@ def attention_modules(model: Any) -> dict[int, Any]:
     """The self-attention module of each layer that has softmax attention.
 
     Args:
-        model: a causal language model; towers for images or audio are left out.
+        model: A causal language model; towers for images or audio are left out.
 
     Raises:
-        StepFlowUnsupportedError: there is none, or StepFlow would miss or distort what it computes.
+        StepFlowUnsupportedError: The model has none, or StepFlow would miss or distort what it computes.
     """
     name = type(model).__name__
     candidates = [module for module in model.modules() if _interface_calls(type(module))]
@@ -97,8 +109,8 @@ def _check_call(module: torch.nn.Module) -> None:
     calls = _interface_calls(kind)
     if len(calls) > 1:
         raise StepFlowUnsupportedError(
-            f"{kind.__name__} calls attention {len(calls)} times a layer and combines the results, so a floor under "
-            "the bridge in each is none in the whole",
+            f"{kind.__name__} combines {len(calls)} attention calls per layer; StepFlow cannot guarantee the floor "
+            "for their sum",
             hint=_HINT,
         )
     unknown = sorted(calls[0] - ATTENTION_ARGUMENTS)
@@ -126,3 +138,26 @@ def _interface_calls(kind: type) -> list[set[str]]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface"
         ]
     return _CALLS[kind]
+
+
+def base_implementation(modules: Iterable[Any]) -> str:
+    """The attention implementation that these modules look up, if StepFlow can run on it.
+
+    Raises:
+        StepFlowUnsupportedError: It cannot.
+    """
+    name, *others = sorted({module.config._attn_implementation or "eager" for module in modules})
+    if others or name not in _NAMES:
+        raise StepFlowUnsupportedError(
+            f"StepFlow does not run on attn_implementation={', '.join(map(repr, (name, *others)))}",
+            hint='load the model with attn_implementation="sdpa" (which has flash kernels of its own) or "eager"',
+        )
+    return name
+
+
+def register_on(base: str) -> str:
+    """Registers StepFlow's attention on top of a base implementation (once) and returns its name."""
+    name = f"stepflow_{STAMP}_{_NAMES[base]}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, make_flow_attention(base))
+    return name
