@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 VENV = .venv
 
 .DEFAULT_GOAL = test
-.PHONY: demo test lint test-slow test-marked-slow test-lowest test-newest bench calibrations train-seeds clean
+.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest bench calibrations train-seeds clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp
@@ -28,6 +28,11 @@ lint: .venv/.stamp
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# The generated pages: model cards, and docs/architectures.md by a sweep over all model types (minutes).
+docs: .venv/.stamp
+	.venv/bin/hf-stepflow presets card --all model_cards
+	.venv/bin/python -m scripts.architectures
 
 test-slow: test-marked-slow test-lowest test-newest
 

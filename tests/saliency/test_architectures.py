@@ -8,9 +8,9 @@ from hf_stepflow import segment_trace, step_saliency
 from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
+from scripts.architectures import IS_RELEASE_OF_PAGE
 from tests.support.flow import byte_tokenizer, encode
 from tests.support.saliency_oracle import SaliencyOracle, oracle_map
-from tests.support.sweep import IS_RELEASE_OF_PAGE
 from tests.support.tiny_models import UNBUILDABLE, causal_model_types, tiny_model
 
 IDS = encode("Who?<think>One red. Two blue. Three green.</think>Three.\n\nBye now.")

@@ -1,22 +1,17 @@
-"""The architecture sweep: every causal model type of transformers, tiny, with StepFlow on it: supported or refused.
+"""The architecture sweep: StepFlow on a tiny model of any causal model type of transformers.
 
-`python -m tests.support.sweep llama qwen3` checks some types, without names all; `--write` writes
-docs/architectures.md.
+`scripts/architectures.py` runs it over every model type and writes docs/architectures.md.
 """
 
-import argparse
 import inspect
 import math
 import os
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import transformers
 from transformers import LogitsProcessor
 
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
@@ -25,7 +20,7 @@ from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.trace import segment_trace
 from tests.support.attention_calls import AttentionCall, expected_call, normal, recorded_calls
 from tests.support.flow import byte_tokenizer, encode, error
-from tests.support.tiny_models import UNBUILDABLE, causal_model_types, tiny_model
+from tests.support.tiny_models import UNBUILDABLE, tiny_model
 
 TOLERANCE = 1e-5
 # Two runs of the base model that differ by more than this differ in what they compute, not in rounding.
@@ -37,33 +32,6 @@ SETTINGS = StepFlowSettings(tau_max=0.3, alpha=0.2, min_step_chars=3)
 OFF = SETTINGS.replace(tau_max=0.0, alpha=0.0)
 # A floor so low that the bridge computes every layer anew and moves nothing.
 NEUTRAL = SETTINGS.replace(tau_max=1e-12, alpha=0.0, oeb_layers="all")
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
-IS_RELEASE_OF_PAGE = f"in transformers {transformers.__version__}:" in PAGE.read_text()
-PAGE_HEAD = """# Model types
-
-Every model type of `AutoModelForCausalLM` in transformers {version}: {supported} are supported, {refused} are refused,
-{unbuilt} cannot be built small enough to check. Written by `python -m tests.support.sweep --write`; other releases of
-transformers are served alike, by what a model's code does and not by its name.
-
-Each supported type was checked on a tiny random model (four layers, in float32), with a trace of {tokens} tokens:
-question, three thinking steps, summary.
-
-* With a floor so low that the bridge moves nothing, all layers give the base model's logits, in the forward pass and
-  in decode: softcap, sinks, biases, windows, latent and grouped heads are those of the family.
-* Off is off, bit for bit: `disable_stepflow()`, `tau_max = 0` with `alpha = 0`, and after `detach_stepflow()`.
-* On (`tau_max = 0.3`, `alpha = 0.2`, outer quarters of the layers), each attention row equals the Odds-Equal Bridge
-  computed from the base's own row, each head output has the previous step's mean added where a step starts and nowhere
-  else, and the report tells the same numbers.
-* Token-by-token decode with the cache equals the forward pass, and a row padded on the left equals the row alone.
-
-The tolerance is 1e-5, relative. Where the base model itself misses it, the note says so. A refused type is refused by
-`attach`, which leaves the model as it was. Layers: how many of the tiny model's layers have the softmax attention that
-StepFlow acts on.
-
-| model type | status | base implementation | layers | reason or note |
-|---|---|---|---|---|
-"""
 
 
 @dataclass(frozen=True)
@@ -249,51 +217,3 @@ def _appearance(model: Any) -> tuple[Any, ...]:
     attributes = [sorted(module.__dict__) for module in modules]
     hooks = len(model._forward_hooks), len(model._forward_pre_hooks)
     return type(model), names, attributes, hooks, str(model.generation_config)
-
-
-def table(results: list[SweepResult]) -> list[str]:
-    """The rows of docs/architectures.md."""
-    cells = [
-        (
-            one.model_type,
-            one.status,
-            one.base_implementation,
-            str(one.layers or ""),
-            one.reason or "; ".join(one.notes),
-        )
-        for one in sorted(results, key=lambda one: one.model_type)
-    ]
-    return [f"| {' | '.join(row)} |" for row in cells]
-
-
-def page(results: list[SweepResult]) -> str:
-    """docs/architectures.md."""
-    statuses = [one.status for one in results]
-    head = PAGE_HEAD.format(
-        version=transformers.__version__,
-        supported=statuses.count("supported"),
-        refused=statuses.count("refused"),
-        unbuilt=statuses.count("not built"),
-        tokens=len(encode(QUESTION + REST)),
-    )
-    return head + "\n".join(sorted(table(results))) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_types", nargs="*")
-    parser.add_argument("--write", action="store_true", help="check all types and write docs/architectures.md")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    results, everything = [], causal_model_types()
-    for model_type in everything if arguments.write else arguments.model_types or everything:
-        results.append(check_model_type(model_type))
-        print(*table(results[-1:]), flush=True)
-    if arguments.write:
-        PAGE.write_text(page(results))
-
-
-if __name__ == "__main__":
-    main()
