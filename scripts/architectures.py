@@ -31,8 +31,8 @@ its code does, not by its name, so it treats other releases of transformers the 
 Each supported type passed these checks on a tiny random model (four layers, float32) with a trace of {tokens} tokens:
 a question, three thinking steps and a summary. The relative tolerance is 1e-5.
 
-* **Neutral.** With a floor too low to move anything, all layers give the base model's logits in the forward pass and in
-  decode: softcap, sinks, biases, windows, latent and grouped heads work as in the base.
+* **Neutral.** With a floor too low to move anything, all layers give the base model's logits in the forward pass and
+  in decode: softcap, sinks, biases, windows, latent and grouped heads work as in the base.
 * **Off.** `disable_stepflow()`, `tau_max = 0` with `alpha = 0`, and `detach_stepflow()` each give the base model bit
   for bit.
 * **On.** With `tau_max = 0.3` and `alpha = 0.2` on the outer quarters of the layers, every attention row equals the
