@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from hf_stepflow.evaluation.html import STYLE, forest
 from hf_stepflow.evaluation.result import percent
+from hf_stepflow.report import forest
+from hf_stepflow.report.page import STYLE
 from hf_stepflow.runtime.errors import StepFlowFileError
 
 from .bands import LEVEL, Bands
@@ -368,5 +369,5 @@ def _ablations(result: Calibration) -> str:
     told = (
         "<p class='soft'>Points of accuracy against the base, with 95 % intervals, not adjusted for their number.</p>"
     )
-    picture = f"<div class='wide'>{forest(rows)}</div>"
+    picture = f"<div class='wide'>{forest([(name, delta, percent(delta, '+')) for name, delta in rows])}</div>"
     return told + picture + table + (f"<p>Left out:</p><ul>{left_out}</ul>" if left_out else "")

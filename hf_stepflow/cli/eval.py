@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)
     if args.report is not None:
-        from hf_stepflow.evaluation.html import write_report
+        from hf_stepflow.evaluation.page import write_report
 
         write_report(result, problems, args.report)
     return 0

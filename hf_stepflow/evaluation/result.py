@@ -89,6 +89,10 @@ class EvaluationResult:
         shared = set.intersection(*(set(own) for own in found.values()))
         return {name: {key: own[key] for key in sorted(shared)} for name, own in found.items()}
 
+    def responses(self, arm: str) -> dict[tuple[str, int], dict[str, Any]]:
+        """The results of an arm by problem and sample, where every arm has answered."""
+        return self._by_arm[arm]
+
     @property
     def is_complete(self) -> bool:
         """Whether every arm has answered everything."""
@@ -214,10 +218,10 @@ def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: s
     return [*lines, f"{reference} with more samples: {'; '.join(points)}."]
 
 
-def amount(one: Estimate) -> str:
-    """An estimate of tokens, with its interval."""
-    interval = "" if one.low is None or one.high is None else f" [{one.low:.1f}, {one.high:.1f}]"
-    return f"{one.value:.1f}{interval}"
+def amount(one: Estimate, digits: int = 1) -> str:
+    """An estimate of an amount or a ratio, with its interval."""
+    interval = "" if one.low is None or one.high is None else f" [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+    return f"{one.value:.{digits}f}{interval}"
 
 
 def _right(own: dict[tuple[str, int], dict[str, Any]]) -> list[list[bool]]:

@@ -15,8 +15,8 @@ from hf_stepflow.cli import main
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, Verdict
 from hf_stepflow.evaluation.arms import PLAN_AND_SOLVE, Arm, combine_arms, make_arms, parse_arm
 from hf_stepflow.evaluation.compute import Curve, compute_of
-from hf_stepflow.evaluation.compute_chart import ChartPoint, chart
 from hf_stepflow.evaluation.generation import Sampler
+from hf_stepflow.evaluation.page import ChartPoint, tokens_chart
 from hf_stepflow.evaluation.problems import EvalProblem, load_problems
 from hf_stepflow.evaluation.result import EvaluationResult
 from hf_stepflow.evaluation.runner import evaluate
@@ -278,7 +278,7 @@ def test_the_chart() -> None:
         for setting, shift in (("base", 0.0), ("stepflow", 0.1), ("wide", 0.1))
     ]
     curve, _ = compute_of(ARMS, RESULTS, seed=0)
-    page = ET.fromstring(chart(points, curve))
+    page = ET.fromstring(tokens_chart(points, curve))
     circles = [one for one in page.iter("circle") if one.get("r") == "4"]
     assert len(circles) == 6
     assert len(list(page.iter("polyline"))) == 2
@@ -291,7 +291,7 @@ def test_the_chart() -> None:
     assert titles[0] == "base: 50.0 % at 100.0 tokens"
     # Without intervals, at one value, with nothing right: still a chart.
     flat = ChartPoint("no other method", "base", Estimate(0.0, None, None), Estimate(0.0, None, None))
-    assert len(list(ET.fromstring(chart([flat], [])).iter("circle"))) == 2
+    assert len(list(ET.fromstring(tokens_chart([flat], [])).iter("circle"))) == 2
 
 
 def test_the_command_with_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +313,7 @@ def test_the_command_with_methods(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(told["compute"]["arms"]) == 8
     page = report.read_text()
     assert "Accuracy against generated tokens" in page
-    assert 'class="reference"' in page
+    assert 'class="dashed"' in page
     kept = out.read_bytes()
     assert main([*words, *methods, "--out", str(out)]) == 0  # everything is there already
     assert "base with more samples" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_stepflow.cli import main
 from hf_stepflow.evaluation.arms import Arm, make_arms, parse_arm
 from hf_stepflow.evaluation.generation import Sampler
-from hf_stepflow.evaluation.html import write_report
+from hf_stepflow.evaluation.page import write_report
 from hf_stepflow.evaluation.problems import EvalProblem, load_problems
 from hf_stepflow.evaluation.result import EvaluationResult
 from hf_stepflow.evaluation.runner import evaluate

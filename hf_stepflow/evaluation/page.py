@@ -1,0 +1,248 @@
+"""The HTML page of an evaluation: verdicts, differences, accuracy against tokens, and what each arm changed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from hf_stepflow.report import Axis, element, forest, frame, page, svg, table, write_page
+
+from .answers import NO_ANSWER, UNFINISHED
+from .arms import Arm
+from .compute import CurvePoint
+from .problems import EvalProblem
+from .result import EvaluationResult, amount, percent
+from .statistics import Estimate
+
+_SHOWN = 30  # problems that each arm gained, and that it lost
+_WIDTH, _HEIGHT, _LEFT, _TOP, _COLUMNS = 360, 230, 44, 26, 3  # of the panels of the chart
+_APART = 9  # pixels between points that would cover each other
+# One for each StepFlow setting, in their order; readable on white and on black.
+_COLOURS = ("#1098ad", "#e8590c", "#845ef7", "#2f9e44", "#e64980", "#a07c00")
+
+
+def write_report(result: EvaluationResult, problems: Sequence[EvalProblem], path: str | Path) -> None:
+    """Writes the page.
+
+    Args:
+        result: The result.
+        problems: The problems that were asked, for the texts of the questions.
+        path: The file to write.
+
+    Raises:
+        StepFlowFileError: The path cannot be written.
+    """
+    run, about = result.run, result.about
+    facts = [
+        about.get("model") or "model without a name",
+        run["dtype"],
+        f"{run['n_problems']} problems",
+        f"{run['n_samples']} sample{'s' * (run['n_samples'] > 1)} each",
+        f"seed {run['seed']}",
+        f"torch {about.get('torch')}",
+        f"transformers {about.get('transformers')}",
+        *([] if result.is_complete else ["not finished"]),
+    ]
+    sections = [(f"Difference from {result.reference}", _differences(result))]
+    if result.compute is not None:
+        sections.append(("Accuracy against generated tokens", _tokens(result)))
+    sections.append(("Arms", _arms(result)))
+    sections.append(("What changed", "".join(_changes(result, one.name, problems) for one in result.comparisons)))
+    verdicts = "".join(element("p", text=text) for text in result.verdicts())
+    write_page(path, page("StepFlow evaluation", facts, sections, verdicts))
+
+
+def _differences(result: EvaluationResult) -> str:
+    if not result.comparisons:
+        return "<p>There is only one arm.</p>"
+    rows = [(one.name, one.paired.delta, percent(one.paired.delta, "+")) for one in result.comparisons]
+    told = "Points of accuracy on the same problems, with the 95 % bootstrap interval."
+    return element("p", class_="soft", text=told) + element("div", forest(rows), class_="wide")
+
+
+def _arms(result: EvaluationResult) -> str:
+    compared = {one.name: one for one in result.comparisons}
+    heads = "arm,right %,no answer,unfinished,tokens,steps,tokens ratio,time ratio,texts changed %".split(",")
+    rows = []
+    for arm in result.arms():
+        outcomes = [str(arm.outcomes.get(outcome, 0)) for outcome in (NO_ANSWER, UNFINISHED)]
+        row = [arm.name, percent(arm.accuracy), *outcomes, f"{arm.tokens:.1f}", f"{arm.steps:.1f}"]
+        if one := compared.get(arm.name):
+            row += [amount(one.tokens_ratio, 2), amount(one.seconds_ratio, 2), f"{100 * one.changed:.1f}"]
+        rows.append(row + [""] * (len(heads) - len(row)))
+    return table(heads, rows)
+
+
+def _tokens(result: EvaluationResult) -> str:
+    """Accuracy against generated tokens: a chart and a table."""
+    assert result.compute is not None
+    curve, found = result.compute
+    accuracy = {arm.name: arm.accuracy for arm in result.arms()}
+    arms = {name: Arm(**arm) for name, arm in result.run["arms"].items()}
+    # A method is named by the arm that has it alone, StepFlow settings by the arm that has nothing else.
+    methods = {arm.method: name for name, arm in reversed(arms.items()) if arm.stepflow is False}
+    methods |= {Arm(): "no other method"}
+    settings = {repr(arm.stepflow): name for name, arm in reversed(arms.items()) if arm.method == Arm()}
+    points = [
+        ChartPoint(
+            methods.get(arms[one.name].method, one.name),
+            settings.get(repr(arms[one.name].stepflow), one.name),
+            accuracy[one.name],
+            one.tokens,
+        )
+        for one in found
+    ]
+    reference = result.reference
+    heads = ["arm", "right %", "tokens", f"to {reference}", "to the method alone", f"to {reference}, same tokens"]
+    rows = [
+        [one.name, percent(accuracy[one.name]), amount(one.tokens)]
+        + ["" if value is None else percent(value, "+") for value in (one.to_first, one.to_method, one.to_matched)]
+        for one in found
+    ]
+    if len(curve) > 1:
+        matched = f"At equal tokens, {reference} votes with as many samples as they pay for (the dashed line)."
+    else:
+        matched = f"No arm is a vote of {reference}, so its tokens end with one response."
+    told = (
+        f"Tokens are those of a whole answer; a vote counts all its samples. {matched} Points that would cover each "
+        "other are drawn side by side. Differences are in points, paired, with 95 % bootstrap intervals."
+    )
+    return element("p", class_="soft", text=told) + tokens_chart(points, curve) + table(heads, rows)
+
+
+@dataclass(frozen=True)
+class ChartPoint:
+    """One arm in the chart.
+
+    Attributes:
+        panel: The method, which has a panel of its own.
+        setting: The StepFlow setting, which has a colour.
+        accuracy: The share of right responses.
+        tokens: The mean tokens of a problem.
+    """
+
+    panel: str
+    setting: str
+    accuracy: Estimate
+    tokens: Estimate
+
+
+def tokens_chart(points: Sequence[ChartPoint], curve: Sequence[CurvePoint]) -> str:
+    """Renders accuracy against tokens: one panel for each method, the first arm's curve in all of them.
+
+    Args:
+        points: The arms.
+        curve: The first arm with one sample and with more.
+    """
+    x, y = _axes([*points, *curve])
+    y_ticks = [(tick, f"{100 * tick:.4g} %") for tick in y.ticks()]
+    settings = list(dict.fromkeys(point.setting for point in points))
+    colour = {setting: _COLOURS[index % len(_COLOURS)] for index, setting in enumerate(settings)}
+    panels = list(dict.fromkeys(point.panel for point in points))
+    width, height = _WIDTH + _LEFT, _HEIGHT + _TOP + 40
+    parts = []
+    for index, panel in enumerate(panels):
+        own = [point for point in points if point.panel == panel]
+        columns = _side_by_side([x(point.tokens.value) for point in own])
+        row, column = divmod(index, _COLUMNS)
+        parts.append(
+            element(
+                "g",
+                element("text", class_="strong", x=0, y=-9, text=_short(panel)),
+                frame(x, y, "tokens a problem", y_ticks=y_ticks),
+                *_curve(x, y, curve),
+                *(_mark(x, y, at, point, colour[point.setting]) for at, point in zip(columns, own, strict=True)),
+                transform=f"translate({column * width + _LEFT} {row * height + _TOP})",
+            )
+        )
+    bottom, place = math.ceil(len(panels) / _COLUMNS) * height, float(_LEFT)
+    for setting in settings:
+        parts.append(element("circle", cx=place, cy=bottom + 10, r=5, style=f"fill:{colour[setting]}"))
+        parts.append(element("text", x=place + 10, y=bottom + 14, text=_short(setting)))
+        place += 40 + 7.5 * len(_short(setting))
+    if len(curve) > 1:
+        parts.append(element("line", class_="dashed", x1=place, x2=place + 30, y1=bottom + 10, y2=bottom + 10))
+        parts.append(element("text", x=place + 38, y=bottom + 14, text="the first arm with more samples"))
+    label = "accuracy against generated tokens"
+    return svg(label, *parts, width=min(len(panels), _COLUMNS) * width, height=bottom + 24)
+
+
+def _axes(points: Sequence[ChartPoint | CurvePoint]) -> tuple[Axis, Axis]:
+    """Tokens on a logarithmic axis and accuracy on a linear one, the same in every panel."""
+    tokens, shares = (
+        [end for one in estimates for end in (one.low, one.value, one.high) if end is not None]
+        for estimates in ([point.tokens for point in points], [point.accuracy for point in points])
+    )
+    x = Axis(max(min(tokens), 0.5) / 1.2, max(*tokens, 1.0) * 1.2, 0.0, _WIDTH, is_log=True)
+    return x, Axis(max(0.0, min(shares) - 0.03), min(1.0, max(shares) + 0.03), _HEIGHT, 0.0)
+
+
+def _curve(x: Axis, y: Axis, curve: Sequence[CurvePoint]) -> list[str]:
+    places = [(x(one.tokens.value), y(one.accuracy.value)) for one in curve]
+    line = " ".join(f"{left:.1f},{top:.1f}" for left, top in places)
+    parts = [element("polyline", class_="dashed", points=line)] if len(places) > 1 else []
+    return parts + [element("circle", class_="knot", cx=left, cy=top, r=3) for left, top in places]
+
+
+def _side_by_side(places: list[float]) -> list[float]:
+    """Moves places apart that are closer than `_APART`, each group of them around its mean."""
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and places[index] - places[groups[-1][-1]] < _APART:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    moved = list(places)
+    for group in groups:
+        middle = sum(places[index] for index in group) / len(group)
+        for number, index in enumerate(sorted(group)):
+            moved[index] = middle + _APART * (number - (len(group) - 1) / 2)
+    return moved
+
+
+def _mark(x: Axis, y: Axis, place: float, point: ChartPoint, colour: str) -> str:
+    """A point and its two intervals, at a place that may be beside its own."""
+    share, tokens = point.accuracy, point.tokens
+    top = y(share.value)
+    parts = []
+    if share.low is not None and share.high is not None:
+        parts.append(element("line", x1=place, x2=place, y1=y(share.low), y2=y(share.high)))
+    if tokens.low is not None and tokens.high is not None:
+        shift = place - x(tokens.value)
+        parts.append(element("line", x1=x(tokens.low) + shift, x2=x(tokens.high) + shift, y1=top, y2=top))
+    parts.append(element("circle", cx=place, cy=top, r=4, style=f"fill:{colour}"))
+    title = f"{point.setting}: {100 * share.value:.1f} % at {tokens.value:.1f} tokens"
+    return element("g", *parts, title=title, style=f"stroke:{colour};fill:{colour};stroke-width:2")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 46 else text[:45] + "…"
+
+
+def _changes(result: EvaluationResult, name: str, problems: Sequence[EvalProblem]) -> str:
+    """The problems that an arm gained or lost, both responses side by side."""
+    questions = {problem.id: problem.prompt for problem in problems}
+    first, own = result.responses(result.reference), result.responses(name)
+    parts = [element("h3", text=name)]
+    for kind, colour, is_gain in (("gained", "good", True), ("lost", "bad", False)):
+        keys = [key for key in own if own[key]["right"] is is_gain and first[key]["right"] is not is_gain]
+        shown = f", the first {_SHOWN} are shown" if len(keys) > _SHOWN else ""
+        parts.append(element("p", class_=colour, text=f"{kind}: {len(keys)}{shown}"))
+        for key in keys[:_SHOWN]:
+            sides = [_response(result.reference, first[key]), _response(name, own[key])]
+            parts.append(
+                element(
+                    "details",
+                    element("summary", text=key[0]),
+                    element("pre", text=questions.get(key[0], "")),
+                    element("div", *sides, class_="pair"),
+                )
+            )
+    return "".join(parts)
+
+
+def _response(arm: str, one: dict) -> str:
+    head = f"<b>{escape(arm)}</b> <span class='soft'>{escape(one['outcome'])}</span>"
+    return element("div", head, element("pre", text=one["text"]))
