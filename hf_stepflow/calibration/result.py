@@ -16,11 +16,10 @@ from .architecture import Architecture
 from .bands import Bands
 from .candidates import EMPTY, OFF, Settings
 from .gate import Gate
-from .halving import Halving
 from .heads import MOST, Heads
 from .preset_checks import preset_problems
 from .presets import Preset
-from .search import Trial
+from .search import Halving, Trial
 from .verdict import GAIN, NO_GAIN, Measured
 
 # Exit status of the command where nothing better than the base was found.

@@ -7,6 +7,7 @@ held-out split is answered once, at the end, by the base, the winner, and the wi
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,27 @@ import numpy as np
 
 import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
+from hf_stepflow.evaluation.generation import check_generation
 from hf_stepflow.evaluation.machine import machine
+from hf_stepflow.evaluation.mathematics import demand_math_verify
 from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
 from hf_stepflow.evaluation.runner import digest, model_digest
 from hf_stepflow.evaluation.store import another_run
-from hf_stepflow.prompts import encode_prompt
+from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .ablations import RANDOM_STEPS, ablations, depends_on_steps
-from .argument_checks import check_lengths, check_numbers, demand_packages
 from .bands import Bands, propose_bands, quarter_rule
-from .budget import Budget, parse_budget
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import Gate, look_for_trend
-from .halving import Halving, Results, halve, rank_correlation, to_run
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
-from .laboratory import Laboratory, Sampling, attached
 from .proxy import proxy_score
-from .random_steps import random_steps
 from .result import Ablation, Calibration
-from .search import Proposer, Trial, search
+from .run import Budget, CalibrationRun, Sampling, attached, parse_budget
+from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
 from .splits import Batch, Splits, batches_of, split_problems
 from .traces import Row, Solved, read_answers, rows_to_score, short_and_easy
-from .verdict import BASE, measure
-from .work_folder import WorkFolder
-from .workers import Workers
+from .verdict import BASE, RANDOM_STEPS, ablations, depends_on_steps, measure, random_steps
+from .work_folder import Workers, WorkFolder
 
 STEPFLOW = "stepflow"
 
@@ -133,14 +130,14 @@ def calibrate(
         folder = WorkFolder(work, run, about, workers.count)
         if workers.is_first:
             workers.wait()
-        laboratory = Laboratory(model, tokenizer, sampling, folder, workers, progress)
+        laboratory = CalibrationRun(model, tokenizer, sampling, folder, workers, progress)
         return _Stages(laboratory, spend, splits, scored).run(run, about, force)
 
 
 class _Stages:
     """The stages of one calibration, each a method that fills in a part of the result."""
 
-    def __init__(self, laboratory: Laboratory, budget: Budget, splits: Splits, scored: int):
+    def __init__(self, laboratory: CalibrationRun, budget: Budget, splits: Splits, scored: int):
         self.lab = laboratory
         self.budget = budget
         self.splits = splits
@@ -367,3 +364,68 @@ def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
     for result in results:
         shares.setdefault(result["problem"], []).append(float(result["right"]))
     return shares
+
+
+def check_numbers(sampling: Sampling, scored: int) -> None:
+    """Refuses numbers that make no sense.
+
+    Args:
+        sampling: how responses are generated.
+        scored: problems whose responses are scored for each candidate.
+
+    Raises:
+        StepFlowInputError: there are some.
+    """
+    counts = {name: getattr(sampling, name) for name in ("samples", "max_new_tokens", "batch_size")}
+    check_generation(counts, sampling.seed, sampling.temperature)
+    if type(scored) is not int or scored < 2:
+        raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
+
+
+def demand_packages(problems: Sequence[EvalProblem]) -> None:
+    """Checks that what later stages need is installed.
+
+    Args:
+        problems: what is asked.
+
+    Raises:
+        StepFlowInputError: it is not.
+    """
+    if find_spec("optuna") is None:
+        raise StepFlowInputError(
+            "the search for settings needs optuna, which is not installed", hint="pip install 'hf-stepflow[calibrate]'"
+        )
+    demand_math_verify(problem.kind for problem in problems)
+
+
+def check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], sampling: Sampling) -> None:
+    """Refuses problems of either split that the model has no positions for.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        problems: those of both splits.
+        sampling: how responses are generated.
+
+    Raises:
+        StepFlowInputError: a prompt with the response that may follow, or with its reference trace, is too long.
+    """
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is None:
+        return
+    for problem in problems:
+        prompt = len(encode_prompt(tokenizer, problem.prompt, **sampling.template))
+        if prompt + sampling.max_new_tokens > room:
+            raise StepFlowInputError(
+                f"the prompt of problem {problem.id!r} has {prompt} tokens, which with a response of "
+                f"max_new_tokens={sampling.max_new_tokens} makes {prompt + sampling.max_new_tokens}; this model has "
+                f"{room} positions",
+                hint=f"max_new_tokens of at most {max(room - prompt, 0)}, or leave this problem out",
+            )
+        trace = 0 if problem.trace is None else len(encode_response(tokenizer, problem.trace))
+        if prompt + trace > room:
+            raise StepFlowInputError(
+                f"prompt and trace of problem {problem.id!r} have {prompt} and {trace} tokens; this model has {room} "
+                f"positions",
+                hint="leave this problem out, or its trace",
+            )

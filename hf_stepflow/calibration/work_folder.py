@@ -7,12 +7,15 @@ two processes that find the same part write the same file.
 import json
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_stepflow.evaluation.runner import digest
 from hf_stepflow.evaluation.store import another_run, changes_of_run
-from hf_stepflow.runtime.errors import StepFlowFileError
+from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError
 
 FORMAT = "hf-stepflow-calibration/1"
 
@@ -107,3 +110,66 @@ def _write(file: Path, data: dict[str, Any]) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     os.replace(partial, file)
+
+
+Item = TypeVar("Item")
+
+# How long processes wait for the slowest of them, which may be working on a long batch.
+_PATIENCE = timedelta(hours=12)
+
+
+@dataclass
+class Workers:
+    """This process among those that share the work. They meet in the work folder, on one file system.
+
+    Attributes:
+        rank: its number.
+        count: how many there are.
+        group: what they wait for one another by.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+
+    @classmethod
+    def join(cls) -> "Workers":
+        """The workers that the environment tells of (RANK, WORLD_SIZE ..., as accelerate and torchrun set them)."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count < 2:
+            return cls()
+        from torch import distributed
+
+        if distributed.is_initialized():
+            group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        else:
+            distributed.init_process_group("gloo", timeout=_PATIENCE)
+            group = None
+        return cls(distributed.get_rank(), count, group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process decides, and speaks for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part."""
+        return items[self.rank :: self.count]
+
+    def wait(self) -> None:
+        """Returns once all have come here.
+
+        Raises:
+            StepFlowError: one of them is gone.
+        """
+        if self.count < 2:
+            return
+        from torch import distributed
+
+        try:
+            distributed.barrier(self.group)
+        except RuntimeError as error:
+            raise StepFlowError(
+                f"another process of this calibration is gone: {(str(error) or 'no reason given').splitlines()[0]}",
+                hint="start the same command again: it goes on where it was",
+            ) from error

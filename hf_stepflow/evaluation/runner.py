@@ -160,7 +160,7 @@ def _run(
             if all((name, problem.id, sample) in done for problem, sample, _ in batch):
                 continue
             made = sampler.run(
-                arms[name], [item[0] for item in batch], [item[2][name] for item in batch], _seed_of(seed, number)
+                arms[name], [item[0] for item in batch], [item[2][name] for item in batch], batch_seed(seed, number)
             )
             results = [
                 {"arm": name, "problem": problem.id, "sample": sample, "batch": number, "of": len(batch), **result}
@@ -280,7 +280,8 @@ def _warn_of_idle_budgets(arms: dict[str, Arm], results: list[dict[str, Any]]) -
             )
 
 
-def _seed_of(seed: int, batch: int) -> int:
+def batch_seed(seed: int, batch: int) -> int:
+    """The seed of one batch, the same for every arm."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:4], "big")
 
 

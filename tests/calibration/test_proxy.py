@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from hf_stepflow.calibration.candidates import EMPTY
 from hf_stepflow.calibration.heads import PROBE_FLOOR, PROBE_TEMPERATURE, find_heads, floor_on, temperature_on
-from hf_stepflow.calibration.laboratory import Laboratory, Sampling
 from hf_stepflow.calibration.proxy import CLIP, TOLERANCE, ProxyScore, proxy_score
+from hf_stepflow.calibration.run import CalibrationRun, Sampling
 from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_score, short_and_easy
-from hf_stepflow.calibration.work_folder import WorkFolder
-from hf_stepflow.calibration.workers import Workers
+from hf_stepflow.calibration.work_folder import Workers, WorkFolder
 from hf_stepflow.evaluation.problems import EvalProblem
 from hf_stepflow.runtime.steps import StepVocabulary
 from tests.support.calibration import problems
@@ -262,10 +261,10 @@ def test_a_head_planted_in_a_model_is_found(acting_on, strength: dict, planted: 
             torch.tensor([prompt]), max_new_tokens=40, do_sample=True, top_k=0, stepflow=strong, pad_token_id=0
         )
         rows.append(Row(str(at), tuple(prompt), tuple(made[0, len(prompt) :].tolist()), True))
-    laboratory = Laboratory(model, byte_tokenizer(), Sampling(), WorkFolder(None, {}, {}), Workers(), progress=False)
+    run = CalibrationRun(model, byte_tokenizer(), Sampling(), WorkFolder(None, {}, {}), Workers(), progress=False)
 
     def likelihoods(settings):
-        return laboratory.likelihoods(settings and {**settings, **strength}, rows)
+        return run.likelihoods(settings and {**settings, **strength}, rows)
 
     found = find_heads(
         [(layer, head) for layer in range(2) for head in range(4)],
@@ -294,15 +293,15 @@ def test_a_temperature_on_heads_is_nothing_else() -> None:
 def test_likelihoods_are_those_of_one_row_alone() -> None:
     model = attach(tiny_model("llama", seed=3), "paper")
     folder = WorkFolder(None, {}, {})
-    laboratory = Laboratory(model, byte_tokenizer(), Sampling(), folder, Workers(), progress=False)
+    run = CalibrationRun(model, byte_tokenizer(), Sampling(), folder, Workers(), progress=False)
     texts = [("How many?<think>", "Two of them. Then one."), ("Ann has 4 eggs.<think>", "Four.</think>It is 4.")]
     rows = [Row(str(at), tuple(encode(one)), tuple(encode(other)), True) for at, (one, other) in enumerate(texts)]
     for settings in (None, {**EMPTY, "oeb_layers": [0, 1], "tau_max": 0.4}):
-        found = laboratory.likelihoods(settings, rows)
+        found = run.likelihoods(settings, rows)
         for row, value in zip(rows, found, strict=True):
             with torch.no_grad(), model.use_stepflow(False if settings is None else settings):
                 logits = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
             own = sum(float(logits[at - 1, row.ids[at]]) for at in range(len(row.prompt), len(row.ids)))
             assert value == pytest.approx(own, rel=1e-4)
         assert math.isfinite(sum(found))
-        assert laboratory.likelihoods(settings, rows) == found
+        assert run.likelihoods(settings, rows) == found

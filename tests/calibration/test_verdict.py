@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_stepflow.calibration.ablations import ablations, depends_on_steps
 from hf_stepflow.calibration.candidates import EMPTY, mechanisms, tidied
-from hf_stepflow.calibration.halving import halve, rank_correlation, to_run
-from hf_stepflow.calibration.random_steps import random_steps
-from hf_stepflow.calibration.verdict import BASE, GAIN, HARM, NO_GAIN, measure
+from hf_stepflow.calibration.search import halve, rank_correlation, to_run
+from hf_stepflow.calibration.verdict import (
+    BASE,
+    GAIN,
+    HARM,
+    NO_GAIN,
+    ablations,
+    depends_on_steps,
+    measure,
+    random_steps,
+)
 from hf_stepflow.evaluation.statistics import compare
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.forward import FlowPlan, FlowRules

@@ -1,11 +1,14 @@
-"""The model at work: answers and likelihoods under any settings, each computed once, by whichever process is free."""
+"""One run: what it may spend, and the model's answers and likelihoods under any settings, each computed once."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_stepflow.evaluation.runner import digest, evaluate
+from hf_stepflow.evaluation.arms import Arm
+from hf_stepflow.evaluation.generation import Sampler
+from hf_stepflow.evaluation.runner import batch_seed, digest
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.forward import FlowRules
@@ -15,8 +18,7 @@ from hf_stepflow.runtime.steps import StepVocabulary
 from .presets import rule_preset
 from .splits import Batch
 from .traces import Row
-from .work_folder import WorkFolder
-from .workers import Workers
+from .work_folder import Workers, WorkFolder
 
 Settings = dict[str, Any]
 
@@ -53,7 +55,7 @@ class Sampling:
 
 
 @dataclass
-class Laboratory:
+class CalibrationRun:
     """Answers questions about one model with StepFlow attached.
 
     Every process calls the same methods in the same order; each does its share, and all get the whole.
@@ -183,25 +185,36 @@ class Laboratory:
     def _answer(
         self, settings: Settings | None, batch: Batch, steps: "tuple[str, StepVocabulary] | None"
     ) -> list[dict[str, Any]]:
-        sampling = self.sampling
-        runtime = self.model.stepflow_runtime
-        with nullcontext() if steps is None else runtime.override(FlowRules(runtime.rules.plan, steps[1])):
-            result = evaluate(
-                self.model,
-                batch.problems,
-                {"arm": False if settings is None else settings},
-                tokenizer=self.tokenizer,
-                n_samples=sampling.samples,
-                seed=int(digest([sampling.seed, batch.name])[:8], 16),
-                batch_size=sampling.batch_size * sampling.samples,
-                max_new_tokens=sampling.max_new_tokens,
-                progress=False,
-                run_code=sampling.run_code,
-                template=sampling.template,
-                keep_ids=settings is None,
-                **sampling.generation,
-            )
-        return result.results
+        sampling, runtime = self.sampling, self.model.stepflow_runtime
+        arm, rules = Arm(stepflow=False if settings is None else settings), nullcontext()
+        vocabulary = runtime.rules.vocabulary
+        if steps is not None:
+            assert settings is not None
+            vocabulary, arm = steps[1], Arm(stepflow=True)
+            rules = runtime.override(FlowRules(runtime.plan_for(runtime.settings.replace(**settings)), vocabulary))
+        sampler = Sampler(
+            self.model,
+            self.tokenizer,
+            vocabulary,
+            sampling.max_new_tokens,
+            sampling.generation,
+            sampling.template,
+            sampling.run_code,
+            keep_ids=settings is None,
+        )
+        rows = [
+            (problem, sampler.encode(problem), sample)
+            for problem in batch.problems
+            for sample in range(sampling.samples)
+        ]
+        rows.sort(key=lambda row: len(row[1]))
+        seed = batch_seed(int(digest([sampling.seed, batch.name])[:8], 16), 0)
+        with rules:
+            made = sampler.run(arm, [row[0] for row in rows], [row[1] for row in rows], seed)
+        return [
+            {"problem": problem.id, "sample": sample, **result}
+            for (problem, _, sample), result in zip(rows, made, strict=True)
+        ]
 
     @contextmanager
     def bar(self, what: str, total: int | None, unit: str) -> Iterator[Callable[[], None]]:
@@ -256,3 +269,64 @@ def attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
         if attaches:
             model.detach_stepflow()
         model.train(was_training)
+
+
+# Candidates of the search where no budget is given, or only a time is: more than a short time allows.
+CANDIDATES = 40
+MANY_CANDIDATES = 1000
+
+# Up to which share of the time each stage may run. What one leaves over, the next ones have.
+ENDS = {
+    "traces": 0.15,
+    "bands": 0.2,
+    "bridge heads": 0.26,
+    "bridge heads together": 0.29,
+    "temperature heads": 0.35,
+    "temperature heads together": 0.38,
+    "search": 0.54,
+    "generation": 0.71,
+    "verdict": 0.85,
+    "ablations": 1.0,
+}
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent.
+
+    Attributes:
+        candidates: settings that the search scores, at most.
+        seconds: of all stages together, or None for no limit.
+    """
+
+    candidates: int = CANDIDATES
+    seconds: float | None = None
+
+    def end_of(self, stage: str) -> float | None:
+        """Seconds from the start after which a stage begins nothing more; None for no limit.
+
+        Args:
+            stage: a key of `ENDS`.
+        """
+        return None if self.seconds is None else ENDS[stage] * self.seconds
+
+
+def parse_budget(text: "str | int | Budget") -> Budget:
+    """A budget from what a user writes: `40` candidates, or `90s`, `20m`, `1.5h`.
+
+    Raises:
+        StepFlowInputError: something else, or nothing at all to spend.
+    """
+    if isinstance(text, Budget):
+        return text
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text).strip())
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0 or (not match[2] and number != int(number)):
+        raise StepFlowInputError(
+            f"the budget must be a number of candidates or a time, got {text!r}", hint="write 40, 90s, 20m or 1.5h"
+        )
+    if not match[2]:
+        return Budget(candidates=int(number))
+    return Budget(MANY_CANDIDATES, number * _UNITS[match[2]])
