@@ -26,7 +26,7 @@ from hf_stepflow.evaluation.statistics import Estimate
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.reasoner.levels import problems_of
 from hf_stepflow.reasoner.prompts import encode_problem
-from hf_stepflow.runtime.step_record import Field
+from hf_stepflow.runtime.step_detector import Field
 
 FOLDER = Path(__file__).resolve().with_suffix("")
 RESPONSES = FOLDER.parents[1] / "build" / FOLDER.name

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .runtime.modeling_stepflow import StepFlowModelForCausalLM
     from .runtime.momentum import step_momentum
     from .runtime.report import FlowReport
-    from .runtime.steps import StepVocabulary
+    from .runtime.step_detector import StepVocabulary
     from .runtime.trace import Trace, TraceStep, segment_trace
     from .saliency.engine import step_saliency
     from .saliency.result import StepSaliency
@@ -39,7 +39,7 @@ _HOMES = {
     "StepFlowModelForCausalLM": "runtime.modeling_stepflow",
     "StepSaliency": "saliency.result",
     "StepStreamer": "runtime.logits_process",
-    "StepVocabulary": "runtime.steps",
+    "StepVocabulary": "runtime.step_detector",
     "Trace": "runtime.trace",
     "TraceStep": "runtime.trace",
     "combine_arms": "evaluation.arms",

@@ -13,7 +13,7 @@ from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .presets import rule_preset
 from .splits import Batch

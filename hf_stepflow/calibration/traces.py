@@ -8,8 +8,7 @@ import numpy as np
 
 from hf_stepflow.evaluation.problems import EvalProblem
 from hf_stepflow.prompts import encode_prompt, encode_response
-from hf_stepflow.runtime.step_record import Field
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 
 
 @dataclass(frozen=True)

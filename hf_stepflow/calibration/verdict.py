@@ -9,10 +9,8 @@ import torch
 
 from hf_stepflow.evaluation.result import ArmComparison, EvaluationResult
 from hf_stepflow.evaluation.statistics import Estimate
-from hf_stepflow.runtime.sentence_rules import START
-from hf_stepflow.runtime.step_record import Feature, Field
-from hf_stepflow.runtime.step_tables import LEADS_THINKING, RuleTable
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import Feature, Field, StepVocabulary
+from hf_stepflow.runtime.step_rules import LEADS_THINKING, START, RuleTable
 
 from .candidates import CONTROL_TEMPERATURE, Settings, mechanisms, only, tidied
 from .heads import table_of
@@ -257,4 +255,4 @@ def _cutting(vocabulary: StepVocabulary, chance: float, seed: int) -> StepVocabu
         states=[START] * _STATES,  # in which no sentence has ended
     )
     settings = vocabulary.settings.replace(min_step_chars=0)
-    return replace(vocabulary, settings=settings, features=features, rules=rules, _on_device={}, _on_host=None)
+    return replace(vocabulary, settings=settings, features=features, rules=rules)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_stepflow.runtime.report import FlowReport
-    from hf_stepflow.runtime.steps import StepVocabulary
-    from hf_stepflow.runtime.trace_steps import TraceStep
+    from hf_stepflow.runtime.step_detector import StepVocabulary
+    from hf_stepflow.runtime.trace import TraceStep
 
 
 def written_steps(

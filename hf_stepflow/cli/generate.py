@@ -16,7 +16,7 @@ from .sampling import add_sampling_arguments, sampling_of
 if TYPE_CHECKING:
     from hf_stepflow.evaluation.generation import Sampler
     from hf_stepflow.runtime.report import FlowReport
-    from hf_stepflow.runtime.trace_steps import TraceStep
+    from hf_stepflow.runtime.trace import TraceStep
 
 _NAMES = {"base": "Base model", "stepflow": "With StepFlow"}
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.evaluation.generation import Sampler
     from hf_stepflow.runtime.loading import settings_on
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
-    from hf_stepflow.runtime.steps import StepVocabulary
+    from hf_stepflow.runtime.step_detector import StepVocabulary
     from hf_stepflow.runtime.tokenization_stepflow import end_of_turn_ids
 
     from .step_printer import StepPrinter

@@ -151,7 +151,7 @@ def _markers(path: str, revision: str | None, settings: Any) -> dict[str, Any]:
 
 
 def _spelling_problem(tokenizer: Any, settings: Any) -> str | None:
-    from hf_stepflow.runtime.steps import StepVocabulary
+    from hf_stepflow.runtime.step_detector import StepVocabulary
 
     try:
         StepVocabulary.from_tokenizer(tokenizer, settings)

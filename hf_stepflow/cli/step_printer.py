@@ -7,8 +7,7 @@ from typing import Any, TextIO
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from hf_stepflow.runtime.step_record import THINKING, Field, empty_record
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import THINKING, Field, StepVocabulary, empty_record
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _INDENT = 6

@@ -12,8 +12,7 @@ from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.logits_process import StepBudgetLogitsProcessor
 from hf_stepflow.runtime.report import RowReport
-from hf_stepflow.runtime.step_record import SUMMARY, THINKING, Field
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
 from .answers import CORRECT, judge
 from .arms import Arm

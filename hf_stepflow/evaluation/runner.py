@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .answers import check_may_run
 from .arms import Arm, make_arms

@@ -20,7 +20,7 @@ from .bridge import DecodeGroups, bridged_decode, bridged_weights
 from .errors import StepFlowUnsupportedError
 from .forward import FlowPass
 from .momentum import inject
-from .step_record import Field
+from .step_detector import Field
 
 # Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass. On a CPU
 # less is faster, as long as it stays in the caches and there are queries enough for a product of matrices.

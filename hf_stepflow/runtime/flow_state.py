@@ -1,6 +1,6 @@
 """FlowState: what StepFlow knows about every cached token, riding on the KV cache.
 
-The state is one tensor of records (`step_record.Field`), a row of integers for each slot of the cache, so that
+The state is one tensor of records (`step_detector.Field`), a row of integers for each slot of the cache, so that
 everything that happens to a cache (beams reorder it, speculation crops it, sampling repeats it) happens to it by the
 same index operation. It is carried by swapping the cache's class for one with `FlowCacheMixin`.
 """
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from .report import Tally
-from .step_record import FIELDS, Field, empty_record
-from .steps import StepVocabulary
+from .step_detector import FIELDS, Field, StepVocabulary, empty_record
 
 _FRESH = tuple(empty_record())
 
@@ -29,7 +28,7 @@ class ReadTokens:
     """
 
     ids: list[list[int]]
-    padding: list[list[int]] | None
+    padding: list[list[bool]] | None
     cached: int | None = None
 
 
@@ -100,7 +99,7 @@ class FlowState:
             self._last = [row[-FIELDS:] for row in rows]
         return ReadTokens(
             [row[:queries] for row in rows],
-            None if padding is None else [row[queries:end] for row in rows],
+            None if padding is None else [list(map(bool, row[queries:end])) for row in rows],
             None if cached is None else rows[0][end],
         )
 

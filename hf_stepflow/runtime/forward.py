@@ -22,8 +22,7 @@ from .configuration_stepflow import StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_state import FlowState, put_state_on, state_of
 from .report import FlowReport, Tally
-from .step_record import SUMMARY, THINKING, Field
-from .steps import StepVocabulary
+from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
 # Settings that the step rules of a tokenizer are made from.
 _STEP_SETTINGS = (

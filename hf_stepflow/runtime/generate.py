@@ -18,22 +18,17 @@ if TYPE_CHECKING:
     from .flow_state import FlowState
     from .forward import FlowPlan
     from .loading import Loaded
-    from .markers import MarkerTable
     from .momentum import mean_of_members
     from .preset_files import PresetFiles
     from .preset_lookup import find_preset
     from .report import LayerReport
     from .repository_code import code_files
     from .saving import save_files
-    from .sentence_rules import keeps_letters
-    from .step_record import empty_record
-    from .step_tables import RuleTable
-    from .step_tensors import StepTensors
-    from .step_walk import StepWalk
-    from .steps import StepVocabulary
-    from .token_text import TokenText
+    from .step_detector import Field
+    from .step_rules import RuleTable
+    from .token_text import MarkerTable
     from .tokenization_stepflow import StepFlowTokenizer
-    from .trace_steps import TraceStep
+    from .trace import TraceStep
 
 # Calls on one model take turns, since each changes it; a tokenizer that had to be loaded is loaded once.
 _LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()

@@ -32,18 +32,13 @@ if TYPE_CHECKING:
     from .base_model import read_repository_file
     from .bridge import DecodeGroups
     from .flow_state import FlowState
-    from .markers import MarkerTable
     from .momentum import mean_of_members
     from .preset_files import PresetFiles
     from .repository_code import code_files
-    from .sentence_rules import keeps_letters
-    from .step_record import empty_record
-    from .step_tables import RuleTable
-    from .step_tensors import StepTensors
-    from .step_walk import StepWalk
-    from .steps import StepVocabulary
-    from .token_text import TokenText
-    from .trace_steps import TraceStep
+    from .step_detector import Field
+    from .step_rules import RuleTable
+    from .token_text import MarkerTable
+    from .trace import TraceStep
 
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .forward import FlowPass
-from .step_record import SUMMARY, Field
+from .step_detector import SUMMARY, Field
 
 # Memberships of a chunk of queries, in elements, where they are worked out for all keys at once.
 _CHUNK_ELEMENTS = 1 << 24

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .step_record import Field
-from .trace_steps import TraceStep, steps_of_records
+from .step_detector import Field
+from .trace import TraceStep, steps_of_records
 
 # Columns of Tally.sums, per row and layer.
 BRIDGE_QUERIES, BRIDGED, MASS_BEFORE, MASS_AFTER, INJECTIONS, INJECTION_NORM = range(6)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_stepflow.runtime.errors import StepFlowInputError
-from hf_stepflow.runtime.step_record import SUMMARY
+from hf_stepflow.runtime.step_detector import SUMMARY
 from hf_stepflow.runtime.trace import Trace
 
 # Logits that are held at a time, in elements.

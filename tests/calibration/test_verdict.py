@@ -22,7 +22,7 @@ from hf_stepflow.calibration.verdict import (
 from hf_stepflow.evaluation.statistics import compare
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.forward import FlowPlan, FlowRules
-from hf_stepflow.runtime.step_record import Field
+from hf_stepflow.runtime.step_detector import Field
 from tests.support.calibration import responses, shares, trial
 from tests.support.flow import attach, byte_tokenizer, encode
 from tests.support.tiny_models import tiny_model
@@ -293,7 +293,7 @@ def test_random_steps_are_as_many_elsewhere() -> None:
 def test_random_steps_are_the_same_token_by_token() -> None:
     import torch
 
-    from hf_stepflow.runtime.step_record import empty_record
+    from hf_stepflow.runtime.step_detector import empty_record
 
     model = attach(tiny_model("llama"), "paper")
     random = random_steps(model.stepflow_runtime.rules.vocabulary, [(encode(text), 0) for text in TEXTS], seed=1)

@@ -25,8 +25,8 @@ from hf_stepflow.runtime.configuration_stepflow import (
     read_settings,
 )
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
-from hf_stepflow.runtime.markers import build_marker_table
 from hf_stepflow.runtime.preset_lookup import find_preset
+from hf_stepflow.runtime.token_text import build_marker_table
 from tests.runtime.test_bad_input import snapshot
 from tests.runtime.test_preset_files import JSON_VALUES
 from tests.support.flow import byte_tokenizer, encode

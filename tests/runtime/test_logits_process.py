@@ -10,11 +10,10 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.logits_process import (
     StepBoundaryLogitsProcessor,
     StepBudgetLogitsProcessor,
+    StepFollower,
     StepStreamer,
 )
-from hf_stepflow.runtime.step_follower import StepFollower
-from hf_stepflow.runtime.step_record import Field
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 from hf_stepflow.runtime.trace import segment_trace
 from tests.support.step_tokenizers import byte_level_tokenizer, ids_of
 from tests.support.tiny_models import tiny_model

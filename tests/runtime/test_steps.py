@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
-from hf_stepflow.runtime.step_record import FIELDS, Field, empty_record
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import FIELDS, Field, StepVocabulary, empty_record
 from hf_stepflow.runtime.token_text import TokenText
 from hf_stepflow.runtime.trace import Trace, segment_trace
 from tests.support.step_oracle import OracleRules, OracleToken, Place, segment

@@ -9,7 +9,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast
 
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, resolve_layers
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.runtime.steps import StepVocabulary
+from hf_stepflow.runtime.step_detector import StepVocabulary
 from hf_stepflow.runtime.trace import segment_trace
 from tests.support.oracles import OracleSettings, OracleStepFlow, OracleTrace
 from tests.support.tiny_models import tiny_model
