@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.evaluation.machine import machine
+from hf_stepflow.evaluation.store import machine
 from hf_stepflow.runtime.flow_state import FlowState, put_state_on
 from hf_stepflow.runtime.report import Tally
 from tests.support.flow import byte_tokenizer, encode

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from hf_stepflow.evaluation.arms import PLAN_AND_SOLVE, Arm, combine_arms
-from hf_stepflow.evaluation.problems import load_problems
 from hf_stepflow.evaluation.result import amount, percent
-from hf_stepflow.evaluation.runner import evaluate
+from hf_stepflow.evaluation.run import evaluate
 from hf_stepflow.evaluation.statistics import Estimate
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.reasoner.levels import problems_of
 from hf_stepflow.reasoner.prompts import encode_problem

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from hf_stepflow.evaluation.machine import machine
-from hf_stepflow.evaluation.problems import load_problems
-from hf_stepflow.evaluation.runner import evaluate, model_digest
+from hf_stepflow.evaluation.run import evaluate
 from hf_stepflow.evaluation.scoring import TraceScore, score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, mean, proportion
+from hf_stepflow.evaluation.store import machine, model_digest
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import FOLDER as SHIPPED
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
 from hf_stepflow.reasoner.prompts import encode_problem

@@ -26,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_stepflow import Trace, step_saliency
-from hf_stepflow.evaluation.machine import machine
+from hf_stepflow.evaluation.store import machine
 
 STEP = 30
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)

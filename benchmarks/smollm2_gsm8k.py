@@ -18,8 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.evaluation.problems import EvalProblem, load_problems
-from hf_stepflow.evaluation.runner import evaluate
+from hf_stepflow.evaluation.problem import EvalProblem
+from hf_stepflow.evaluation.run import evaluate
+from hf_stepflow.problems import load_problems
 
 ARMS = {"base": False, "stepflow": {"tau_max": 0.15, "alpha": 0.06}}
 ASK = "{} Think step by step, then end with: The answer is NUMBER."

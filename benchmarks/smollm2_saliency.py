@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow.cli import main as hf_stepflow
-from hf_stepflow.evaluation.machine import machine
+from hf_stepflow.evaluation.store import machine
 
 FOLDER = Path(__file__).resolve().with_suffix("")
 PROBLEM = (

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration.presets import Preset, list_presets, load_preset
     from .evaluation.arms import Arm, combine_arms
-    from .evaluation.problems import load_problems
     from .evaluation.result import EvaluationResult
-    from .evaluation.runner import evaluate
+    from .evaluation.run import evaluate
     from .evaluation.scoring import score_traces
+    from .problems import load_problems
     from .reasoner import load_reasoner
     from .runtime.bridge import odds_equal_bridge
     from .runtime.configuration_stepflow import StepFlowConfig
@@ -43,10 +43,10 @@ _HOMES = {
     "Trace": "runtime.trace",
     "TraceStep": "runtime.trace",
     "combine_arms": "evaluation.arms",
-    "evaluate": "evaluation.runner",
+    "evaluate": "evaluation.run",
     "list_presets": "calibration.presets",
     "load_preset": "calibration.presets",
-    "load_problems": "evaluation.problems",
+    "load_problems": "problems",
     "load_reasoner": "reasoner",
     "odds_equal_bridge": "runtime.bridge",
     "score_traces": "evaluation.scoring",

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_stepflow.evaluation.arms import Arm
-from hf_stepflow.evaluation.generation import Sampler
-from hf_stepflow.evaluation.runner import batch_seed, digest
+from hf_stepflow.evaluation.run import batch_seed
+from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.evaluation.scoring import score_traces
+from hf_stepflow.evaluation.store import digest
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM

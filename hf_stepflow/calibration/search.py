@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hf_stepflow.evaluation.runner import digest
 from hf_stepflow.evaluation.statistics import CONFIDENCE, Estimate
+from hf_stepflow.evaluation.store import digest
 
 from .candidates import Settings, Space
 from .proxy import ProxyScore

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 # Problems that each split needs at least for anything to be chosen, or to be shown.

@@ -15,12 +15,10 @@ import numpy as np
 
 import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
-from hf_stepflow.evaluation.generation import check_generation
-from hf_stepflow.evaluation.machine import machine
-from hf_stepflow.evaluation.mathematics import demand_math_verify
-from hf_stepflow.evaluation.problems import EvalProblem, check_unique, problem_of
-from hf_stepflow.evaluation.runner import digest, model_digest
-from hf_stepflow.evaluation.store import another_run
+from hf_stepflow.evaluation.checkers import demand_math_verify
+from hf_stepflow.evaluation.problem import EvalProblem, check_unique, problem_of
+from hf_stepflow.evaluation.sampler import check_generation
+from hf_stepflow.evaluation.store import another_run, digest, machine, model_digest
 from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
 

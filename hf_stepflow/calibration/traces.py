@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 

@@ -13,8 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hf_stepflow.evaluation.runner import digest
-from hf_stepflow.evaluation.store import another_run, changes_of_run
+from hf_stepflow.evaluation.store import another_run, changes_of_run, digest
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError
 
 FORMAT = "hf-stepflow-calibration/1"

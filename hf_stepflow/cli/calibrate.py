@@ -138,7 +138,7 @@ def _check_identity(out: Path | None, name: str, base_model: str, revision: str 
 
 def _problems(sources: list[str], limit: int | None, seed: int) -> list[Any]:
     """The problems of all sources. Many number theirs from 0 or 1: of several sources, each id tells its own."""
-    from hf_stepflow.evaluation.problems import load_problems
+    from hf_stepflow.problems import load_problems
 
     twice = next((source for source in sources if sources.count(source) > 1), None)
     if twice is not None:

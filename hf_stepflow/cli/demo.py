@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Answers, reports, compares."""
     from transformers.utils import logging
 
-    from hf_stepflow.evaluation.problems import EvalProblem, reasoner_problems
+    from hf_stepflow.evaluation.problem import EvalProblem
+    from hf_stepflow.problems import reasoner_problems
     from hf_stepflow.reasoner import load_reasoner
 
     demand_folders(args.html, args.svg)
@@ -141,7 +142,7 @@ def _limit(tokenizer: Any, level: str, seed: int, number: int) -> int:
 def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: bool, longest: int) -> Answer:
     from hf_stepflow.evaluation.answers import judge
     from hf_stepflow.evaluation.arms import Arm
-    from hf_stepflow.evaluation.generation import Sampler
+    from hf_stepflow.evaluation.sampler import Sampler
 
     vocabulary = model.stepflow_runtime.rules.vocabulary
     sampler = Sampler(model, tokenizer, vocabulary, longest)
@@ -190,8 +191,8 @@ def _shown(length: int, first: int | None) -> list[int | None]:
 
 
 def _compare(model: Any, level: str, seed: int, number: int, limit: int, progress: bool) -> Any:
-    from hf_stepflow.evaluation.problems import reasoner_problems
-    from hf_stepflow.evaluation.runner import evaluate
+    from hf_stepflow.evaluation.run import evaluate
+    from hf_stepflow.problems import reasoner_problems
 
     if number == 0:
         return None

@@ -61,8 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates and prints the result."""
     from hf_stepflow.evaluation.arms import combine_arms
-    from hf_stepflow.evaluation.problems import load_problems
-    from hf_stepflow.evaluation.runner import evaluate
+    from hf_stepflow.evaluation.run import evaluate
+    from hf_stepflow.problems import load_problems
 
     demand_folders(args.out, args.report)
     arms = _read_arms(args.arm or ["base", "stepflow"])

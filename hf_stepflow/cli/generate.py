@@ -14,7 +14,7 @@ from .loading import add_model_arguments, find_stepflow, load
 from .sampling import add_sampling_arguments, sampling_of
 
 if TYPE_CHECKING:
-    from hf_stepflow.evaluation.generation import Sampler
+    from hf_stepflow.evaluation.sampler import Sampler
     from hf_stepflow.runtime.report import FlowReport
     from hf_stepflow.runtime.trace import TraceStep
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, is_on)
     stepflow = find_stepflow(args.stepflow) if is_on else None
     prompt = _read_prompt(args)
-    from hf_stepflow.evaluation.generation import Sampler
+    from hf_stepflow.evaluation.sampler import Sampler
     from hf_stepflow.runtime.loading import settings_on
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
     from hf_stepflow.runtime.step_detector import StepVocabulary

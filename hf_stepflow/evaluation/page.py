@@ -10,8 +10,8 @@ from hf_stepflow.report import Axis, element, forest, frame, page, svg, table, w
 
 from .answers import NO_ANSWER, UNFINISHED
 from .arms import Arm
-from .compute import CurvePoint
-from .problems import EvalProblem
+from .matched_tokens import CurvePoint
+from .problem import EvalProblem
 from .result import EvaluationResult, amount, percent
 from .statistics import Estimate
 

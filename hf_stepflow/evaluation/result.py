@@ -8,7 +8,7 @@ from typing import Any
 
 from .answers import NO_ANSWER, UNFINISHED
 from .arms import Arm
-from .compute import ArmCompute, CurvePoint, compute_of, spends_otherwise
+from .matched_tokens import ArmCompute, CurvePoint, compute_of, spends_otherwise
 from .statistics import Estimate, PairedComparison, adjust, compare, mean, proportion, ratio
 from .store import read_results
 

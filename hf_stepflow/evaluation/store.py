@@ -1,9 +1,14 @@
 """The results file: a header that says what was run, then one line a result, written batch by batch and never lost."""
 
+import hashlib
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
@@ -133,3 +138,44 @@ def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
 def _short(data: dict[str, Any], key: str) -> str:
     text = json.dumps(data[key]) if key in data else "nothing"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def digest(data: Any) -> str:
+    """A short hash of JSON-ready data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_digest(model: Any) -> str:
+    """What tells this model from another: names, shapes and first weights of all its parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            start = parameter.detach().flatten()[:16].contiguous()
+            digest.update(start.view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, threads and versions, as JSON-ready data; with a device, it too and an accelerator's name."""
+    told: dict[str, Any] = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if device is not None:
+        told["device"] = str(device)
+        if device.type == "cuda":
+            told["accelerator"] = torch.cuda.get_device_name(device)
+    return told
+
+
+def _processor() -> str:
+    """The processor's name; `platform` knows it on some systems only."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

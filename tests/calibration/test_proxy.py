@@ -15,7 +15,7 @@ from hf_stepflow.calibration.proxy import CLIP, TOLERANCE, ProxyScore, proxy_sco
 from hf_stepflow.calibration.run import CalibrationRun, Sampling
 from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_score, short_and_easy
 from hf_stepflow.calibration.work_folder import Workers, WorkFolder
-from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.runtime.step_detector import StepVocabulary
 from tests.support.calibration import problems
 from tests.support.flow import attach, byte_tokenizer, encode

@@ -21,7 +21,7 @@ from hf_stepflow.calibration.result import NOTHING_FOUND, write_preset
 from hf_stepflow.calibration.search import halve
 from hf_stepflow.calibration.work_folder import WorkFolder
 from hf_stepflow.cli import main
-from hf_stepflow.evaluation.problems import load_problems
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
 from tests.support.flow import attach, byte_tokenizer

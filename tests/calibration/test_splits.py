@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hf_stepflow.calibration.run import ENDS, Budget, parse_budget
 from hf_stepflow.calibration.splits import batches_of, split_problems
 from hf_stepflow.calibration.work_folder import Workers, WorkFolder
-from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from tests.support.calibration import problems
 

@@ -8,17 +8,11 @@ from fractions import Fraction
 
 import pytest
 
-from hf_stepflow.evaluation import mathematics, programs
+from hf_stepflow.evaluation import checkers
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, judge
-from hf_stepflow.evaluation.benchmarks import BENCHMARKS
-from hf_stepflow.evaluation.problems import (
-    EvalProblem,
-    as_number,
-    check_unique,
-    load_problems,
-    problem_of,
-    read_problems,
-)
+from hf_stepflow.evaluation.problem import EvalProblem, as_number, check_unique, problem_of
+from hf_stepflow.evaluation.sources import BENCHMARKS, read_problems
+from hf_stepflow.problems import load_problems
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 
@@ -119,10 +113,10 @@ def test_a_number_with_an_absurd_exponent_is_none() -> None:
 
 
 def test_a_tower_of_powers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mathematics, "SECONDS", 3.0)
+    monkeypatch.setattr(checkers, "SECONDS", 3.0)
     for tower in ("9^{9^{9^{9}}}", "10^{10^{10}}", "1000000000!"):
         assert judge(problem("math", "5"), f"\\boxed{{{tower}}}").outcome == WRONG
-    monkeypatch.setattr(mathematics, "SECONDS", 30.0)
+    monkeypatch.setattr(checkers, "SECONDS", 30.0)
     assert judge(problem("math", "5"), "\\boxed{4 + 1}").outcome == CORRECT  # and the next one is checked again
 
 
@@ -190,7 +184,7 @@ def test_programs_run_only_when_allowed() -> None:
 )
 def test_programs_are_kept_in_bounds(program: str, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "token")
-    monkeypatch.setattr(programs, "SECONDS", 5.0)
+    monkeypatch.setattr(checkers, "SECONDS", 5.0)
     says = problem("code", "-", tests=json.dumps([["", "none"]]))
     assert judge(says, f"```python\n{program}\n```", run_code=True).outcome == outcome
 

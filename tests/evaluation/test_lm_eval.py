@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_stepflow.evaluation.problems import load_problems
-from hf_stepflow.evaluation.runner import evaluate
+from hf_stepflow.evaluation.run import evaluate
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
 
 TASK = """

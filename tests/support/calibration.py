@@ -8,7 +8,7 @@ import numpy as np
 from hf_stepflow.calibration.candidates import tidied
 from hf_stepflow.calibration.proxy import ProxyScore
 from hf_stepflow.calibration.search import Trial
-from hf_stepflow.evaluation.problems import EvalProblem
+from hf_stepflow.evaluation.problem import EvalProblem
 
 
 def problems(number: int, prefix: str = "What is") -> list[EvalProblem]:

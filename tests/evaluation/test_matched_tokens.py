@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_stepflow.cli import main
-from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, Verdict
+from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, Verdict, votes
 from hf_stepflow.evaluation.arms import PLAN_AND_SOLVE, Arm, combine_arms, make_arms, parse_arm
-from hf_stepflow.evaluation.compute import Curve, compute_of
-from hf_stepflow.evaluation.generation import Sampler
+from hf_stepflow.evaluation.matched_tokens import Curve, compute_of
 from hf_stepflow.evaluation.page import ChartPoint, tokens_chart
-from hf_stepflow.evaluation.problems import EvalProblem, load_problems
+from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.evaluation.result import EvaluationResult
-from hf_stepflow.evaluation.runner import evaluate
+from hf_stepflow.evaluation.run import evaluate
+from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.evaluation.statistics import Estimate, mean_difference, proportion
-from hf_stepflow.evaluation.voting import votes
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
 

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError, shown
+from hf_stepflow.runtime.errors import StepFlowInputError, shown
 
 KINDS = ("math", "choice", "number", "text", "code")
 _FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
@@ -55,69 +54,6 @@ class EvalProblem:
     def asked(self) -> dict[str, Any]:
         """All that a response and its judgement depend on, JSON-ready: everything but the trace."""
         return {name: value for name, value in vars(self).items() if name != "trace"}
-
-
-def load_problems(source: str | Path, limit: int | None = None, *, split: str = "test", seed: int = 0) -> list[Any]:
-    """Problems by name.
-
-    Args:
-        source: a JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`, `trace`); a difficulty
-            of the embedded reasoner, such as `reasoner:chains-4`; or a benchmark: `aime24`, `aime25`, `amc23`,
-            `math500`, `gpqa-diamond`, `livecodebench`, fetched by the `datasets` library.
-        limit: how many, from the first on; None takes all of a file or benchmark, and 500 of a generator.
-        split: of the reasoner's problems: `train`, `calibration` or `test`.
-        seed: shuffles the choices of `gpqa-diamond`.
-
-    Raises:
-        StepFlowInputError: no such file or name, or a limit below one.
-        StepFlowFileError: a file that is not what it should be; the line is named.
-    """
-    name = str(source)
-    if limit is not None and limit < 1:
-        raise StepFlowInputError(f"limit must be at least 1, got {limit}", hint="leave it out to take all problems")
-    if name.startswith("reasoner:"):
-        return reasoner_problems(name.removeprefix("reasoner:"), limit or 500, split)
-    if Path(source).is_file():
-        return read_problems(Path(source))[:limit]
-    from .benchmarks import BENCHMARKS, load_benchmark
-
-    if name in BENCHMARKS:
-        return load_benchmark(name, seed)[:limit]
-    raise StepFlowInputError(
-        f"no problems by the name of {name!r}: no such file, and not a known name",
-        hint=f"known: {', '.join(BENCHMARKS)}, reasoner:LEVEL, or the path of a JSONL file",
-    )
-
-
-def read_problems(path: Path) -> list[EvalProblem]:
-    """The problems of a JSONL file.
-
-    Raises:
-        StepFlowFileError: a line that is no problem, or an id that comes twice.
-    """
-    problems: dict[str, EvalProblem] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StepFlowFileError(f"{path} cannot be read: {error}", hint="a problems file is JSONL in UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            problem = problem_of(json.loads(line))
-        except (json.JSONDecodeError, StepFlowInputError) as error:
-            raise StepFlowFileError(
-                f"{path}, line {number}: {error}",
-                hint='each line is an object such as {"id": "1", "question": "2 + 2?", "answer": "4"}',
-            ) from error
-        if problem.id in problems:
-            raise StepFlowFileError(
-                f"{path}, line {number}: the id {problem.id!r} comes twice", hint="make ids unique"
-            )
-        problems[problem.id] = problem
-    if not problems:
-        raise StepFlowFileError(f"{path} holds no problems", hint="one JSON object a line")
-    return list(problems.values())
 
 
 def problem_of(data: Any) -> EvalProblem:
@@ -229,24 +165,6 @@ def _kind_of(answer: str) -> str:
     if as_number(answer) is not None:
         return "number"
     return "text" if is_words(answer) else "math"
-
-
-def reasoner_problems(level: str, number: int, split: str = "test", start: int = 0) -> list[EvalProblem]:
-    """Problems of the embedded reasoner.
-
-    Args:
-        level: their difficulty, a key of `hf_stepflow.reasoner.levels.LEVELS`.
-        number: how many.
-        split: `train`, `calibration` or `test`.
-        start: the first of them.
-
-    Raises:
-        StepFlowInputError: no such level or split.
-    """
-    from hf_stepflow.reasoner.levels import problems_of
-
-    drawn = problems_of(level, split, number, start)
-    return [EvalProblem(one.id, one.question, one.answer, kind="number", trace=one.response) for one in drawn]
 
 
 def check_unique(problems: Iterable[EvalProblem]) -> list[EvalProblem]:

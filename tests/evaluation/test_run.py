@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow.cli import main
 from hf_stepflow.evaluation.arms import Arm, make_arms, parse_arm
-from hf_stepflow.evaluation.generation import Sampler
 from hf_stepflow.evaluation.page import write_report
-from hf_stepflow.evaluation.problems import EvalProblem, load_problems
+from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.evaluation.result import EvaluationResult
-from hf_stepflow.evaluation.runner import evaluate
+from hf_stepflow.evaluation.run import evaluate
+from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.evaluation.store import ResultStore, read_results
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import FOLDER, load_reasoner
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
 from tests.support.flow import byte_tokenizer
@@ -143,8 +144,8 @@ def test_a_model_without_template_and_markers() -> None:
 # A run that takes its time between batches, to be killed in between.
 SLOW = """
 import sys, time
-import hf_stepflow.evaluation.runner as runner
-from hf_stepflow.evaluation.problems import load_problems
+import hf_stepflow.evaluation.run as runner
+from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
 kept = runner.Sampler.run
 def slow(*arguments):
@@ -336,7 +337,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_without_math_verify_it_is_refused_at_once(reasoner, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    monkeypatch.setattr("hf_stepflow.evaluation.runner.Sampler.run", None)  # nothing is generated
+    monkeypatch.setattr("hf_stepflow.evaluation.run.Sampler.run", None)  # nothing is generated
     with pytest.raises(StepFlowInputError, match=r"needs math-verify.*\n.*hf-stepflow\[eval\]"):
         run(reasoner)
 

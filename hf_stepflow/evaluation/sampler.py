@@ -14,10 +14,9 @@ from hf_stepflow.runtime.logits_process import StepBudgetLogitsProcessor
 from hf_stepflow.runtime.report import RowReport
 from hf_stepflow.runtime.step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
-from .answers import CORRECT, judge
+from .answers import CORRECT, judge, votes
 from .arms import Arm
-from .problems import EvalProblem
-from .voting import votes
+from .problem import EvalProblem
 
 
 def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> None:

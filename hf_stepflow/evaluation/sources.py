@@ -7,15 +7,48 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from hf_stepflow.runtime.errors import StepFlowFileError
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
-from .problems import EvalProblem
+from .problem import EvalProblem, problem_of
 
 logger = logging.get_logger(__name__)
+
+
+def read_problems(path: Path) -> list[EvalProblem]:
+    """The problems of a JSONL file.
+
+    Raises:
+        StepFlowFileError: a line that is no problem, or an id that comes twice.
+    """
+    problems: dict[str, EvalProblem] = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StepFlowFileError(f"{path} cannot be read: {error}", hint="a problems file is JSONL in UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            problem = problem_of(json.loads(line))
+        except (json.JSONDecodeError, StepFlowInputError) as error:
+            raise StepFlowFileError(
+                f"{path}, line {number}: {error}",
+                hint='each line is an object such as {"id": "1", "question": "2 + 2?", "answer": "4"}',
+            ) from error
+        if problem.id in problems:
+            raise StepFlowFileError(
+                f"{path}, line {number}: the id {problem.id!r} comes twice", hint="make ids unique"
+            )
+        problems[problem.id] = problem
+    if not problems:
+        raise StepFlowFileError(f"{path} holds no problems", hint="one JSON object a line")
+    return list(problems.values())
+
 
 _MATH = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 _CHOICE = "{}\n\nPlease reason step by step, and end with the letter of the right choice within \\boxed{{}}.\n"

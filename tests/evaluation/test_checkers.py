@@ -3,7 +3,7 @@
 import pytest
 
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, WRONG, judge
-from hf_stepflow.evaluation.problems import problem_of
+from hf_stepflow.evaluation.problem import problem_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers.utils import logging
 
@@ -18,12 +17,11 @@ from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .answers import check_may_run
 from .arms import Arm, make_arms
-from .generation import Sampler, check_generation
-from .machine import machine
-from .mathematics import demand_math_verify
-from .problems import EvalProblem, check_unique, problem_of
+from .checkers import demand_math_verify
+from .problem import EvalProblem, check_unique, problem_of
 from .result import EvaluationResult
-from .store import ResultStore
+from .sampler import Sampler, check_generation
+from .store import ResultStore, digest, machine, model_digest
 
 logger = logging.get_logger(__name__)
 
@@ -283,19 +281,3 @@ def _warn_of_idle_budgets(arms: dict[str, Arm], results: list[dict[str, Any]]) -
 def batch_seed(seed: int, batch: int) -> int:
     """The seed of one batch, the same for every arm."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{batch}".encode()).digest()[:4], "big")
-
-
-def digest(data: Any) -> str:
-    """A short hash of JSON-ready data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def model_digest(model: Any) -> str:
-    """What tells this model from another: names, shapes and first weights of all its parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":
-            start = parameter.detach().flatten()[:16].contiguous()
-            digest.update(start.view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
