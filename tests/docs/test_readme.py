@@ -1,6 +1,7 @@
-"""The Python of README.md, run as it is written: only ids and question stand for others.
+"""README.md: its Python runs as it is written, and its figures are those of the committed outputs.
 
-A Hub on the loopback serves the ids, and the question is one that the embedded reasoner understands.
+Only ids and the question are replaced: a Hub on the loopback serves the ids, and the embedded reasoner understands the
+question.
 """
 
 import json
@@ -13,12 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow import StepFlowModelForCausalLM, segment_trace
+from hf_stepflow.evaluation.statistics import adjust
 from hf_stepflow.hub.push import push_preset
 from hf_stepflow.reasoner import FOLDER
 from tests.support.presets import edited, written
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-LOADED, PIPELINE, ATTACHED, TRACE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST, ATTACHED, STEPS, LOADED, PIPELINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 BASE, PRESET = "org/Reasoner", "test-org/preset"
 STANDS_FOR = {
     "Qwen/Qwen3-8B": BASE,
@@ -29,7 +33,7 @@ STANDS_FOR = {
 }
 SETTINGS = {"tau_max": 0.15, "alpha": 0.06}
 
-# Runs programs, each of some blocks, and tells what they print and what model they leave.
+# Runs programs, each made of blocks, and prints what each printed and the model that it leaves.
 RUN = """
 import contextlib, io, json, sys
 if given["alone"]:
@@ -37,20 +41,20 @@ if given["alone"]:
 import torch
 torch.set_num_threads(1)
 torch.manual_seed(0)  # pipelines sample
-told = []
+results = []
 for blocks in given["programs"]:
-    names, found = {}, {"printed": []}
+    names, result = {}, {"printed": []}
     for block in blocks:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(block, "README.md", "exec"), names)
-        found["printed"].append(printed.getvalue())
+        result["printed"].append(printed.getvalue())
     model = names["model"] if "model" in names else names["pipe"].model
     with torch.no_grad():
-        found["logits"] = model(torch.tensor([given["ids"]])).logits.float().tolist()
-    found["tau_max"] = model.stepflow_config.tau_max if hasattr(model, "stepflow_config") else None
-    found["ids"] = names["output"][0].tolist() if "output" in names else None
-    told.append(found)
-print(json.dumps(told))
+        result["logits"] = model(torch.tensor([given["ids"]])).logits.float().tolist()
+    result["tau_max"] = model.stepflow_config.tau_max if hasattr(model, "stepflow_config") else None
+    result["ids"] = names["output"][0].tolist() if "output" in names else None
+    results.append(result)
+print(json.dumps(results))
 """
 
 
@@ -99,22 +103,18 @@ def logits(tokenizer, **options) -> tuple[list, list]:
     return model(trace(tokenizer)).logits.float().tolist(), plain
 
 
-def test_a_preset_repository(run, tokenizer):
-    with_stepflow, without = logits(tokenizer)
-    assert with_stepflow != without
-    loaded, piped = run([LOADED], [PIPELINE], alone=True)
-    for told in (loaded, piped):
-        assert told["tau_max"] == SETTINGS["tau_max"]
-        assert told["logits"] == with_stepflow
-    assert loaded["printed"] == [""]
-    (answer,) = piped["printed"]
-    assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 2
+def test_the_first_screen(run, tokenizer):
+    *with_stepflow, last = FIRST.splitlines()
+    assert last.startswith("model.detach_stepflow()")
+    on, off = run(["\n".join(with_stepflow)], [FIRST], alone=False)
+    assert (on["tau_max"], off["tau_max"]) == (SETTINGS["tau_max"], None)
+    assert (on["logits"], off["logits"]) == logits(tokenizer, dtype="auto")
 
 
-def test_a_model_of_ones_own(run, tokenizer):
-    (told,) = run([ATTACHED, TRACE], alone=False)
-    report, steps = told["printed"]
-    found = segment_trace(tokenizer, told["ids"]).steps
+def test_a_model_that_was_loaded(run, tokenizer):
+    (result,) = run([ATTACHED, STEPS], alone=False)
+    report, steps = result["printed"]
+    found = segment_trace(tokenizer, result["ids"]).steps
     thinking, summary = ([step for step in found if step.label == label] for label in ("thinking", "summary"))
     assert len(thinking) > 2
     assert report.startswith(f"Row 0: {len(thinking)} thinking steps, {len(summary)} summary steps\n")
@@ -122,5 +122,73 @@ def test_a_model_of_ones_own(run, tokenizer):
     assert injections == [str(len(thinking) - 1 + bool(summary))] * 2
     assert re.findall(r"^ +[01] .* [\d.]+% +([\d.]+) > ([\d.]+)", report, re.MULTILINE)
     assert steps == "".join(f"{step.label} {step.index} {step.text}\n" for step in found)
-    assert told["tau_max"] is None
-    assert told["logits"] == logits(tokenizer, dtype="auto")[1]
+    assert result["tau_max"] is None
+    assert result["logits"] == logits(tokenizer, dtype="auto")[1]
+
+
+def test_a_preset_repository(run, tokenizer):
+    with_stepflow, without = logits(tokenizer)
+    assert with_stepflow != without
+    loaded, piped = run([LOADED], [PIPELINE], alone=True)
+    for result in (loaded, piped):
+        assert result["tau_max"] == SETTINGS["tau_max"]
+        assert result["logits"] == with_stepflow
+    assert loaded["printed"] == [""]
+    (answer,) = piped["printed"]
+    assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 2
+
+
+def test_the_costs_are_those_of_the_benchmark():
+    rows = []
+    for one in read("decode_overhead.json")["results"]:
+        batch = "1" if one["batch"] == 1 else f"{one['batch']}, ragged"
+        ratios = [
+            f"{one[f'{arm}_to_base']:.2f} [{', '.join(f'{end + 1e-9:.2f}' for end in one[f'{arm}_to_base_95'])}]"
+            for arm in ("off", "on")
+        ]
+        rows.append(f"| {one['context']} | {batch} | {one['median_ms']['base']:.0f} | {' | '.join(ratios)} |")
+    assert "\n".join(rows) in README
+
+
+def test_the_results_are_those_of_the_outputs():
+    (table,) = re.findall(r"^\| model \| problems .*?(?=\n\n)", README, re.DOTALL | re.MULTILINE)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) > 10
+    for model, problems, settings, *shown in rows:
+        n, base, (delta, low, high), p_value = output(model, problems.strip("`"), settings)
+        verdict = ("helps" if delta > 0 else "harms") if p_value < 0.05 else "not measurable"
+        difference = f"{100 * delta:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        assert shown == [f"{n:,}", f"{100 * base:.1f}", difference, verdict]
+
+
+def output(model: str, problems: str, settings: str) -> tuple[int, float, list[float], float]:
+    """n, base, difference and p-value of a row, from the outputs; adjusted by Holm over the table that it is from."""
+    if problems in ("held-out chains", "GSM8K"):
+        if problems == "GSM8K":
+            found = read("smollm2_gsm8k.json")
+            comparison = found["comparisons"][0]["paired"] | {"base": found["arms"][0]["accuracy"]}
+        else:
+            comparison = read("reasoner_calibration/result.json")["measured"]
+        delta = [comparison["delta"][name] for name in ("value", "low", "high")]
+        return comparison["problems"], comparison["base"]["value"], delta, comparison["p_value"]
+    if settings == "calibrated":
+        rows = [(one["level"], one, one) for one in read("reasoner_calibration/difficulties.json")["levels"]]
+    elif "seed" in model:
+        row = read(f"reasoner_evidence/{model.partition(', ')[2].replace(' ', '-')}/traces-{problems}.json")
+        rows = [(problems, row, row["arms"]["paper"])]
+    else:
+        files = sorted((BENCHMARKS / "reasoner_evidence").glob("traces-*.json"))
+        levels = [json.loads(file.read_text()) for file in files]
+        rows = [
+            (one["level"] if name == "paper" else name, one, arm)
+            for one in levels
+            for name, arm in one["arms"].items()
+        ]
+    p_values = adjust([arm["p_value"] for _, _, arm in rows])
+    (place,) = [place for place, (name, _, _) in enumerate(rows) if name == problems]
+    _, row, arm = rows[place]
+    return row["n"], row["base"][0], arm["delta"], p_values[place]
+
+
+def read(name: str) -> dict:
+    return json.loads((BENCHMARKS / name).read_text())
