@@ -1,6 +1,6 @@
-"""StepFlow on a loaded model: attach it, generate, read what it did, change it for one call, take it off.
+"""Attach StepFlow to a loaded model, generate, read the report, change settings for one call, and detach it.
 
-Runs offline with the tiny reasoning model of the package; put the name of a model of yours in place of FOLDER.
+Runs offline on the tiny reasoning model of the package. Replace FOLDER with the name of your model.
 """
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,21 +20,21 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=200)
 
-    # The trace as StepFlow saw it: question, thinking and summary, cut into steps.
+    # The trace as StepFlow read it: question, thinking and summary, cut into steps.
     for step in segment_trace(tokenizer, output[0], model.stepflow_config).steps:
         print(f"{step.label:<9}{step.index:>3} {step.text.strip()}")
-    # What it did, by layer: how much attention the bridge had before and after, how often momentum was injected.
+    # By layer: the attention on the bridge before and after, and the number of injections.
     print(model.stepflow_report())
 
-    # Settings for one call are merged over the model's own; False leaves StepFlow out.
+    # Settings for one call are merged over the model's settings; False leaves StepFlow out.
     for settings in ({"tau_max": 0.3, "alpha": 0.0}, False):
         output = model.generate(**inputs, max_new_tokens=200, stepflow=settings)
         print(settings, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
     with model.disable_stepflow():
         base_logits = model(**inputs).logits
-    # Detached, it is the very model that it was.
+    # Detaching gives the base model back, bit for bit.
     model.detach_stepflow()
-    print("as before:", bool((model(**inputs).logits == base_logits).all()))
+    print("the base model:", bool((model(**inputs).logits == base_logits).all()))
 
 
 if __name__ == "__main__":

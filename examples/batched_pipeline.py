@@ -1,6 +1,6 @@
-"""A text-generation pipeline with StepFlow, several chats at once: each row of a batch has steps of its own.
+"""Run a text-generation pipeline with StepFlow on several chats at once; each row of a batch has its own steps.
 
-Runs offline with the tiny reasoning model of the package; a preset repository loads the same way, by its name and
+Runs offline on the tiny reasoning model of the package. A preset repository loads by its name with
 `trust_remote_code=True`.
 """
 
@@ -11,7 +11,7 @@ from hf_stepflow import load_problems, load_reasoner
 
 def main() -> None:
     model, tokenizer = load_reasoner(stepflow={"tau_max": 0.15, "alpha": 0.06})
-    tokenizer.padding_side = "left"  # as for every decoder-only model: the prompts end where the answers begin
+    tokenizer.padding_side = "left"  # as for every decoder-only model, so that answers directly follow prompts
     problems = load_problems("reasoner:chains-2", 4)
     chats = [[{"role": "user", "content": problem.question}] for problem in problems]
 
@@ -21,7 +21,7 @@ def main() -> None:
         thinking, _, summary = answer["generated_text"][-1]["content"].rpartition(" The answer is ")
         print(f"right: {problem.answer:>3}, given: {summary:<5}thinking:{thinking}")
 
-    # Padding belongs to no row: the report tells of each one by itself.
+    # The report has one entry a row; padding belongs to none.
     for row in model.stepflow_report().rows:
         injections = max(layer.injections for layer in row.layers)
         thinking_steps = sum(step.label == "thinking" for step in row.steps)

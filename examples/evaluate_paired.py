@@ -1,7 +1,7 @@
-"""Does a setting help? Two arms on the same problems, held against each other with an interval. Extra: eval.
+"""Compare a setting with the base model on the same problems, with an interval for the difference. Extra: eval.
 
-Runs offline with the tiny reasoning model of the package and its problems; `evaluate` takes any model, and dicts with
-`id`, `question` and `answer` as problems.
+Runs offline on the tiny reasoning model of the package and its problems. `evaluate` takes any model, and problems as
+dicts with `id`, `question` and `answer`.
 """
 
 from hf_stepflow import evaluate, load_problems, load_reasoner
@@ -14,7 +14,7 @@ def main() -> None:
     result = evaluate(model, problems, arms, tokenizer=tokenizer, batch_size=40, max_new_tokens=150, progress=False)
     print(result)
 
-    # The results one by one: who answered what, how long it took, what StepFlow did.
+    # Single results: answer, time, tokens, and what StepFlow did.
     by_problem = {(one["problem"], one["arm"]): one for one in result.results}
     for problem in problems:
         base, other = (by_problem[problem.id, arm] for arm in arms)

@@ -1,7 +1,7 @@
-"""Settings as a repository of under 200 kB: saved without weights, loaded by transformers alone.
+"""Save settings as a repository of under 200 kB, without weights, and load it with transformers alone.
 
-Runs offline with the tiny reasoning model of the package; put the name of a model of yours in place of FOLDER, and
-`model.push_to_hub("your-name/my-preset", preset_only=True)` in place of the folder.
+Runs offline on the tiny reasoning model of the package. Replace FOLDER with the name of your model, and saving with
+`model.push_to_hub("your-name/my-preset", preset_only=True)`.
 """
 
 from pathlib import Path
@@ -15,10 +15,10 @@ from hf_stepflow.reasoner import FOLDER
 
 
 def main() -> None:
-    # The presets that come with the package: data, each with where it comes from.
+    # The presets that come with the package are data, each with its provenance.
     print(len(list_presets()), "presets, for instance", load_preset("qwen3-8b"))
 
-    # Settings of one's own: the bridge with a floor for each step, and no momentum.
+    # Your own settings: the bridge with the current step as its segment, without momentum.
     config = StepFlowConfig(tau_max=0.2, alpha=0.0, bridge_scope="step")
     model = StepFlowModelForCausalLM.from_pretrained(FOLDER, stepflow=config)
     with TemporaryDirectory() as folder:
@@ -26,7 +26,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         print(f"{size // 1000} kB: settings, the name of the base model, and code")
 
-        # From here on hf_stepflow need not be installed: the folder brings its code, which trust_remote_code allows.
+        # This needs no hf_stepflow: the folder brings its code, and trust_remote_code=True allows it to run.
         loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     print("loaded:", loaded.stepflow_config.bridge_scope, loaded.stepflow_config.tau_max)

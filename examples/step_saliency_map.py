@@ -1,6 +1,6 @@
-"""Which steps of a trace draw on which: Step-Saliency, its indices, and an interactive page. Extra: saliency.
+"""Map which steps of a trace draw on which (Step-Saliency), with indices and an interactive page. Extra: saliency.
 
-Runs offline with the tiny reasoning model of the package; put a model and a trace of yours in their place.
+Runs offline on the tiny reasoning model of the package. Replace the model and the trace with yours.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ def main() -> None:
     prompt = encode_prompt(tokenizer, problem.question)
     trace = prompt + tokenizer.encode(problem.trace, add_special_tokens=False)
 
-    with model.disable_stepflow():  # the base model; without this line, the model with StepFlow
+    with model.disable_stepflow():  # the base model; leave this line out to look at the model with StepFlow
         maps = step_saliency(model, trace, tokenizer=tokenizer, prompt_length=len(prompt))
-    # maps.maps is [layers, steps, steps]: what step i draws from step j, in every layer.
+    # maps.maps is [layers, steps, steps]: what step i draws from step j in each layer.
     print(f"{len(maps.steps)} steps, {len(maps.layers)} layers, maps of shape {list(maps.maps.shape)}")
     print("layer  on the question  on the step before  decay of the summary")
     for row, layer in enumerate(maps.layers):

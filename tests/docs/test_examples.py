@@ -1,4 +1,4 @@
-"""The scripts of examples/, each run as it stands."""
+"""The scripts of examples/ run, and print what they promise."""
 
 import ast
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# A line that each of them prints.
+# A line that each prints.
 LINES = {
-    "attach_and_generate": r"as before: True",
+    "attach_and_generate": r"the base model: True",
     "batched_pipeline": r"right:  70, given: 70\. +thinking: Zoe has 3 more than Hal\..*",
     "evaluate_paired": r"stepflow: [+-]\d.* points, n = 40, .*",
     "preset_repository": r"the same model: True",
@@ -21,7 +21,7 @@ LINES = {
 }
 
 
-def test_each_is_short_and_told_of_here() -> None:
+def test_each_is_short_and_listed_here() -> None:
     scripts = sorted((ROOT / "examples").iterdir())
     assert [script.stem for script in scripts if script.suffix == ".py"] == sorted(LINES)
     for script in scripts:
@@ -42,4 +42,4 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert any(re.fullmatch(LINES[name], line) for line in done.stdout.splitlines()), done.stdout
-    assert not list((tmp_path / "here").iterdir())  # whoever tries it finds nothing left over
+    assert not list((tmp_path / "here").iterdir())  # it leaves nothing behind
