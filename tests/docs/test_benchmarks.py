@@ -1,4 +1,4 @@
-"""The scripts behind the published figures: what they keep, and that they do not go on where a part has failed."""
+"""The scripts behind the published figures keep the machine of each row, and stop where a part fails."""
 
 import json
 import sys

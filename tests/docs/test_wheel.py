@@ -1,4 +1,4 @@
-"""The wheel: every file of the package and every preset are in it, and it works where nothing else of this is."""
+"""The wheel holds every file of the package and every preset, and works without the checkout."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from hf_stepflow import list_presets
 
 ROOT = Path(__file__).resolve().parents[2]
-# What needs files beside its code: presets, a schema, the text of cards, pages of reports, weights.
+# Uses everything that reads files beside its code: presets, a schema, the text of cards, pages of reports, weights.
 SCRIPT = """
 import json, sys
 import hf_stepflow
@@ -25,8 +25,8 @@ status = main(["presets", "validate", sys.argv[1]])
 card = str(preset_card(load_preset(names[0]))) + str(custom_generate_card())
 model, tokenizer = load_reasoner()
 parameters = sum(parameter.numel() for parameter in model.parameters())
-told = {"file": hf_stepflow.__file__, "names": names, "status": status, "card": len(card), "parameters": parameters}
-print("TOLD" + json.dumps(told))
+result = {"file": hf_stepflow.__file__, "names": names, "status": status, "card": len(card), "parameters": parameters}
+print("RESULT" + json.dumps(result))
 """
 
 
@@ -45,23 +45,23 @@ def files_of(folder: str) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in found}
 
 
-def test_what_is_in_it(wheel):
+def test_it_is_complete(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == files_of("hf_stepflow") | {f"hf_stepflow/{name}" for name in files_of("calibrations")}
     assert {Path(name).suffix for name in names} >= {".css", ".html", ".js", ".json", ".md", ".py", ".safetensors"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 
-def test_it_works_on_its_own(wheel, tmp_path):
+def test_it_works_without_the_checkout(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     preset = ROOT / "calibrations" / "qwen3-8b.json"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(preset)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.rsplit("TOLD", 1)[1])
-    assert Path(told["file"]).is_relative_to(tmp_path)
-    assert told["names"] == [preset.name for preset in list_presets()]
-    assert told["status"] == 0
-    assert told["card"] > 8000
-    assert told["parameters"] > 1_000_000
+    result = json.loads(done.stdout.rsplit("RESULT", 1)[1])
+    assert Path(result["file"]).is_relative_to(tmp_path)
+    assert result["names"] == [preset.name for preset in list_presets()]
+    assert result["status"] == 0
+    assert result["card"] > 8000
+    assert result["parameters"] > 1_000_000
