@@ -49,6 +49,7 @@ _HOMES = {
     "load_problems": "problems",
     "load_reasoner": "reasoner",
     "odds_equal_bridge": "runtime.bridge",
+    "preset_for": "calibration.presets",
     "score_traces": "evaluation.scoring",
     "segment_trace": "runtime.trace",
     "step_momentum": "runtime.momentum",

@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     stepflow = find_stepflow(args.stepflow) if is_on else None
     prompt = _read_prompt(args)
     from hf_stepflow.evaluation.sampler import Sampler
-    from hf_stepflow.runtime.loading import settings_on
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+    from hf_stepflow.runtime.repository import settings_on
     from hf_stepflow.runtime.step_detector import StepVocabulary
     from hf_stepflow.runtime.tokenization_stepflow import end_of_turn_ids
 

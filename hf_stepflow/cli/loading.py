@@ -33,7 +33,7 @@ def find_stepflow(text: str | None) -> Any:
         StepFlowError: nothing of this name, or settings that StepFlow does not take.
     """
     from hf_stepflow.runtime.configuration_stepflow import read_settings
-    from hf_stepflow.runtime.preset_lookup import find_preset
+    from hf_stepflow.runtime.repository import find_preset
 
     if text is None or text == "auto":
         return text

@@ -4,7 +4,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.repository_code import copy_code
+from hf_stepflow.runtime.repository import RepositoryFiles
 
 from .cards import custom_generate_card
 from .folder import CUSTOM_GENERATE
@@ -18,8 +18,7 @@ def write_custom_generate(folder: Path, repo_id: str | None = None) -> None:
         repo_id: of the repository, for its card.
     """
     code = folder / CUSTOM_GENERATE
-    code.mkdir()
-    copy_code(code, "generate")
+    RepositoryFiles(("generate",)).save_pretrained(code)
     # One bound a line: that is how transformers reads it.
     lines = sorted(f"transformers{bound}\n" for bound in transformers_range())
     (code / "requirements.txt").write_text("".join(lines), encoding="utf-8")

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hf_stepflow.calibration.presets import HUB_ID, Preset, load_preset
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
-from hf_stepflow.runtime.preset_files import PresetFiles
+from hf_stepflow.runtime.repository import RepositoryFiles
 
 from .base_facts import BaseFacts, facts_of
 from .cards import preset_card
@@ -102,7 +102,8 @@ def export_preset(
             facts = facts_of(preset.base_model, preset.base_model_revision, token)
             warnings += _left_out(facts, preset)
             block = preset.to_config().to_dict().get("stepflow_preset")
-            PresetFiles(preset.settings, block, facts.config, facts.generation_config).save_pretrained(new)
+            files = RepositoryFiles.of_preset(preset.settings, block, facts.config, facts.generation_config)
+            files.save_pretrained(new)
         if facts.config is not None:
             preset.check_model(facts.config)
         preset_card(preset, repo_id, kind="merged" if merge_weights else "preset").save(new / "README.md")

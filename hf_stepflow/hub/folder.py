@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from hf_stepflow.runtime.errors import StepFlowFileError
-from hf_stepflow.runtime.preset_files import PRESET_CODE
+from hf_stepflow.runtime.repository import PRESET_CODE
 
 DATA = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
 CUSTOM_GENERATE = "custom_generate"

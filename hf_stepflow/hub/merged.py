@@ -1,6 +1,5 @@
 """A repository with the base model's weights: its files, copied byte for byte, and StepFlow's beside them."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +10,7 @@ from transformers import CONFIG_MAPPING
 from hf_stepflow.calibration.preset_file import check_link
 from hf_stepflow.runtime.configuration_stepflow import read_object
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowUnsupportedError
-from hf_stepflow.runtime.preset_files import generation_config_with
-from hf_stepflow.runtime.repository_code import copy_code
-from hf_stepflow.runtime.saving import AUTO_MAP, MODEL_CODE, without_base
+from hf_stepflow.runtime.repository import RepositoryFiles
 
 INDEX = "model.safetensors.index.json"
 # The weights, the tokenizer in all the forms that transformers reads, and the terms of use.
@@ -69,11 +66,7 @@ def write_merged(folder: Path, source: Path, base: str, settings: Any, generatio
                 check_link(file)
                 shutil.copyfile(file, folder / file.name)
     config = _read(source / "config.json", base)
-    config = {name: value for name, value in config.items() if name != "_name_or_path"} | {"auto_map": AUTO_MAP}
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    generation_config_with(generation_config, without_base(settings)).to_json_file(folder / "generation_config.json")
-    copy_code(folder, MODEL_CODE)
+    RepositoryFiles.of_model(config, generation_config, settings).save_pretrained(folder)
 
 
 def check_base(source: Path, base: str) -> None:

@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from hf_stepflow.calibration.preset_file import read_json_object
 from hf_stepflow.calibration.presets import Preset, load_preset
-from hf_stepflow.runtime.base_model import is_saved_with_stepflow
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.repository import is_saved_with_stepflow
 
 from .base_facts import current_commit
 from .export import Export, export_custom_generate, export_preset, is_local, with_base

@@ -1,4 +1,4 @@
-"""The base model of a StepFlow repository: how it is named, and what of a call's arguments is meant for it.
+"""The base model of a StepFlow repository: how it is named, which arguments of a call it gets, and its tokenizer.
 
 A call such as `AutoModelForCausalLM.from_pretrained("org/preset", revision="v2", dtype="bfloat16")` names a revision
 of the preset's repository, but a dtype of the base's weights.
@@ -7,13 +7,11 @@ of the preset's repository, but a dtype of the base's weights.
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from .configuration_stepflow import SETTING_NAMES, read_object
-from .errors import StepFlowConfigError
-
-MODEL_CLASS = "modeling_stepflow.StepFlowModelForCausalLM"
+from .errors import StepFlowConfigError, StepFlowError
 
 # How files are fetched: the same for the preset's repository and for the base's.
 _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -27,15 +25,15 @@ _OF_THE_PRESET = {
 
 
 def read_repository_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object in a file of a folder or Hub repository, empty where there is no such file.
+    """Reads the JSON object in a file of a folder or Hub repository; empty where there is no such file.
 
     Args:
-        path: folder or Hub id.
-        name: of the file.
-        kwargs: of the call that is being answered; those that say where files are and how they are fetched count.
+        path: Folder or Hub id.
+        name: Name of the file.
+        kwargs: Arguments of the call to answer; those that say where files are and how to fetch them count.
 
     Raises:
-        OSError: the repository cannot be reached, or its file is no JSON object, or too long for one.
+        OSError: The repository cannot be reached, or the file holds no JSON object or is too long.
     """
     where = {key: kwargs[key] for key in (*_FETCHING, "revision", "subfolder") if kwargs.get(key) is not None}
     file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **where)
@@ -57,14 +55,14 @@ def meant_for_base(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_fields(config: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """What a call or its user changed in a preset's config that only the base can honour, as arguments for it.
+    """The changes to a preset's config that only the base can honour, as arguments for it.
 
     Transformers puts arguments into the config wherever it has such a field: attention implementation, dtype, and
     every field that the preset carries over from its base.
 
     Args:
-        config: as the call has it.
-        data: as it is stored.
+        config: The config of the call.
+        data: The config as it is stored.
     """
     before, after = type(config).from_dict(dict(data)).to_dict(), config.to_dict()
     changed = {
@@ -83,7 +81,7 @@ def base_of(config: Any, source: Any) -> tuple[str, str | None]:
     """The base model that a preset names, and its revision.
 
     Raises:
-        StepFlowConfigError: it names none.
+        StepFlowConfigError: The preset names none.
     """
     base = getattr(config, "base_model_name_or_path", None)
     if not base:
@@ -103,12 +101,12 @@ def trust_for(path: Any, trust: Any, kwargs: dict[str, Any]) -> Any:
     """Whether code of a base model's own may run: never where transformers has code for it.
 
     Args:
-        path: folder or Hub id of the base.
+        path: Folder or Hub id of the base.
         trust: `trust_remote_code` of the call.
-        kwargs: of the loading of the base.
+        kwargs: Arguments for loading the base.
 
     Raises:
-        StepFlowConfigError: the base is a preset itself.
+        StepFlowConfigError: The base is a preset itself.
     """
     data = read_repository_file(path, "config.json", kwargs)
     if not data:
@@ -122,8 +120,30 @@ def trust_for(path: Any, trust: Any, kwargs: dict[str, Any]) -> Any:
     return False if data.get("model_type") in CONFIG_MAPPING else trust
 
 
-def is_saved_with_stepflow(config: Any) -> bool:
-    """Whether a config is that of a full model whose repository brings this code."""
-    auto_map = config.get("auto_map") if isinstance(config, dict) else getattr(config, "auto_map", None)
-    named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
-    return isinstance(named, str) and named.split("--")[-1] == MODEL_CLASS
+def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Loads the tokenizer of a model.
+
+    Args:
+        path: Folder or Hub id of the model; an adapter without a tokenizer has that of its model.
+        revision: Revision of the model.
+        *args: Passed on to `AutoTokenizer.from_pretrained`.
+        **kwargs: Passed on, but code of the model's own runs only where transformers has none for it.
+
+    Raises:
+        StepFlowConfigError: The tokenizer cannot be loaded.
+    """
+    where = fetching(kwargs) | {"revision": revision}
+    try:
+        if not read_repository_file(path, "tokenizer_config.json", where):
+            adapted = adapter_base(path, where)
+            if adapted is not None:
+                return load_base_tokenizer(adapted, None, *args, **kwargs)
+        kwargs["trust_remote_code"] = trust_for(path, kwargs.get("trust_remote_code"), where)
+        return AutoTokenizer.from_pretrained(path, *args, revision=revision, **kwargs)
+    except StepFlowError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise StepFlowConfigError(
+            f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
+            hint="where the model is private or gated, pass token=...; to put StepFlow on it, pass tokenizer=...",
+        ) from error

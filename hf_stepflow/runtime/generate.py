@@ -10,20 +10,15 @@ from .modeling_stepflow import StepFlowModelForCausalLM
 if TYPE_CHECKING:
     from .attention import AttentionLink
     from .attention_interface import attention_modules
-    from .base_model import read_repository_file
+    from .base_model import base_of
     from .bridge import DecodeGroups
-    from .call_checks import no_constructor
     from .configuration_stepflow import StepFlowSettings
     from .errors import StepFlowError
     from .flow_state import FlowState
     from .forward import FlowPlan
-    from .loading import Loaded
     from .momentum import mean_of_members
-    from .preset_files import PresetFiles
-    from .preset_lookup import find_preset
     from .report import LayerReport
-    from .repository_code import code_files
-    from .saving import save_files
+    from .repository import RepositoryFiles
     from .step_detector import Field
     from .step_rules import RuleTable
     from .token_text import MarkerTable

@@ -17,14 +17,11 @@ from transformers import PreTrainedModel
 
 from .attention import AttentionLink
 from .attention_interface import attention_modules, base_implementation, query_heads, register_on
-from .call_checks import check_model, check_prompt, no_constructor, no_continuous_batching, no_other_attention
 from .configuration_stepflow import StepFlowConfig, read_settings
-from .errors import StepFlowInputError
+from .errors import StepFlowInputError, StepFlowUnsupportedError
 from .forward import FlowRules, FlowRuntime
-from .loading import load, settings_on
-from .preset_lookup import find_preset
 from .report import FlowReport
-from .saving import push_files, save_files
+from .repository import find_preset, load, push_preset_of, save_model, settings_on
 from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_thinking
 
 # Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from .bridge import DecodeGroups
     from .flow_state import FlowState
     from .momentum import mean_of_members
-    from .preset_files import PresetFiles
-    from .repository_code import code_files
     from .step_detector import Field
     from .step_rules import RuleTable
     from .token_text import MarkerTable
@@ -96,11 +91,11 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         return model if loaded.info is None else (model, loaded.info)
 
     def __init__(self, config: Any = None, *args: Any, **kwargs: Any):
-        raise no_constructor(config)
+        raise _no_constructor(config)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        raise no_constructor(config)
+        raise _no_constructor(config)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
@@ -132,7 +127,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             raise StepFlowInputError(
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
             )
-        check_model(model)
+        _check_model(model)
         generation = model.generation_config
         stored = getattr(generation, "stepflow", None)
         settings, block = settings_on(model, config)
@@ -184,7 +179,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
         """Refused with an error: StepFlow lies on the implementation that it was attached to."""
-        raise no_other_attention(args, self.stepflow_runtime.base_implementation)
+        raise _no_other_attention(args, self.stepflow_runtime.base_implementation)
 
     @contextmanager
     def disable_stepflow(self) -> Iterator[None]:
@@ -254,7 +249,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             with self.disable_stepflow():
                 return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        check_prompt(ids, kwargs)
+        _check_prompt(ids, kwargs)
         length = None if ids is None else ids.shape[1]
         with self.stepflow_runtime.override(rules, length):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
@@ -290,8 +285,8 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         """Saves the whole model with StepFlow, or the preset alone.
 
         The whole model is a folder that loads without anything else: `AutoModelForCausalLM.from_pretrained` gives the
-        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone is under 200 kB: it
-        names its base model, and is loaded with `trust_remote_code=True`.
+        base model as it is now, and with `trust_remote_code=True` StepFlow on it. The preset alone has no
+        weights: it names its base model, and is loaded with `trust_remote_code=True`.
 
         Args:
             save_directory: the folder.
@@ -306,7 +301,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             StepFlowFileError: `preset_only`, and the folder holds weights.
         """
         upload = {name: kwargs.pop(name) for name in _UPLOAD if name in kwargs} if push_to_hub else {}
-        save_files(self, save_directory, super().save_pretrained, preset_only, is_main_process, args, kwargs)
+        save_model(self, save_directory, super().save_pretrained, preset_only, is_main_process, args, kwargs)
         if push_to_hub and is_main_process:
             upload = {"token": kwargs["token"]} | upload if "token" in kwargs else upload
             repository = upload.pop("repo_id", None) or Path(save_directory).name
@@ -324,20 +319,20 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             StepFlowInputError: as `save_pretrained`; or the base model is a folder of this machine.
         """
         if preset_only:
-            return push_files(self, repo_id, **kwargs)
+            return push_preset_of(self, repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Continuous batching packs many requests into one row, which StepFlow cannot follow."""
         if self.stepflow_runtime.effective is None:
             return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
-        raise no_continuous_batching()
+        raise _no_continuous_batching()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate_batch`."""
         if self.stepflow_runtime.effective is None:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        raise no_continuous_batching()
+        raise _no_continuous_batching()
 
     def __reduce__(self) -> tuple[Any, ...]:
         own, base = type(self).__bases__
@@ -383,3 +378,68 @@ def _change_class(model: Any, kind: Any) -> None:
         if getattr(kept, "__func__", None) is type(model).forward:
             model.__dict__[name] = types.MethodType(kind.forward, model)
     model.__class__ = kind
+
+
+def _no_constructor(config: Any) -> StepFlowUnsupportedError:
+    """The error for building a model from a preset's config."""
+    base = getattr(config, "base_model_name_or_path", None)
+    return StepFlowUnsupportedError(
+        "a StepFlow model is not made from a config: a preset holds settings for a base model"
+        + (f" ({base})" if base else "")
+        + ", no weights",
+        hint="use AutoModelForCausalLM.from_pretrained on the preset's repository, or StepFlowModelForCausalLM.attach "
+        "on a model",
+    )
+
+
+def _no_continuous_batching() -> StepFlowUnsupportedError:
+    """The error for continuous batching."""
+    return StepFlowUnsupportedError(
+        "StepFlow cannot follow continuous batching: it packs the tokens of many requests into one row",
+        hint="use generate(), or call inside `with model.disable_stepflow():`",
+    )
+
+
+def _no_other_attention(asked: Any, base: str) -> StepFlowUnsupportedError:
+    """The error for another attention implementation under StepFlow."""
+    return StepFlowUnsupportedError(
+        f"the attention implementation cannot become {asked} while StepFlow is attached on {base!r}",
+        hint="call detach_stepflow(), set it, and attach again",
+    )
+
+
+def _check_model(model: Any) -> None:
+    """Refuses anything but a Transformers model, before anything is changed."""
+    if not isinstance(model, PreTrainedModel):
+        raise StepFlowUnsupportedError(
+            f"StepFlow is put on a Transformers model, got {type(model).__name__}",
+            hint="attach to the model inside (of PEFT, model.get_base_model()), or before it is wrapped or compiled",
+        )
+
+
+def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses a prompt in which steps cannot be found.
+
+    Args:
+        ids: Its token ids, None where there are none.
+        kwargs: Keyword arguments of `generate`.
+    """
+    if kwargs.get("cache_implementation") == "paged":
+        raise _no_continuous_batching()
+    if ids is None:
+        if kwargs.get("inputs_embeds") is not None:
+            raise StepFlowInputError(
+                "StepFlow reads steps from token ids, but generate was given inputs_embeds",
+                hint="pass input_ids, or stepflow=False",
+            )
+        return
+    if ids.numel() == 0:
+        raise StepFlowInputError(
+            f"the prompt is empty (input_ids of shape {list(ids.shape)})", hint="pass at least one token a row"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool(mask.any(-1).all()):
+        rows = (~mask.bool().any(-1)).nonzero().flatten().tolist()
+        raise StepFlowInputError(
+            f"rows {rows} of the prompt are padding only", hint="drop them, or put at least one token into each"
+        )

@@ -12,7 +12,7 @@ condition, how a table is read, and whether a condition may hold: integers skip 
 compute everything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +150,10 @@ class _Detector:
         )  # fmt: skip
         kept: list[Any] = [table.tolist() if device is None else table.to(device) for table in tables]
         self.transition, self.split_variant, self.split, self.marker_next, self.marker_found, self.marker_depth = kept
+        self.where: Callable[..., Column]
+        self.lookup: Callable[..., Column]
+        self.possible: Callable[[Condition], bool]
+        self.number: Callable[[Condition], Column]
         if device is None:
             self.known: dict[int, list[int]] = {}  # a text uses a small part of a vocabulary
             self.features = vocabulary.features

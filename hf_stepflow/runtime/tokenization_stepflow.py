@@ -1,21 +1,20 @@
-"""The tokenizer of a preset repository: that of its base model, since the repository holds no tokenizer files."""
+"""The tokenizer of a preset repository, which holds no tokenizer files: the one of its base model."""
 
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from .base_model import adapter_base, base_of, fetching, meant_for_base, read_repository_file, trust_for
+from .base_model import base_of, load_base_tokenizer, meant_for_base, read_repository_file
 from .configuration_stepflow import StepFlowConfig, StepFlowSettings
-from .errors import StepFlowConfigError, StepFlowError
+from .errors import StepFlowConfigError
 
 logger = logging.get_logger(__name__)
 
 
 class StepFlowTokenizer:
-    """What the tokenizer_config.json of a preset repository names, for `AutoTokenizer.from_pretrained`.
+    """Redirects `AutoTokenizer.from_pretrained` from a preset repository to the tokenizer of the base model.
 
-    There are no instances: what is loaded is an ordinary tokenizer, and saves itself as one.
+    The class has no instances: it loads an ordinary tokenizer, which saves itself as one.
     """
 
     @classmethod
@@ -23,12 +22,12 @@ class StepFlowTokenizer:
         """Loads the tokenizer of the preset's base model.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id of the preset.
-            *args: passed on.
-            **kwargs: passed on, except those that say where in the preset's repository something is.
+            pretrained_model_name_or_path: Folder or Hub id of the preset.
+            *args: Passed on.
+            **kwargs: Passed on, except those that locate files in the preset's repository.
 
         Raises:
-            StepFlowConfigError: the preset names no base model, or its tokenizer cannot be loaded.
+            StepFlowConfigError: The preset names no base model, or its tokenizer cannot be loaded.
         """
         data = read_repository_file(pretrained_model_name_or_path, "config.json", kwargs)
         base, revision = base_of(StepFlowConfig.from_dict(data), pretrained_model_name_or_path)
@@ -36,43 +35,14 @@ class StepFlowTokenizer:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
-        """Does nothing: the base's tokenizer is saved as what it is."""
-
-
-def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: Any) -> Any:
-    """The tokenizer of a model.
-
-    Args:
-        path: folder or Hub id of the model; of an adapter that brings no tokenizer, it is that of its model.
-        revision: of the model.
-        *args: passed on to `AutoTokenizer.from_pretrained`.
-        **kwargs: passed on, but code of the model's own runs only where transformers has none for it.
-
-    Raises:
-        StepFlowConfigError: it cannot be loaded.
-    """
-    where = fetching(kwargs) | {"revision": revision}
-    try:
-        if not read_repository_file(path, "tokenizer_config.json", where):
-            adapted = adapter_base(path, where)
-            if adapted is not None:
-                return load_base_tokenizer(adapted, None, *args, **kwargs)
-        kwargs["trust_remote_code"] = trust_for(path, kwargs.get("trust_remote_code"), where)
-        return AutoTokenizer.from_pretrained(path, *args, revision=revision, **kwargs)
-    except StepFlowError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise StepFlowConfigError(
-            f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
-            hint="where the model is private or gated, pass token=...; to put StepFlow on it, pass tokenizer=...",
-        ) from error
+        """Does nothing: the base's tokenizer saves itself."""
 
 
 def tokenizer_of(model: Any, settings: StepFlowSettings) -> Any:
-    """The tokenizer of the base that the settings name, or of the model's own path.
+    """Loads the tokenizer of the base that the settings name, or of the model's own path.
 
     Raises:
-        StepFlowConfigError: neither is named, or it cannot be loaded.
+        StepFlowConfigError: Neither is named, or the tokenizer cannot be loaded.
     """
     path = settings.base_model_name_or_path or getattr(model.config, "_name_or_path", "")
     if not path:
@@ -93,7 +63,7 @@ def end_of_turn_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def warn_if_never_thinking(tokenizer: Any, settings: StepFlowSettings) -> None:
-    """Tells where the defaults are for a model that may not mark its thinking."""
+    """Warns where the default marker is used with a tokenizer that does not have it."""
     if settings.thinking_start != "<think>" or settings.implicit_thinking:
         return
     if settings.thinking_start not in tokenizer.get_vocab():

@@ -25,7 +25,7 @@ from hf_stepflow.runtime.configuration_stepflow import (
     read_settings,
 )
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
-from hf_stepflow.runtime.preset_lookup import find_preset
+from hf_stepflow.runtime.repository import find_preset
 from hf_stepflow.runtime.token_text import build_marker_table
 from tests.runtime.test_bad_input import snapshot
 from tests.runtime.test_preset_files import JSON_VALUES

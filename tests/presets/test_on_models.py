@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, list_presets, load_preset
 from hf_stepflow.calibration import preset_checks, presets
-from hf_stepflow.runtime import preset_lookup
+from hf_stepflow.runtime import repository
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
 from tests.runtime.test_bad_input import snapshot
@@ -138,7 +138,7 @@ def test_plain_settings_need_no_package(tmp_path, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name="hf_stepflow")
 
-    monkeypatch.setattr(preset_lookup.importlib, "import_module", missing)
+    monkeypatch.setattr(repository.importlib, "import_module", missing)
     plain = written(tmp_path, {"tau_max": 0.3}, "plain.json")
     StepFlowConfig(tau_max=0.3).save_pretrained(tmp_path / "folder")
     for source in (str(plain), plain, str(tmp_path / "folder"), {"tau_max": 0.3}, StepFlowConfig(tau_max=0.3)):
@@ -152,6 +152,6 @@ def test_a_broken_installation_is_not_hidden(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
 
-    monkeypatch.setattr(preset_lookup.importlib, "import_module", missing)
+    monkeypatch.setattr(repository.importlib, "import_module", missing)
     with pytest.raises(ModuleNotFoundError, match="yaml"):
-        preset_lookup.find_preset("qwen3-8b")
+        repository.find_preset("qwen3-8b")
