@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from hf_stepflow.calibration.preset_file import calibrations_folder
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, proportion
 from hf_stepflow.evaluation.store import machine
 from hf_stepflow.hub.markdown import table
+from hf_stepflow.presets.strict_json import calibrations_folder
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
 from hf_stepflow.reasoner.prompts import encode_problem

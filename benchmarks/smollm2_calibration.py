@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from benchmarks.reasoner_calibration import run_and_keep
 from benchmarks.smollm2_problems import template_with_examples, write_problems
 from benchmarks.smollm2_saliency import unpacked
-from hf_stepflow.calibration.preset_file import calibrations_folder
+from hf_stepflow.presets.strict_json import calibrations_folder
 
 FOLDER = Path(__file__).with_suffix("")
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,11 +8,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration.presets import Preset, list_presets, load_preset
     from .evaluation.arms import Arm, combine_arms
     from .evaluation.result import EvaluationResult
     from .evaluation.run import evaluate
     from .evaluation.scoring import score_traces
+    from .presets.preset import Preset, list_presets, load_preset
     from .problems import load_problems
     from .reasoner import load_reasoner
     from .runtime.bridge import odds_equal_bridge
@@ -31,7 +31,7 @@ _HOMES = {
     "Arm": "evaluation.arms",
     "EvaluationResult": "evaluation.result",
     "FlowReport": "runtime.report",
-    "Preset": "calibration.presets",
+    "Preset": "presets.preset",
     "StepBoundaryLogitsProcessor": "runtime.logits_process",
     "StepBudgetLogitsProcessor": "runtime.logits_process",
     "StepFlowConfig": "runtime.configuration_stepflow",
@@ -44,12 +44,12 @@ _HOMES = {
     "TraceStep": "runtime.trace",
     "combine_arms": "evaluation.arms",
     "evaluate": "evaluation.run",
-    "list_presets": "calibration.presets",
-    "load_preset": "calibration.presets",
+    "list_presets": "presets.preset",
+    "load_preset": "presets.preset",
     "load_problems": "problems",
     "load_reasoner": "reasoner",
     "odds_equal_bridge": "runtime.bridge",
-    "preset_for": "calibration.presets",
+    "preset_for": "presets.preset",
     "score_traces": "evaluation.scoring",
     "segment_trace": "runtime.trace",
     "step_momentum": "runtime.momentum",

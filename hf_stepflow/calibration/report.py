@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from hf_stepflow.evaluation.result import percent
+from hf_stepflow.presets.preset import Preset
 from hf_stepflow.report import forest
 from hf_stepflow.report.page import STYLE
 from hf_stepflow.runtime.errors import StepFlowFileError
@@ -16,7 +17,6 @@ from .bands import LEVEL, Bands
 from .candidates import EMPTY
 from .gate import Gate
 from .heads import Heads
-from .presets import Preset
 from .result import Calibration, sentence_of
 from .search import Trial
 from .verdict import GAIN

@@ -9,16 +9,16 @@ from typing import Any
 import hf_stepflow
 from hf_stepflow.evaluation.result import percent
 from hf_stepflow.evaluation.statistics import CONFIDENCE, Estimate
+from hf_stepflow.presets.architecture import Architecture
+from hf_stepflow.presets.checks import preset_problems
+from hf_stepflow.presets.preset import Preset
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
 
-from .architecture import Architecture
 from .bands import Bands
 from .candidates import EMPTY, OFF, Settings
 from .gate import Gate
 from .heads import MOST, Heads
-from .preset_checks import preset_problems
-from .presets import Preset
 from .search import Halving, Trial
 from .verdict import GAIN, NO_GAIN, Measured
 

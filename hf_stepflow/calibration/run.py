@@ -11,12 +11,12 @@ from hf_stepflow.evaluation.run import batch_seed
 from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.store import digest
+from hf_stepflow.presets.preset import rule_preset
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
-from .presets import rule_preset
 from .splits import Batch
 from .traces import Row
 from .work_folder import Workers, WorkFolder

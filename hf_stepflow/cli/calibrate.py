@@ -127,7 +127,7 @@ def _base_model(args: argparse.Namespace) -> str:
 
 def _check_identity(out: Path | None, name: str, base_model: str, revision: str | None) -> None:
     """Refuses names that no preset may have before hours are spent on finding one."""
-    from hf_stepflow.calibration.preset_checks import identity_problems
+    from hf_stepflow.presets.checks import identity_problems
 
     if out is not None and out.suffix != ".json":
         raise StepFlowInputError(f"the file of a preset is NAME.json, got {str(out)!r}", hint=_WAYS_OUT["name"])
@@ -157,7 +157,7 @@ def _device(device: str) -> str:
 
 
 def _architecture(model: Any) -> Any:
-    from hf_stepflow.calibration.architecture import architecture_of
+    from hf_stepflow.presets.architecture import architecture_of
 
     found = architecture_of(model)
     if found.num_attention_heads is None or found.num_key_value_heads is None:

@@ -79,8 +79,8 @@ def _without_weights(config: Any) -> Any:
 
 def _of_model(model: Any, path: str) -> tuple[Any, dict[str, Any]]:
     """The settings of its preset, or of the rule, and what is found out without a tokenizer."""
-    from hf_stepflow.calibration.architecture import architecture_of
-    from hf_stepflow.calibration.presets import list_presets, rule_preset
+    from hf_stepflow.presets.architecture import architecture_of
+    from hf_stepflow.presets.preset import list_presets, rule_preset
     from hf_stepflow.runtime.attention_interface import attention_modules
     from hf_stepflow.runtime.configuration_stepflow import resolve_layers
 
@@ -126,7 +126,7 @@ def _markers(path: str, revision: str | None, settings: Any) -> dict[str, Any]:
     """The markers of the settings, and others that presets know, where tokenizer or chat template have them."""
     from transformers import AutoTokenizer
 
-    from hf_stepflow.calibration.presets import list_presets
+    from hf_stepflow.presets.preset import list_presets
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

@@ -64,7 +64,7 @@ def _action(actions: Any, name: str, summary: str, example: str) -> argparse.Arg
 
 
 def _list(args: argparse.Namespace) -> int:
-    from hf_stepflow.calibration.presets import list_presets
+    from hf_stepflow.presets.preset import list_presets
 
     presets = [preset for preset in list_presets() if args.kind in (None, preset.kind)]
     if args.json:
@@ -85,7 +85,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from hf_stepflow.calibration.presets import load_preset
+    from hf_stepflow.presets.preset import load_preset
 
     preset = load_preset(args.name, revision=args.revision)
     print(json.dumps(_as_json(preset), indent=2, ensure_ascii=False) if args.json else _described(preset))
@@ -93,8 +93,8 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from hf_stepflow.calibration.presets import list_presets, load_preset
     from hf_stepflow.hub.cards import preset_card
+    from hf_stepflow.presets.preset import list_presets, load_preset
 
     if args.all is not None:
         if args.repo_id or args.out or args.revision:
@@ -125,7 +125,7 @@ def _card_as_json(card: Any, file: Path | None) -> dict[str, Any]:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from hf_stepflow.calibration.presets import find_problems
+    from hf_stepflow.presets.preset import find_problems
 
     found = {str(file): find_problems(file) for file in args.files}
     if args.json:

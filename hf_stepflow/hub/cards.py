@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hf_stepflow.calibration.presets import Preset
+from hf_stepflow.presets.preset import Preset
 from hf_stepflow.runtime.configuration_stepflow import resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError
 

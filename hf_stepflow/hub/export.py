@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_stepflow.calibration.presets import HUB_ID, Preset, load_preset
+from hf_stepflow.presets.preset import HUB_ID, Preset, load_preset
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
 from hf_stepflow.runtime.repository import RepositoryFiles
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from hf_stepflow.calibration.preset_file import check_link
+from hf_stepflow.presets.strict_json import check_link
 from hf_stepflow.runtime.configuration_stepflow import read_object
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowUnsupportedError
 from hf_stepflow.runtime.repository import RepositoryFiles

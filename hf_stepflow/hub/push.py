@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from hf_stepflow.calibration.preset_file import read_json_object
-from hf_stepflow.calibration.presets import Preset, load_preset
+from hf_stepflow.presets.preset import Preset, load_preset
+from hf_stepflow.presets.strict_json import read_json_object
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import is_saved_with_stepflow
 

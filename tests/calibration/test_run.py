@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from hf_stepflow.calibration import calibrate, stages
-from hf_stepflow.calibration.architecture import architecture_of
 from hf_stepflow.calibration.candidates import EMPTY
-from hf_stepflow.calibration.presets import load_preset, validate_preset
 from hf_stepflow.calibration.report import write_report
 from hf_stepflow.calibration.result import NOTHING_FOUND, write_preset
 from hf_stepflow.calibration.search import halve
 from hf_stepflow.calibration.work_folder import WorkFolder
 from hf_stepflow.cli import main
+from hf_stepflow.presets.architecture import architecture_of
+from hf_stepflow.presets.preset import load_preset, validate_preset
 from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError

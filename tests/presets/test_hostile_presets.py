@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, load_preset, segment_trace
-from hf_stepflow.calibration import presets
 from hf_stepflow.cli import main
+from hf_stepflow.presets import preset as preset_module
 from hf_stepflow.runtime.configuration_stepflow import (
     MAX_COUNT,
     MAX_FILE_BYTES,
@@ -27,8 +27,8 @@ from hf_stepflow.runtime.configuration_stepflow import (
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
 from hf_stepflow.runtime.repository import find_preset
 from hf_stepflow.runtime.token_text import build_marker_table
+from tests.presets.test_preset_files import JSON_VALUES
 from tests.runtime.test_bad_input import snapshot
-from tests.runtime.test_preset_files import JSON_VALUES
 from tests.support.flow import byte_tokenizer, encode
 from tests.support.presets import edited, tiny_preset, written
 from tests.support.tiny_models import tiny_model
@@ -243,7 +243,7 @@ def test_any_settings(data):
 def test_any_config(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("any")
     path = written(folder, {"model_type": "stepflow"} | data, "config.json")
-    assert all(isinstance(problem, StepFlowError) for problem in presets.find_problems(path))
+    assert all(isinstance(problem, StepFlowError) for problem in preset_module.find_problems(path))
     assert str(path) in (refusal(load_preset, folder) or str(path))
     for find in (find_preset, read_settings):
         refusal(find, folder)
@@ -355,7 +355,7 @@ def test_an_auto_map_is_never_followed(tmp_path, capsys, target):
     before = tree(tmp_path)
     preset = load_preset(folder)
     assert "auto_map" not in preset.to_config().to_dict()
-    assert presets.find_problems(folder) == []
+    assert preset_module.find_problems(folder) == []
     for action in ("show", "validate", "card"):
         assert main(["presets", action, str(folder)]) == 0
         assert "evil" not in capsys.readouterr().out

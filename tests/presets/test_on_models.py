@@ -6,7 +6,8 @@ import pytest
 from transformers import PretrainedConfig
 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, list_presets, load_preset
-from hf_stepflow.calibration import preset_checks, presets
+from hf_stepflow.presets import checks
+from hf_stepflow.presets import preset as preset_module
 from hf_stepflow.runtime import repository
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
@@ -67,13 +68,13 @@ def test_a_hybrid(tmp_path):
     preset = load_preset(written(tmp_path, edited(name="tiny", architecture=architecture), "tiny.json"))
     preset.check_model(tiny_model("nemotron_h"))
     preset.check_model(tiny_config("nemotron_h"))
-    assert presets.rule_preset(tiny_model("nemotron_h")).architecture == preset.architecture
+    assert preset_module.rule_preset(tiny_model("nemotron_h")).architecture == preset.architecture
 
 
 def test_auto_with_a_preset(tmp_path, monkeypatch, caplog):
     (tmp_path / "schema.json").write_text("{}")
     tiny_preset(tmp_path, settings__step_rule="cue")
-    monkeypatch.setattr(presets, "calibrations_folder", lambda: tmp_path)
+    monkeypatch.setattr(preset_module, "calibrations_folder", lambda: tmp_path)
     model = tiny_model("llama")
     model.config._name_or_path = "org/tiny"
     with heard(caplog, monkeypatch):
@@ -89,7 +90,7 @@ def test_auto_takes_no_preset_that_harms(tmp_path, monkeypatch, caplog):
     (tmp_path / "schema.json").write_text("{}")
     harm = MEASURED | {"verdict": "harm", "deltas": [MEASURED["deltas"][0] | {"delta": -9, "low": -12, "high": -6}]}
     tiny_preset(tmp_path, provenance=harm, settings__tau_max=0.9)
-    monkeypatch.setattr(presets, "calibrations_folder", lambda: tmp_path)
+    monkeypatch.setattr(preset_module, "calibrations_folder", lambda: tmp_path)
     model = tiny_model("llama")
     model.config._name_or_path = "org/tiny"
     with heard(caplog, monkeypatch):
@@ -111,14 +112,14 @@ def test_auto_without_a_preset(monkeypatch, caplog, family, marker):
     assert model.stepflow_runtime.settings == StepFlowSettings(
         thinking_start=marker, summary_start=marker.replace("analysis", "final").replace("<think>", "</think>")
     )
-    preset = presets.rule_preset(model)
+    preset = preset_module.rule_preset(model)
     assert (preset.kind, preset.name, preset.path) == ("rule", "rule", None)
-    assert not preset_checks.schema_problems(preset.to_dict() | {"name": "my-model"})
+    assert not checks.schema_problems(preset.to_dict() | {"name": "my-model"})
 
 
 def test_a_config_without_layers():
     with pytest.raises(StepFlowConfigError, match="names no number of layers"):
-        presets.rule_preset(PretrainedConfig())
+        preset_module.rule_preset(PretrainedConfig())
 
 
 def test_model_folders_are_no_presets(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 from transformers import DeepseekV3Config, GptOssConfig, Olmo3Config, SmolLM3Config
 
 from hf_stepflow import Preset, StepFlowConfig, list_presets, load_preset
-from hf_stepflow.calibration import presets
-from hf_stepflow.calibration.preset_file import calibrations_folder
 from hf_stepflow.cli import main
+from hf_stepflow.presets import preset as preset_module
+from hf_stepflow.presets.strict_json import calibrations_folder
 from hf_stepflow.runtime.configuration_stepflow import read_settings, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
 from tests.support.presets import MEASURED, RULE, edited, written
@@ -24,8 +24,8 @@ PRESETS = {preset.name: preset for preset in list_presets()}
 @pytest.mark.parametrize("name", PRESETS)
 def test_committed_presets(name):
     preset = PRESETS[name]
-    assert presets.find_problems(preset.path) == []
-    assert presets.validate_preset(preset.path) == preset == load_preset(name)
+    assert preset_module.find_problems(preset.path) == []
+    assert preset_module.validate_preset(preset.path) == preset == load_preset(name)
     assert preset.path == calibrations_folder() / f"{name}.json"
     assert str(preset).startswith(preset.kind)
     assert preset.settings.base_model_name_or_path == preset.base_model
@@ -132,7 +132,7 @@ def test_a_config_without_provenance_is_unstated(tmp_path):
     assert (preset.name, preset.kind, preset.settings.tau_max) == ("mine", "unstated", 0.3)
     assert str(preset).startswith("unstated")
     assert "stepflow_preset" not in preset.to_config().to_dict()
-    assert presets.find_problems(folder) == []
+    assert preset_module.find_problems(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_hub_out_of_reach():
 
 
 def test_missing_data(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_stepflow.calibration.preset_file.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr("hf_stepflow.presets.strict_json.__file__", str(tmp_path / "a" / "b" / "c.py"))
     with pytest.raises(StepFlowFileError, match="are missing"):
         calibrations_folder()
 
@@ -205,7 +205,7 @@ def test_list(capsys, monkeypatch):
     data = json.loads(capsys.readouterr().out)
     assert {each["provenance"]["kind"] for each in data} == {"rule"}
     assert all(next(iter(each)) == "provenance" for each in data)
-    monkeypatch.setattr(presets, "list_presets", lambda: [PRESETS["qwq-32b"]])
+    monkeypatch.setattr(preset_module, "list_presets", lambda: [PRESETS["qwq-32b"]])
     assert main(["presets", "list", "--kind", "measured"]) == 0
     assert "no preset of the kind measured" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from hf_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.calibration.preset_file import calibrations_folder
+from hf_stepflow.presets.strict_json import calibrations_folder
 from tests.support.flow import byte_tokenizer
 
 RULE = json.loads((calibrations_folder() / "qwen3-8b.json").read_text())

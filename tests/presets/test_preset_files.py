@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_stepflow import load_preset
-from hf_stepflow.calibration import preset_checks, presets
-from hf_stepflow.calibration.preset_file import MAX_BYTES, calibrations_folder
+from hf_stepflow.presets import checks
+from hf_stepflow.presets import preset as preset_module
+from hf_stepflow.presets.strict_json import MAX_BYTES, calibrations_folder
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError
 from tests.support.presets import MEASURED, NOTHING_COMPARED, OFF, RULE, edited, written
 
@@ -40,7 +41,7 @@ HOSTILE = {
 def test_hostile_files(tmp_path, case):
     text, words = HOSTILE[case]
     path = written(tmp_path, text)
-    for load in (load_preset, presets.validate_preset):
+    for load in (load_preset, preset_module.validate_preset):
         with pytest.raises(StepFlowFileError, match=words) as caught:
             load(path)
         assert str(path) in str(caught.value)
@@ -68,7 +69,7 @@ def test_links_out_of_the_folder(tmp_path):
     (tmp_path / "by-link").symlink_to(outside)
     assert load_preset(tmp_path / "by-link" / "qwen3-8b.json").name == "qwen3-8b"
     with pytest.raises(StepFlowFileError, match="there is no file"):
-        presets.validate_preset(inside / "none.json")
+        preset_module.validate_preset(inside / "none.json")
 
 
 WRONG = [
@@ -146,9 +147,9 @@ def test_wrong_fields(tmp_path, monkeypatch, changes, words):
     """Refused by the package's own code, with file, field and value, whether or not jsonschema is there."""
     path = written(tmp_path, edited(**changes))
     with pytest.raises(StepFlowConfigError, match=words) as caught:
-        presets.validate_preset(path)
+        preset_module.validate_preset(path)
     assert str(path) in caught.value.message
-    monkeypatch.setattr(preset_checks, "schema_problems", None)
+    monkeypatch.setattr(checks, "schema_problems", None)
     with pytest.raises(StepFlowConfigError, match=words):
         load_preset(path)
 
@@ -157,11 +158,11 @@ def test_measured_presets_may_have_found_nothing(tmp_path):
     for verdict, bounds in (("no measurable gain", (-1.2, 2.0)), ("gain", (0.1, 2.0)), ("harm", (-3.0, 0.4))):
         deltas = [MEASURED["deltas"][0] | {"low": bounds[0], "high": bounds[1]}]
         data = edited(provenance=MEASURED | {"verdict": verdict, "deltas": deltas}, settings__tau_max=0.3)
-        assert verdict in str(presets.validate_preset(written(tmp_path, data)))
+        assert verdict in str(preset_module.validate_preset(written(tmp_path, data)))
 
 
 def test_where_nothing_was_compared_the_preset_is_the_base_model(tmp_path):
-    preset = presets.validate_preset(written(tmp_path, edited(provenance=NOTHING_COMPARED, **OFF)))
+    preset = preset_module.validate_preset(written(tmp_path, edited(provenance=NOTHING_COMPARED, **OFF)))
     assert preset.provenance["deltas"] == []
     assert "no measurable gain" in str(preset)
 
@@ -185,10 +186,10 @@ def test_any_value_anywhere(tmp_path_factory, place, value):
         holder = holder[key]
     holder[place[-1]] = value
     path = written(tmp_path_factory.mktemp("any"), data)
-    problems = presets.find_problems(path)
+    problems = preset_module.find_problems(path)
     assert all(isinstance(problem, StepFlowError) for problem in problems)
     own = isinstance(problems[0], StepFlowFileError) if problems else False
-    own = own or bool(preset_checks.preset_problems(json.loads(path.read_text()), "qwen3-8b"))
+    own = own or bool(checks.preset_problems(json.loads(path.read_text()), "qwen3-8b"))
     assert own == bool(problems)  # the schema finds nothing that our own code lets through
 
 
@@ -202,15 +203,15 @@ def test_any_object_instead(tmp_path_factory, value):
 def test_without_jsonschema(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jsonschema" else find_spec(name))
-    assert presets.validate_preset(written(tmp_path, RULE)).name == "qwen3-8b"
+    assert preset_module.validate_preset(written(tmp_path, RULE)).name == "qwen3-8b"
 
 
 def test_the_schema_agrees():
-    assert preset_checks.schema_problems(RULE) == []
+    assert checks.schema_problems(RULE) == []
     for provenance in (MEASURED, NOTHING_COMPARED):
-        assert preset_checks.schema_problems(edited(provenance=provenance)) == []
-    problems = preset_checks.schema_problems(edited(settings__tau_max=3))
+        assert checks.schema_problems(edited(provenance=provenance)) == []
+    problems = checks.schema_problems(edited(settings__tau_max=3))
     assert [problem.field for problem in problems] == ["settings.tau_max"]
     schema = json.loads((calibrations_folder() / "schema.json").read_text())
-    assert schema["properties"]["settings"]["required"] == list(preset_checks.PRESET_SETTINGS)
-    assert set(schema["properties"]["settings"]["properties"]) == set(preset_checks.PRESET_SETTINGS)
+    assert schema["properties"]["settings"]["required"] == list(checks.PRESET_SETTINGS)
+    assert set(schema["properties"]["settings"]["properties"]) == set(checks.PRESET_SETTINGS)

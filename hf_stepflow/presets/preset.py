@@ -23,8 +23,7 @@ from hf_stepflow.runtime.configuration_stepflow import (
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
 
 from .architecture import Architecture, architecture_of, is_model
-from .field_checks import Problem
-from .preset_checks import (
+from .checks import (
     BASE_SETTINGS,
     KINDS,
     PRESET_SETTINGS,
@@ -35,7 +34,8 @@ from .preset_checks import (
     schema_problems,
     settings_problems,
 )
-from .preset_file import calibrations_folder, read_json_object
+from .fields import Problem
+from .strict_json import calibrations_folder, read_json_object
 
 logger = logging.get_logger(__name__)
 

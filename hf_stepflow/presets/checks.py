@@ -17,8 +17,8 @@ from hf_stepflow.runtime.errors import StepFlowConfigError, shown
 from hf_stepflow.runtime.forward import FlowPlan
 
 from .architecture import Architecture
-from .field_checks import Check, Problem, count, list_of, number, one_of, or_null, record, text, wrong
-from .preset_file import calibrations_folder
+from .fields import Check, Problem, count, list_of, number, one_of, or_null, record, text, wrong
+from .strict_json import calibrations_folder
 
 SCHEMA_VERSION = 1
 KINDS = ("paper", "rule", "measured")

@@ -1,0 +1,1 @@
+"""Presets: settings for a model as data, with where they come from."""
