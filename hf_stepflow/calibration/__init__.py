@@ -1,4 +1,4 @@
-"""Settings for models: presets as data, where they come from, which model they fit, and how to find better ones."""
+"""Calibration: finds settings of StepFlow for a model and a task, and judges them on held-out problems."""
 
 from typing import TYPE_CHECKING, Any
 

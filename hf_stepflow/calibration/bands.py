@@ -1,19 +1,20 @@
-"""Stage 2, bands: Step-Saliency proposes layers, beside the quarter rule; interventions decide later.
+"""Bands: Step-Saliency proposes layers in addition to the quarter rule.
 
-Saliency that differs between right and wrong traces is a correlation, and may well not be what repairs them.
+A difference in saliency between right and wrong traces is a correlation. Whether acting on these layers helps is
+decided by interventions, in the stages that follow.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_stepflow.runtime.configuration_stepflow import resolve_layers
 
-# Traces of each kind that are looked at, at most, and those that a proposal needs.
+# The most traces of each kind that are compared, and the fewest that a proposal needs.
 TRACES = 24
 FEWEST = 8
 
-# Adjusted p-values of at most so much separate right from wrong: two indices share the usual 5 %.
+# The largest adjusted p-value that separates right from wrong: two indices share the usual 5 %.
 LEVEL = 0.025
 
 
@@ -22,9 +23,9 @@ class Proposal:
     """Layers for the bridge and for the injection.
 
     Attributes:
-        name: who proposes: "quarter" (the paper's rule) or "saliency".
-        oeb_layers: layers of the bridge; none if this proposes none.
-        smi_layers: layers of the injection.
+        name: The source: "quarter" (the paper's rule) or "saliency".
+        oeb_layers: Layers of the bridge; may be empty.
+        smi_layers: Layers of the injection; may be empty.
     """
 
     name: str
@@ -34,15 +35,15 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Bands:
-    """What was proposed, and on what evidence.
+    """The proposals and their evidence.
 
     Attributes:
-        proposals: the quarter rule first.
-        traces: how many right and wrong traces were compared; zeros if none were.
-        layers: the layers that were looked at.
-        effects: by index (`lock_in`, `decay_share`): for each layer the effect, wrong minus right in standard
-            deviations (Hedges' g, None where values do not spread), its adjusted p-value and whether it separates.
-        reason: one sentence.
+        proposals: The proposals, the quarter rule first.
+        traces: The numbers of right and wrong traces compared; zeros if none were.
+        layers: The layers examined.
+        effects: For `lock_in` and `decay_share`, the effect of each layer (wrong minus right in standard deviations,
+            Hedges' g; None if values do not spread), its adjusted p-value and whether it separates.
+        reason: The reason in one sentence.
     """
 
     proposals: list[Proposal]
@@ -51,22 +52,18 @@ class Bands:
     effects: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     reason: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Bands":
-        """What `to_dict` gave, read from JSON."""
+        """Reads the bands from `dataclasses.asdict` data that went through JSON."""
         proposals = [Proposal(**one) for one in data["proposals"]]
         return cls(**{**data, "proposals": proposals, "traces": tuple(data["traces"])})
 
 
 def quarter_rule(layers: Sequence[int]) -> Proposal:
-    """The paper's bands.
+    """Returns the paper's bands.
 
     Args:
-        layers: those with softmax attention, ascending.
+        layers: The layers with softmax attention, ascending.
     """
     return Proposal(
         "quarter",
@@ -84,47 +81,47 @@ def propose_bands(
     seed: int = 0,
     progress: bool = True,
 ) -> Bands:
-    """Proposes bands: lock-in that is stronger in wrong traces in the shallow half, decay in the deep half.
+    """Proposes shallow layers with more lock-in in wrong traces, and deep layers with more decay.
 
     Args:
-        model: the model, StepFlow attached; it is looked at with StepFlow off.
-        right: token ids of whole right traces, and the lengths of their prompts.
-        wrong: the same of wrong ones.
-        tokenizer: the model's tokenizer.
-        layers: those with softmax attention, ascending.
-        seed: of the resampling.
-        progress: show a progress bar.
+        model: The model with StepFlow attached; it is analysed with StepFlow off.
+        right: For each right trace, its token ids and the length of its prompt.
+        wrong: The same for each wrong trace.
+        tokenizer: The model's tokenizer.
+        layers: The layers with softmax attention, ascending.
+        seed: The seed of the resampling.
+        progress: Whether to show a progress bar.
     """
     quarter = quarter_rule(layers)
     right, wrong = list(right)[:TRACES], list(wrong)[:TRACES]
     if min(len(right), len(wrong)) < FEWEST:
-        reason = f"{len(right)} right and {len(wrong)} wrong traces are too few to compare (each {FEWEST} at least)"
+        reason = f"{len(right)} right and {len(wrong)} wrong traces are too few to compare (at least {FEWEST} each)"
         return Bands([quarter], (0, 0), list(layers), reason=reason)
     from hf_stepflow.saliency.compare import compare
     from hf_stepflow.saliency.engine import step_saliency
 
-    vocabulary = model.stepflow_runtime.rules.vocabulary
     with model.disable_stepflow():
         maps: Any = step_saliency(
             model,
             [list(ids) for ids, _ in (*right, *wrong)],
             tokenizer=tokenizer,
-            config=vocabulary,
+            config=model.stepflow_runtime.rules.vocabulary,
             prompt_length=[length for _, length in (*right, *wrong)],
             progress=progress,
         )
     compared = compare(maps[: len(right)], maps[len(right) :], seed=seed, level=LEVEL)
-    effects: dict[str, list[dict[str, Any]]] = {}
-    for name in ("lock_in", "decay_share"):
-        effects[name] = [
+    effects: dict[str, list[dict[str, Any]]] = {
+        name: [
             {
-                "effect": _number(one.effect),
-                "p_value": _number(one.adjusted),
+                "effect": _finite(one.effect),
+                "p_value": _finite(one.adjusted),
                 "separates": one.separates,
-                "difference": _number(one.difference),
+                "difference": _finite(one.difference),
             }
             for one in compared.indices[name]
         ]
+        for name in ("lock_in", "decay_share")
+    }
     shallow, deep = bands_from(effects, list(layers))
     proposals = [quarter]
     if (shallow or deep) and (shallow, deep) != (quarter.oeb_layers, quarter.smi_layers):
@@ -135,15 +132,15 @@ def propose_bands(
 
 
 def bands_from(effects: dict[str, list[dict[str, Any]]], layers: list[int]) -> tuple[list[int], list[int]]:
-    """The longest run of separating layers in either half, the strongest effect first among equals.
+    """Returns the longest run of separating layers in each half; among equals, the one with the strongest effect.
 
     Args:
-        effects: as in `Bands`.
-        layers: the layers that they are of.
+        effects: The effects, as in `Bands`.
+        layers: The layer of each effect.
 
     Returns:
-        Layers of the shallow half in which wrong traces show more lock-in, and of the deep half in which their summary
-        draws less on the thinking.
+        Shallow layers with more lock-in in wrong traces, and deep layers in which the summary of wrong traces draws
+        less on the thinking.
     """
     half = len(layers) // 2
     shallow = _longest_run(effects["lock_in"][:half], layers[:half], +1)
@@ -162,6 +159,6 @@ def _longest_run(rows: list[dict[str, Any]], layers: list[int], sign: int) -> li
     return [layers[at] for at in best]
 
 
-def _number(value: float) -> float | None:
-    """JSON knows no NaN."""
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
     return value if value == value else None

@@ -1,4 +1,4 @@
-"""Which heads profit from a mechanism: each tried alone by one forward pass, then together, one after another."""
+"""Heads: each is tried alone under a mechanism, then those that profit are added to one another, the best first."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,23 +9,23 @@ from .proxy import ProxyScore
 
 Head = tuple[int, int]
 
-# The floor under which heads are tried, and the length temperature at which they are.
+# The floor and the length temperature at which heads are tried.
 PROBE_FLOOR = 0.2
 PROBE_TEMPERATURE = 1.0
 
-# Heads that may be chosen, and refusals in a row after which no more are tried.
+# The most heads to choose, and the number of refusals in a row that ends the choice.
 MOST = 16
 PATIENCE = 4
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What was found.
+    """The heads that profit from a mechanism.
 
     Attributes:
-        gains: {(layer, head): proxy value of the mechanism on this head alone}, of those that were tried.
-        chosen: those that profit together, in the order in which they were added.
-        untried: heads for which there was no time.
+        gains: {(layer, head): proxy value of the mechanism on this head alone} for each head that was tried.
+        chosen: The heads that profit together, in the order in which they were added.
+        untried: The number of heads that there was no time for.
     """
 
     gains: dict[Head, float]
@@ -34,29 +34,29 @@ class Heads:
 
     @property
     def table(self) -> dict[int, list[int]]:
-        """The chosen ones as settings take them: {layer: heads}."""
+        """The chosen heads by layer."""
         return {int(layer): own for layer, own in table_of(self.chosen).items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """Returns JSON-ready data."""
         gains = [[layer, head, value] for (layer, head), value in self.gains.items()]
         return asdict(self) | {"gains": gains, "chosen": [list(one) for one in self.chosen]}
 
 
 def floor_on(heads: Sequence[Head]) -> Settings:
-    """Settings that put a floor under these heads and do nothing else."""
+    """Returns settings that put a floor under these heads and do nothing else."""
     table = table_of(heads)
     return tidied({"oeb_layers": [int(layer) for layer in table], "oeb_heads": table, "tau_max": PROBE_FLOOR})
 
 
 def temperature_on(heads: Sequence[Head], base: int) -> Settings:
-    """Settings that sharpen these heads where the context is longer than the base, and do nothing else."""
+    """Returns settings that sharpen these heads in contexts longer than the base and do nothing else."""
     probe = {"length_temperature": PROBE_TEMPERATURE, "length_temperature_base": base}
     return tidied({**probe, "length_temperature_heads": table_of(heads)})
 
 
 def table_of(heads: Sequence[Head]) -> dict[str, list[int]]:
-    """Heads as settings have them in JSON: {layer: heads}."""
+    """Groups heads by layer, in the JSON form of settings."""
     table: dict[str, list[int]] = {}
     for layer, head in sorted(heads):
         table.setdefault(str(layer), []).append(head)
@@ -73,11 +73,11 @@ def find_heads(
     """Tries every head alone, then adds heads as long as the proxy grows by more than its error.
 
     Args:
-        heads: (layer, head), the first to be tried first.
-        acting_on: settings of the mechanism on some heads.
-        likelihoods: of the responses under settings.
-        score: holds likelihoods against others (before, after).
-        is_over: whether time is up, asked before each head: for trying it alone, or (True) for adding it to others.
+        heads: (layer, head) pairs in the order in which to try them.
+        acting_on: Returns settings with the mechanism on some heads.
+        likelihoods: Returns the log-likelihood of each response under settings.
+        score: Compares log-likelihoods before and after.
+        is_over: Returns whether time is up; asked before each head is tried alone (False) or added to others (True).
     """
     base = likelihoods(None)
     alone: dict[Head, ProxyScore] = {}

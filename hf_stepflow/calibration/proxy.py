@@ -1,6 +1,6 @@
-"""The proxy: how settings change the likelihood of right and wrong responses, one forward pass a response.
+"""The proxy: how settings change the likelihood of right and wrong responses, by one forward pass per response.
 
-Every needed token counts: the whole right trace and its answer.
+It scores whole responses, the reasoning and the answer.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ import numpy as np
 
 from .traces import Row
 
-# A response changes the proxy by this much at most, in nats: one that becomes impossible does not outvote all others.
+# The most by which one response changes the proxy, in nats: a single impossible response does not outvote all others.
 CLIP = 10.0
 
-# What right traces of short and easy problems may lose on average, in nats a trace.
+# The mean loss on right traces of short and easy problems that is tolerated, in nats per trace.
 TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class ProxyScore:
-    """What settings change, in nats a response, relative to other settings (the base).
+    """The change from other settings (the base) to these, in nats per response.
 
     Attributes:
-        value: mean of `likelihood` and `margin`: what the search maximises.
-        error: its standard error over problems.
-        likelihood: change of the log-likelihood of right responses.
-        margin: the same, less the change of wrong ones.
-        short: change on the right responses of short and easy problems; None where there are none.
+        value: The mean of `likelihood` and `margin`, which the search maximises.
+        error: The standard error of the value over problems.
+        likelihood: The change in log-likelihood of right responses.
+        margin: The same minus the change of wrong responses.
+        short: The change on right responses of short and easy problems; None if there are none.
     """
 
     value: float
@@ -37,71 +37,69 @@ class ProxyScore:
 
     @property
     def is_harmless(self) -> bool:
-        """Whether short and easy problems lose nothing to speak of."""
+        """Whether short and easy problems lose no more than the tolerance."""
         return self.short is None or self.short >= -TOLERANCE
 
     @property
     def objective(self) -> float:
-        """The value, below zero (the base's) where short and easy problems are harmed."""
+        """The value; below zero, the base's, if short and easy problems are harmed."""
         if self.is_harmless or self.short is None:
             return self.value
         return min(self.value, 0.0) + self.short
 
 
 def proxy_score(rows: Sequence[Row], before: Sequence[float], after: Sequence[float], short: set[str]) -> ProxyScore:
-    """Holds the likelihoods of the same responses under two settings against each other.
+    """Compares the likelihoods of the same responses under two settings.
 
     Args:
-        rows: the responses; of each kind, those of one problem share its weight.
-        before: log-likelihoods under the settings that are held against, in nats.
-        after: those under the others.
-        short: ids of the short and easy problems.
+        rows: The responses; the right ones of a problem share its weight, and so do the wrong ones.
+        before: Log-likelihoods under the settings to compare with, in nats.
+        after: Log-likelihoods under the settings to score, in nats.
+        short: The ids of the short and easy problems.
     """
     changes = _changes(rows, np.asarray(before, float), np.asarray(after, float))
-    problems = list(dict.fromkeys(row.problem for row in rows))
-    weights = np.array([next(row.weight for row in rows if row.problem == name) for name in problems])
-    right, wrong = (_by_problem(rows, changes, problems, kind) for kind in (True, False))
-    likelihood, of_right = _mean(right, weights)
-    lost, of_wrong = _mean(wrong, weights)
-    easy, _ = _mean(np.where(np.isin(problems, sorted(short)), right, np.nan), weights)
-    # Each problem's part in the error of the value, its right and wrong responses together.
-    parts = of_right - 0.5 * of_wrong
+    weights = {row.problem: row.weight for row in rows}
+    problems, weight = list(weights), np.array(list(weights.values()))
+    places = {name: place for place, name in enumerate(problems)}
+    place = np.array([places[row.problem] for row in rows], int)
+    is_right = np.array([row.is_right for row in rows], bool)
+    right, wrong = (_by_problem(changes[kind], place[kind], len(problems)) for kind in (is_right, ~is_right))
+    easy = np.where(np.isin(problems, sorted(short)), right, np.nan)
+    likelihood, right_parts = _mean(right, weight)
+    lost, wrong_parts = _mean(wrong, weight)
+    # The right and wrong responses of a problem enter the error of the value together.
+    parts = right_parts - 0.5 * wrong_parts
     return ProxyScore(
         value=likelihood - 0.5 * lost,
         error=float(np.sqrt((parts**2).sum())),
         likelihood=likelihood,
         margin=likelihood - lost,
-        short=None if np.isnan(right[np.isin(problems, sorted(short))]).all() else easy,
+        short=None if np.isnan(easy).all() else _mean(easy, weight)[0],
     )
 
 
 def _changes(rows: Sequence[Row], before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Change of each response, within the clip.
+    """The clipped change of each response.
 
-    Settings that leave no number where there was one (an overflow) count as the worst that they could do to this
-    response. One that had none before tells nothing.
+    A likelihood that overflows counts as the worst that settings can do to the response; a response whose likelihood
+    overflowed before counts as unchanged.
     """
     worst = np.where([row.is_right for row in rows], -CLIP, CLIP)
     changes = np.subtract(after, before, where=np.isfinite(after), out=worst)
     return np.where(np.isfinite(before), np.clip(changes, -CLIP, CLIP), 0.0)
 
 
-def _by_problem(rows: Sequence[Row], changes: np.ndarray, problems: list[str], is_right: bool) -> np.ndarray:
-    """Mean change of each problem's responses of one kind; NaN where it has none."""
-    sums, counts = np.zeros(len(problems)), np.zeros(len(problems))
-    place = {name: at for at, name in enumerate(problems)}
-    for row, change in zip(rows, changes, strict=True):
-        if row.is_right is is_right:
-            sums[place[row.problem]] += change
-            counts[place[row.problem]] += 1
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+def _by_problem(changes: np.ndarray, place: np.ndarray, problems: int) -> np.ndarray:
+    """The mean change of each problem's responses; NaN if it has none."""
+    counts = np.bincount(place, minlength=problems)
+    return np.where(counts > 0, np.bincount(place, changes, problems) / np.maximum(counts, 1), np.nan)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """Weighted mean over the problems that have a value, and each problem's part in its error."""
-    some = ~np.isnan(values)
-    if not some.any():
+    """The weighted mean over problems with a value, and each problem's part in its error."""
+    known = ~np.isnan(values)
+    if not known.any():
         return 0.0, np.zeros(len(values))
-    shares = np.where(some, weights, 0.0) / weights[some].sum()
-    mean = float((shares[some] * values[some]).sum())
-    return mean, np.where(some, shares * (np.nan_to_num(values) - mean), 0.0)
+    shares = np.where(known, weights, 0.0) / weights[known].sum()
+    mean = float((shares[known] * values[known]).sum())
+    return mean, np.where(known, shares * (np.nan_to_num(values) - mean), 0.0)

@@ -1,4 +1,4 @@
-"""Calibration: what every stage found, as numbers, as text, and as a preset."""
+"""Calibration: the findings of every stage as numbers, as text and as a preset."""
 
 import datetime
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_stepflow
-from hf_stepflow.evaluation.result import percent
+from hf_stepflow.evaluation.result import amount, percent
 from hf_stepflow.evaluation.statistics import CONFIDENCE, Estimate
 from hf_stepflow.presets.architecture import Architecture
 from hf_stepflow.presets.checks import preset_problems
@@ -22,10 +22,11 @@ from .heads import MOST, Heads
 from .search import Halving, Trial
 from .verdict import GAIN, NO_GAIN, Measured
 
-# Exit status of the command where nothing better than the base was found.
+# The exit status of the command if nothing better than the base was found.
 NOTHING_FOUND = 3
 
-_NOTES = 2000
+# The longest texts that a preset may hold.
+_NOTES, _COMMAND, _TEXT = 2000, 1000, 200
 
 
 @dataclass
@@ -33,9 +34,9 @@ class Ablation:
     """One variant of the winner on the held-out problems.
 
     Attributes:
-        base: held against the base.
-        winner: the winner held against it.
-        settings: what ran.
+        base: The variant compared with the base.
+        winner: The winner compared with the variant.
+        settings: The variant's settings.
     """
 
     base: Measured
@@ -43,32 +44,32 @@ class Ablation:
     settings: Settings
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """Returns JSON-ready data."""
         return {"base": self.base.to_dict(), "winner": self.winner.to_dict(), "settings": self.settings}
 
 
 @dataclass
 class Calibration:
-    """What a calibration found, stage by stage; stages that were not reached are None or empty.
+    """The findings of a calibration; stages that were not reached are None or empty.
 
     Attributes:
-        run: what was asked for.
-        about: versions and machine.
-        gate: stage 0.
-        is_forced: whether a closed gate was passed.
-        bands: stage 2.
-        heads: heads that profit, by mechanism.
-        trials: candidates that the proxy scored, the best first.
-        halving: how the best of them fared by generation.
-        correlation: Spearman's, of proxy and generated accuracy over the candidates that were run, and their number.
-        points: for these candidates the number, the proxy, and the difference in accuracy on the first rung.
-        settings: the winner's settings; those that leave the base as it is if there is none.
-        winner: the trial that won, or None.
-        measured: stage 4, the verdict on the held-out split; None where there was nothing to measure.
-        ablations: by name.
-        left_out: ablations that were not run, and why.
-        held_out: problems of the held-out split.
-        seconds: spent on all of it.
+        run: The arguments and inputs of the run.
+        about: Versions and machine.
+        gate: Whether errors rise with length.
+        is_forced: Whether a closed gate was passed.
+        bands: The proposed layers.
+        heads: The heads that profit, by mechanism.
+        trials: The candidates that the proxy scored, the best first.
+        halving: The results of those that answered problems.
+        correlation: Spearman's correlation of proxy and generated accuracy over these, and their number.
+        points: The number, the proxy and the difference in accuracy on the first rung of each of these.
+        settings: The winner's settings; without a winner, settings that leave the base as it is.
+        winner: The winning trial, or None.
+        measured: The verdict on the held-out split, or None.
+        ablations: The winner's ablations by name.
+        left_out: The reason for each ablation that was not run.
+        held_out: The number of problems in the held-out split.
+        seconds: The time spent.
     """
 
     run: dict[str, Any]
@@ -101,7 +102,7 @@ class Calibration:
 
     @property
     def band(self) -> str:
-        """Whose layers and heads the winner has."""
+        """The source of the winner's layers and heads."""
         if self.winner is None:
             return "none: the empty band"
         drawn = self.winner.parameters
@@ -111,7 +112,7 @@ class Calibration:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """Returns JSON-ready data."""
         correlation, number = self.correlation
         return {
             "run": self.run,
@@ -119,11 +120,11 @@ class Calibration:
             "verdict": self.verdict,
             "settings": self.settings,
             "band": self.band,
-            "gate": self.gate.to_dict() | {"is_forced": self.is_forced},
-            "bands": None if self.bands is None else self.bands.to_dict(),
+            "gate": asdict(self.gate) | {"is_forced": self.is_forced},
+            "bands": None if self.bands is None else asdict(self.bands),
             "heads": {mechanism: heads.to_dict() for mechanism, heads in self.heads.items()},
             "trials": [one.to_dict() for one in self.trials],
-            "halving": None if self.halving is None else self.halving.to_dict(),
+            "halving": None if self.halving is None else asdict(self.halving),
             "proxy_against_generation": {
                 "spearman": None if correlation is None else asdict(correlation),
                 "candidates": number,
@@ -138,25 +139,25 @@ class Calibration:
         }
 
     def sentences(self) -> list[str]:
-        """What was found, one sentence a stage."""
-        said = [f"Gate: {self.gate.reason}{'; passed by force' * self.is_forced}."]
+        """Returns the findings, one sentence per stage."""
+        found = [f"Gate: {self.gate.reason}{'; passed by force' * self.is_forced}."]
         if self.bands is not None:
-            said.append(f"Step-Saliency: {self.bands.reason}.")
+            found.append(f"Step-Saliency: {self.bands.reason}.")
         for mechanism, heads in self.heads.items():
-            of = f"{len(heads.chosen)} of {len(heads.gains)} that were tried"
-            most = f", the most that are put together being {MOST}" * (len(heads.chosen) == MOST)
+            most = f" (the limit is {MOST})" * (len(heads.chosen) == MOST)
             untried = f"; no time for {heads.untried} more" * bool(heads.untried)
-            said.append(f"Heads that profit from {mechanism}: {of}{most}{untried}.")
+            share = f"{len(heads.chosen)}{most} of {len(heads.gains)} tried{untried}"
+            found.append(f"Heads that profit from {mechanism}: {share}.")
         if self.halving is not None:
             correlation, number = self.correlation
-            told = "" if correlation is None else f"; proxy against generation: rank correlation {_plain(correlation)}"
-            said.append(f"Selection: {self.halving.reason} ({number} candidates were run{told}).")
+            rho = "" if correlation is None else f"; rank correlation of proxy and generation {amount(correlation, 2)}"
+            found.append(f"Selection: {self.halving.reason} ({number} candidates answered problems{rho}).")
         if self.measured is None:
-            said.append("The empty preset is kept: the base model, bit for bit.")
+            found.append("The empty preset stays: the base model, bit for bit.")
         else:
-            said.append(f"Layers and heads of the winner: {self.band}.")
-            said.append(f"Held out: {sentence_of(self.measured)}")
-        return said
+            found.append(f"Layers and heads of the winner: {self.band}.")
+            found.append(f"Held out: {self.measured}")
+        return found
 
     def preset(
         self,
@@ -167,47 +168,38 @@ class Calibration:
         dataset: str,
         revision: str | None = None,
     ) -> Preset:
-        """The preset, with what was measured as its provenance.
+        """Returns the winner as a preset, with the measurement as its provenance.
 
         Args:
-            name: of the preset.
-            base_model: Hub id.
-            architecture: of the model.
-            command: what was typed.
-            dataset: what the problems are called.
-            revision: of the base model.
+            name: The name of the preset.
+            base_model: The Hub id of the base model.
+            architecture: The architecture of the base model.
+            command: The command that was run.
+            dataset: The name of the problems.
+            revision: The revision of the base model.
 
         Raises:
-            StepFlowConfigError: names that no preset may have.
+            StepFlowConfigError: A preset may not have this name or base model.
         """
-        measured = self.measured
-        deltas = []
+        measured, deltas = self.measured, []
         if measured is not None:
             delta = measured.delta
-            low, high = (delta.value if end is None else end for end in (delta.low, delta.high))
-            deltas.append(
-                {
-                    "metric": "accuracy",
-                    "delta": round(100 * delta.value, 4),
-                    "low": round(100 * low, 4),
-                    "high": round(100 * high, 4),
-                    "confidence": CONFIDENCE,
-                }
-            )
+            ends = (delta.value, *(delta.value if end is None else end for end in (delta.low, delta.high)))
+            points = {key: round(100 * end, 4) for key, end in zip(("delta", "low", "high"), ends, strict=True)}
+            deltas.append({"metric": "accuracy", **points, "confidence": CONFIDENCE})
+        machine = [self.about[key] for key in ("platform", "processor", "accelerator", "device") if key in self.about]
         provenance = {
             "kind": "measured",
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "library_version": hf_stepflow.__version__,
-            "dataset": dataset[:200],
+            "dataset": dataset[:_TEXT],
             "n": self.gate.problems if measured is None else measured.problems,
             "deltas": deltas,
             "p_value": None if measured is None else float(f"{measured.p_value:.3g}"),
-            "command": command[:1000],
+            "command": command[:_COMMAND],
             "verdict": self.verdict,
             "seed": self.run["seed"],
-            "machine": ", ".join(
-                str(self.about[key]) for key in ("platform", "processor", "accelerator", "device") if key in self.about
-            )[:200],
+            "machine": ", ".join(map(str, machine))[:_TEXT],
         }
         base = {"base_model_name_or_path": base_model, "base_model_revision": revision}
         settings = StepFlowSettings(**{**self.run["settings"], **self.settings, **base})
@@ -219,10 +211,9 @@ class Calibration:
         return preset
 
     def __str__(self) -> str:
-        lines = [*self.sentences()]
+        lines = self.sentences()
         if self.winner is not None:
-            shown = {name: value for name, value in self.settings.items() if value != EMPTY[name]}
-            lines.append(f"Settings: {json.dumps(shown)}")
+            lines.append(f"Settings: {json.dumps(acting(self.settings))}")
         if self.ablations:
             lines += ["", f"{'ablation (held out)':<28} {'points against the base':>26} {'winner against it':>22}"]
             for name, one in self.ablations.items():
@@ -231,35 +222,19 @@ class Calibration:
         return "\n".join([*lines, "", f"Verdict: {self.verdict}"])
 
 
-def sentence_of(one: Measured) -> str:
-    """The verdict in one sentence."""
-    harm = "" if one.harm_rate is None else f", breaks {one.harm_rate.value:.1%} of what the base solves"
-    could = (
-        "n could have shown none"
-        if one.smallest_delta is None
-        else f"n could have shown {100 * one.smallest_delta:.1f} points"
-    )
-    return (
-        f"{percent(one.delta, '+')} points on {one.problems} problems (base {100 * one.base.value:.1f}), gained "
-        f"{one.gained}, lost {one.lost}{harm}, p = {one.p_value:.3g}; {could}; tokens x{one.tokens_ratio.value:.2f}, "
-        f"time x{one.seconds_ratio.value:.2f}, {one.changed:.0%} of the responses changed."
-    )
+def acting(settings: Settings) -> Settings:
+    """Returns the settings that differ from the empty preset's."""
+    return {name: value for name, value in settings.items() if value != EMPTY[name]}
 
 
 def write_preset(preset: Preset, path: Path) -> None:
-    """Writes the file of a preset.
+    """Writes a preset to a file.
 
     Raises:
-        StepFlowFileError: a path that cannot be written.
+        StepFlowFileError: The path cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(preset.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise StepFlowFileError(f"{str(path)!r} cannot be written: {error}") from error
-
-
-def _plain(one: Estimate) -> str:
-    if one.low is None or one.high is None:
-        return f"{one.value:.2f}"
-    return f"{one.value:.2f} [{one.low:.2f}, {one.high:.2f}]"

@@ -1,4 +1,4 @@
-"""One run: what it may spend, and the model's answers and likelihoods under any settings, each computed once."""
+"""One run: its budget, and the model's answers and likelihoods under any settings, each computed once and kept."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +17,70 @@ from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
+from .candidates import Settings
 from .splits import Batch
 from .traces import Row
+from .verdict import RANDOM_STEPS
 from .work_folder import Workers, WorkFolder
 
-Settings = dict[str, Any]
+# Candidates of the search by default, and under a budget of time, which ends the search long before.
+CANDIDATES = 40
+MANY_CANDIDATES = 1000
 
-# Tokens that are scored together, padding included.
+# The share of the time that is spent when each stage ends. Stages leave the time that they do not use to the next.
+ENDS = {
+    "traces": 0.15,
+    "bands": 0.2,
+    "bridge heads": 0.26,
+    "bridge heads together": 0.29,
+    "temperature heads": 0.35,
+    "temperature heads together": 0.38,
+    "search": 0.54,
+    "generation": 0.71,
+    "verdict": 0.85,
+    "ablations": 1.0,
+}
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+# Tokens that are scored together, including padding.
 _BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a calibration may spend.
+
+    Attributes:
+        candidates: The largest number of settings that the search scores.
+        seconds: The time for all stages, or None for no limit.
+    """
+
+    candidates: int = CANDIDATES
+    seconds: float | None = None
+
+    def end_of(self, stage: str) -> float | None:
+        """Returns the second of the run at which a stage, a key of `ENDS`, has to end; None for no limit."""
+        return None if self.seconds is None else ENDS[stage] * self.seconds
+
+
+def parse_budget(text: "str | int | Budget") -> Budget:
+    """Reads a budget: `40` candidates, or `90s`, `20m`, `1.5h`.
+
+    Raises:
+        StepFlowInputError: The text is neither, or nothing is left to spend.
+    """
+    if isinstance(text, Budget):
+        return text
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text).strip())
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0 or (not match[2] and number != int(number)):
+        raise StepFlowInputError(
+            f"the budget must be a number of candidates or a time, got {text!r}", hint="write 40, 90s, 20m or 1.5h"
+        )
+    if not match[2]:
+        return Budget(candidates=int(number))
+    return Budget(MANY_CANDIDATES, number * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -32,13 +88,13 @@ class Sampling:
     """How responses are generated.
 
     Attributes:
-        seed: of everything that is drawn.
-        samples: responses to each problem; 1 is greedy.
-        temperature: of more than one.
-        max_new_tokens: tokens that a response may have.
-        batch_size: problems that are answered together.
-        run_code: allow running programs that the model wrote.
-        template: further arguments of the chat template.
+        seed: The seed of all draws.
+        samples: The number of responses to each problem; a single one is greedy.
+        temperature: The temperature of several responses.
+        max_new_tokens: The largest number of tokens in a response.
+        batch_size: The number of problems answered together.
+        run_code: Whether programs that the model wrote may be run.
+        template: Further arguments of the chat template.
     """
 
     seed: int = 0
@@ -49,25 +105,21 @@ class Sampling:
     run_code: bool = False
     template: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def generation(self) -> dict[str, Any]:
-        """The arguments of `generate` that follow."""
-        return {"do_sample": True, "temperature": self.temperature} if self.samples > 1 else {}
-
 
 @dataclass
 class CalibrationRun:
-    """Answers questions about one model with StepFlow attached.
+    """A model with StepFlow attached, and all that is asked of it.
 
     Every process calls the same methods in the same order; each does its share, and all get the whole.
 
     Attributes:
-        model: the model.
-        tokenizer: its tokenizer.
-        sampling: how responses are generated.
-        work: where results are kept.
-        workers: who shares the work.
-        progress: show progress bars.
+        model: The model.
+        tokenizer: The model's tokenizer.
+        sampling: How responses are generated.
+        work: The folder that keeps results.
+        workers: The processes that share the work.
+        budget: The most that may be spent.
+        progress: Whether to show progress bars.
     """
 
     model: Any
@@ -75,55 +127,57 @@ class CalibrationRun:
     sampling: Sampling
     work: WorkFolder
     workers: Workers
+    budget: Budget = Budget()
     progress: bool = True
 
     def answers(
         self,
         arms: Mapping[str, Settings | None],
         batches: Sequence[Batch],
-        what: str,
+        label: str,
         *,
         end: float | None = None,
-        steps: "tuple[str, StepVocabulary] | None" = None,
+        vocabulary: StepVocabulary | None = None,
     ) -> tuple[dict[str, list[dict[str, Any]]], int]:
-        """Generates under some settings, the same batches and seeds for all.
+        """Generates responses under several settings, with the same batches and seeds.
 
         Args:
-            arms: settings by name; None is the base.
-            batches: what to answer, from the first on.
-            what: stands before the progress bar.
-            end: seconds of the run after which no batch is begun; None for no limit.
-            steps: other step rules and what tells them apart, for controls.
+            arms: {name: settings}; None is the base.
+            batches: The batches to answer, in order.
+            label: The label of the progress bar.
+            end: The second of the run from which no batch is begun; None for no limit.
+            vocabulary: The step rules of the control with random steps; None takes the model's own.
 
         Returns:
-            For each arm the results of the leading batches that every arm has answered, as `evaluate` makes them, with
-            the batch's number; and how many batches these are.
+            The leading batches that every arm has answered: their responses by arm, as `evaluate` records them with
+            the number of the batch; and the number of these batches.
         """
-        rules = None if steps is None else steps[0]
+        rules = None if vocabulary is None else RANDOM_STEPS
 
         def found(batch: Batch, settings: Settings | None) -> Any:
             return self.work.get("answers", settings, batch.name, rules)
 
-        def all_found(batch: Batch) -> bool:
+        def is_answered(batch: Batch) -> bool:
             return all(found(batch, settings) is not None for settings in arms.values())
 
-        todo = [batch for batch in batches if not all_found(batch)]
-        missing = sum(found(batch, one) is None for batch in todo for one in arms.values())
-        with self.bar(what, -(-missing // self.workers.count), "batch") as advance:
+        todo = [batch for batch in batches if not is_answered(batch)]
+        missing = sum(found(batch, settings) is None for batch in todo for settings in arms.values())
+        with self.bar(label, -(-missing // self.workers.count), "batch") as advance:
             for number, batch in enumerate(self.workers.share(todo)):
                 if end is not None and self.work.spent() >= end:
                     break
                 order = list(arms.values())
-                for settings in order if number % 2 == 0 else reversed(order):  # none is always the one to warm up
+                for settings in order if number % 2 == 0 else reversed(order):  # arms take turns to warm up
                     if found(batch, settings) is None:
-                        self.work.put("answers", self._answer(settings, batch, steps), settings, batch.name, rules)
+                        made = self._answer(settings, batch, vocabulary)
+                        self.work.put("answers", made, settings, batch.name, rules)
                         advance()
         self.workers.wait()
         done = len(batches)
-        if end is not None:  # what is there when time is up is what counts, also when the run is continued
+        if end is not None:  # decided once, so that a continued run has the same batches
             done = self.decide(
                 "done",
-                lambda: next((at for at, one in enumerate(batches) if not all_found(one)), len(batches)),
+                lambda: next((at for at, one in enumerate(batches) if not is_answered(one)), len(batches)),
                 list(arms.values()),
                 [batch.name for batch in batches],
                 rules,
@@ -139,11 +193,11 @@ class CalibrationRun:
         return results, done
 
     def likelihoods(self, settings: Settings | None, rows: Sequence[Row]) -> list[float]:
-        """The log-likelihood of given responses, in nats, one forward pass for each part of them.
+        """Scores responses by forward passes and returns the log-likelihood of each, in nats.
 
         Args:
-            settings: None is the base.
-            rows: prompts and responses.
+            settings: The settings; None is the base.
+            rows: The responses with their prompts.
         """
         parts = _parts(rows)
         names = [digest([rows[index].ids for index in part]) for part in parts]
@@ -160,76 +214,72 @@ class CalibrationRun:
         return values
 
     def decide(self, kind: str, make: Callable[[], Any], *parts: Any) -> Any:
-        """What the first process decides, for all of them and for when the run is continued.
+        """Returns a decision of the first process, the same for all processes and in a continued run.
 
         Args:
-            kind: what is decided.
-            make: makes the decision, JSON-ready; it runs in the first process alone, and once in a run.
-            *parts: what tells it from others of its kind.
+            kind: The kind of decision.
+            make: Makes the decision, JSON-ready; called by the first process only, once in a run.
+            *parts: What distinguishes it from others of its kind.
         """
         if self.workers.is_first and self.work.get("decisions", kind, *parts) is None:
             self.work.put("decisions", {"value": make()}, kind, *parts)
         self.workers.wait()
         return self.work.get("decisions", kind, *parts)["value"]
 
-    def is_over(self, stage_end: float | None, *parts: Any) -> bool:
-        """Whether time is up, the same for all processes and when the run is continued.
+    def is_over(self, stage: str, *parts: Any) -> bool:
+        """Returns whether the time of a stage is up, the same for all processes and in a continued run.
 
         Args:
-            stage_end: seconds of the run, or None for no limit.
-            *parts: what tells this question from others.
+            stage: The stage, a key of `ENDS`.
+            *parts: What distinguishes this question from others.
         """
-        if stage_end is None:
-            return False
-        return self.decide("is_over", lambda: self.work.spent() >= stage_end, *parts)
+        end = self.budget.end_of(stage)
+        return end is not None and self.decide("is_over", lambda: self.work.spent() >= end, *parts)
+
+    @contextmanager
+    def bar(self, label: str, total: int | None, unit: str) -> Iterator[Callable[[], None]]:
+        """Shows a progress bar in the first process; the function that it yields advances the bar."""
+        from huggingface_hub.utils import are_progress_bars_disabled
+        from tqdm import tqdm
+
+        hidden = not self.progress or are_progress_bars_disabled() or not self.workers.is_first
+        with tqdm(total=total, desc=label, unit=unit, disable=hidden or total == 0, leave=False) as bar:
+            yield lambda: bar.update(1)
 
     def _answer(
-        self, settings: Settings | None, batch: Batch, steps: "tuple[str, StepVocabulary] | None"
+        self, settings: Settings | None, batch: Batch, vocabulary: StepVocabulary | None
     ) -> list[dict[str, Any]]:
         sampling, runtime = self.sampling, self.model.stepflow_runtime
-        arm, rules = Arm(stepflow=False if settings is None else settings), nullcontext()
-        vocabulary = runtime.rules.vocabulary
-        if steps is not None:
+        arm, override = Arm(stepflow=False if settings is None else settings), nullcontext()
+        if vocabulary is None:
+            vocabulary = runtime.rules.vocabulary
+        else:
             assert settings is not None
-            vocabulary, arm = steps[1], Arm(stepflow=True)
-            rules = runtime.override(FlowRules(runtime.plan_for(runtime.settings.replace(**settings)), vocabulary))
+            plan = runtime.plan_for(runtime.settings.replace(**settings))
+            arm, override = Arm(stepflow=True), runtime.override(FlowRules(plan, vocabulary))
         sampler = Sampler(
             self.model,
             self.tokenizer,
             vocabulary,
             sampling.max_new_tokens,
-            sampling.generation,
+            {"do_sample": True, "temperature": sampling.temperature} if sampling.samples > 1 else {},
             sampling.template,
             sampling.run_code,
             keep_ids=settings is None,
         )
-        rows = [
-            (problem, sampler.encode(problem), sample)
-            for problem in batch.problems
-            for sample in range(sampling.samples)
-        ]
+        rows = [(one, sampler.encode(one), sample) for one in batch.problems for sample in range(sampling.samples)]
         rows.sort(key=lambda row: len(row[1]))
         seed = batch_seed(int(digest([sampling.seed, batch.name])[:8], 16), 0)
-        with rules:
-            made = sampler.run(arm, [row[0] for row in rows], [row[1] for row in rows], seed)
+        with override:
+            made = sampler.run(arm, [problem for problem, _, _ in rows], [prompt for _, prompt, _ in rows], seed)
         return [
             {"problem": problem.id, "sample": sample, **result}
             for (problem, _, sample), result in zip(rows, made, strict=True)
         ]
 
-    @contextmanager
-    def bar(self, what: str, total: int | None, unit: str) -> Iterator[Callable[[], None]]:
-        """A progress bar of the first process; calling what it gives advances it."""
-        from huggingface_hub.utils import are_progress_bars_disabled
-        from tqdm import tqdm
-
-        hidden = not self.progress or are_progress_bars_disabled() or not self.workers.is_first
-        with tqdm(total=total, desc=what, unit=unit, disable=hidden or total == 0, leave=False) as bar:
-            yield lambda: bar.update(1)
-
 
 def _parts(rows: Sequence[Row]) -> list[list[int]]:
-    """Rows of like length that go through the model together, by index."""
+    """Groups the indices of rows of similar length that go through the model together."""
     parts: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda one: len(rows[one].ids)):
         if parts and (len(parts[-1]) + 1) * len(rows[index].ids) <= _BATCH_TOKENS:
@@ -241,21 +291,21 @@ def _parts(rows: Sequence[Row]) -> list[list[int]]:
 
 @contextmanager
 def attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
-    """The model in evaluation mode with StepFlow attached; as it was afterwards.
+    """Puts the model into evaluation mode with StepFlow attached, and restores it afterwards.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        stepflow: markers and step rules, as for `attach`; None takes those that are attached, or the rule.
+        model: A causal language model.
+        tokenizer: The model's tokenizer.
+        stepflow: Settings with markers and step rules, as for `attach`; None takes the attached ones, or the rule.
 
     Raises:
-        StepFlowInputError: some are attached, and others were given.
+        StepFlowInputError: Settings are given for a model with StepFlow attached.
     """
     was_training = model.training
     attaches = getattr(model, "stepflow_runtime", None) is None
     if not attaches and stepflow is not None:
         raise StepFlowInputError(
-            "StepFlow is attached to this model with settings of its own, and stepflow= was given as well",
+            "stepflow= is given for a model that has StepFlow attached with its own settings",
             hint="leave stepflow out, or call model.detach_stepflow() first",
         )
     if attaches:
@@ -270,64 +320,3 @@ def attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
         if attaches:
             model.detach_stepflow()
         model.train(was_training)
-
-
-# Candidates of the search where no budget is given, or only a time is: more than a short time allows.
-CANDIDATES = 40
-MANY_CANDIDATES = 1000
-
-# Up to which share of the time each stage may run. What one leaves over, the next ones have.
-ENDS = {
-    "traces": 0.15,
-    "bands": 0.2,
-    "bridge heads": 0.26,
-    "bridge heads together": 0.29,
-    "temperature heads": 0.35,
-    "temperature heads together": 0.38,
-    "search": 0.54,
-    "generation": 0.71,
-    "verdict": 0.85,
-    "ablations": 1.0,
-}
-
-_UNITS = {"s": 1, "m": 60, "h": 3600}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be spent.
-
-    Attributes:
-        candidates: settings that the search scores, at most.
-        seconds: of all stages together, or None for no limit.
-    """
-
-    candidates: int = CANDIDATES
-    seconds: float | None = None
-
-    def end_of(self, stage: str) -> float | None:
-        """Seconds from the start after which a stage begins nothing more; None for no limit.
-
-        Args:
-            stage: a key of `ENDS`.
-        """
-        return None if self.seconds is None else ENDS[stage] * self.seconds
-
-
-def parse_budget(text: "str | int | Budget") -> Budget:
-    """A budget from what a user writes: `40` candidates, or `90s`, `20m`, `1.5h`.
-
-    Raises:
-        StepFlowInputError: something else, or nothing at all to spend.
-    """
-    if isinstance(text, Budget):
-        return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text).strip())
-    number = float(match[1]) if match else 0.0
-    if match is None or number <= 0 or (not match[2] and number != int(number)):
-        raise StepFlowInputError(
-            f"the budget must be a number of candidates or a time, got {text!r}", hint="write 40, 90s, 20m or 1.5h"
-        )
-    if not match[2]:
-        return Budget(candidates=int(number))
-    return Budget(MANY_CANDIDATES, number * _UNITS[match[2]])

@@ -1,8 +1,8 @@
-"""Stage 3: optuna draws settings, the proxy scores them, and the best few answer problems until one is left."""
+"""The search: optuna draws candidates and the proxy scores them; the best then answer problems until one is left."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,34 @@ from hf_stepflow.evaluation.store import digest
 from .candidates import Settings, Space
 from .proxy import ProxyScore
 
-# Trials that are drawn at random before optuna's model of the proxy draws.
+# Trials that are drawn at random before optuna models the proxy.
 _STARTUP = 10
+
+# Candidates that answer problems. The last of them come from further down the ranking: they show whether the proxy
+# ranks as generation does.
+RUN = 8
+WITNESSES = 2
+
+# Parameters that say what a candidate does, and where. Candidates that agree in all of them differ by amounts only,
+# which generation can hardly distinguish.
+_KIND = ("bridge", "bridge_scope", "injection", "temperature", "temperature_heads")
+
+# The share of short and easy problems that a candidate may lose net of those it gains; one problem may always be lost.
+HARM = 0.01
+
+# {problem: whether each response to it was right}.
+Results = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and its score.
+    """A candidate and its score.
 
     Attributes:
-        number: from 0, in the order in which they were drawn.
-        parameters: what optuna drew.
-        settings: the settings that they stand for.
-        score: the proxy, relative to the base.
+        number: The number of the trial, from 0 in the order of drawing.
+        parameters: The parameters that optuna drew.
+        settings: The settings that they stand for.
+        score: The proxy, relative to the base.
     """
 
     number: int
@@ -36,20 +51,19 @@ class Trial:
     score: ProxyScore
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """Returns JSON-ready data."""
         return asdict(self) | {"objective": self.score.objective}
 
 
 class Proposer:
     """Draws parameters with optuna, in a study that is kept in a journal file.
 
-    The generator of each draw is seeded by the trial's number, so that a run that was stopped draws what it would have
-    drawn.
+    The number of a trial seeds its draw, so an interrupted run draws what it would have drawn.
 
     Args:
-        space: what to draw from.
-        seed: of all draws.
-        journal: the file, or None for a study in memory.
+        space: The space to draw from.
+        seed: The seed of all draws.
+        journal: The journal file, or None for a study in memory.
     """
 
     def __init__(self, space: Space, seed: int, journal: Path | None):
@@ -73,7 +87,7 @@ class Proposer:
             self._study.enqueue_trial(parameters)
 
     def draw(self, number: int) -> dict[str, Any]:
-        """The parameters of a trial, drawn before or now."""
+        """Returns the parameters of a trial, whether it was drawn before or is drawn now."""
         self._study.sampler = self._sampler(number)
         known = self._study.get_trials(deepcopy=False)
         waiting = self._optuna.trial.TrialState.WAITING
@@ -85,7 +99,7 @@ class Proposer:
         return self._space.suggest(trial)
 
     def tell(self, number: int, value: float) -> None:
-        """Takes the objective of a trial that was drawn."""
+        """Records the objective of a trial."""
         self._study.tell(number, value, skip_if_finished=True)
 
     def _sampler(self, number: int) -> Any:
@@ -101,18 +115,18 @@ def search(
     tell: Callable[[int, float], None],
     is_over: Callable[[int], bool],
 ) -> list[Trial]:
-    """Scores candidates until the budget is spent; the same settings drawn twice count once.
+    """Scores candidates until the budget is spent; settings that are drawn twice count once.
 
     Args:
-        space: what is drawn from.
-        trials: how many may be drawn.
-        propose: the parameters of a trial by its number.
-        score: the proxy of settings.
-        tell: takes the objective of a trial.
-        is_over: whether time is up, asked before each trial.
+        space: The space that parameters are drawn from.
+        trials: The largest number of trials.
+        propose: Returns the parameters of a trial.
+        score: Returns the proxy of settings.
+        tell: Records the objective of a trial.
+        is_over: Returns whether time is up; asked before each trial.
 
     Returns:
-        The different candidates, the best first.
+        The distinct candidates, the best first.
     """
     found: dict[str, Trial] = {}
     for number in range(trials):
@@ -126,31 +140,16 @@ def search(
     return sorted(found.values(), key=lambda one: (-one.score.objective, one.number))
 
 
-# Candidates that are run by generation, and how many of these are taken from the rest of the ranking: they show
-# whether the proxy ranks as generation does.
-RUN = 8
-WITNESSES = 2
-
-# Parameters that say what a candidate does and where. Those that agree in them differ by amounts only, and generation
-# hardly tells them apart.
-_KIND = ("bridge", "bridge_scope", "injection", "temperature", "temperature_heads")
-
-# Net losses that a candidate may have among the short and easy problems, as a share of them; one is always let pass.
-HARM = 0.01
-
-Results = dict[str, list[float]]
-
-
 @dataclass(frozen=True)
 class Rung:
-    """What one candidate did on the problems up to one rung.
+    """The result of one candidate on the problems up to one rung.
 
     Attributes:
-        trial: number of the candidate.
-        problems: how many were answered.
-        delta: accuracy, less the base's.
-        lost_easy: short and easy problems lost, less those gained.
-        stays: whether it goes on.
+        trial: The number of the candidate.
+        problems: The number of problems.
+        delta: The candidate's accuracy minus the base's.
+        lost_easy: Short and easy problems lost minus those gained.
+        stays: Whether the candidate goes on.
     """
 
     trial: int
@@ -162,35 +161,31 @@ class Rung:
 
 @dataclass(frozen=True)
 class Halving:
-    """How the candidates fared.
+    """The results of all candidates that answered problems.
 
     Attributes:
-        rungs: for each rung, what its candidates did, the best first.
-        winner: number of the winning candidate; None where none was better than the base.
-        reason: one sentence.
+        rungs: The candidates of each rung, the best first.
+        winner: The number of the winning candidate; None if none was better than the base.
+        reason: The reason in one sentence.
     """
 
     rungs: list[list[Rung]] = field(default_factory=list)
     winner: int | None = None
     reason: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        return asdict(self)
-
 
 def to_run(
     ranked: Sequence[Trial], run: int = RUN, witnesses: int = WITNESSES, anchor: int | None = None
 ) -> list[Trial]:
-    """The candidates to run: the anchor, the best of each kind by the proxy, and some spread over the rest.
+    """Chooses candidates to answer problems: the anchor, the best of each kind by the proxy, and some of the rest.
 
-    Where there are fewer kinds than places, the next best of any kind follow.
+    If there are fewer kinds than places, the next best of any kind follow.
 
     Args:
-        ranked: the best first.
-        run: how many in all.
-        witnesses: how many of these from the rest.
-        anchor: number of a candidate that is run whatever the proxy says.
+        ranked: The candidates, the best first.
+        run: The number to choose.
+        witnesses: How many of these come from the rest, spread over its ranks.
+        anchor: The number of a candidate that is chosen whatever its proxy.
     """
     firsts: dict[tuple[Any, ...], Trial] = {}
     for one in ranked:
@@ -210,59 +205,55 @@ def halve(
     answer: Callable[[Sequence[Trial], int], tuple[Results, dict[int, Results]]],
     easy: set[str],
 ) -> Halving:
-    """Successive halving: on each rung more problems, and half of the candidates stay.
+    """Runs successive halving: each rung has more problems than the last and keeps half of its candidates.
 
     Args:
-        candidates: the best by the proxy first, which decides between equals.
-        rungs: how many.
-        answer: given candidates and a rung, the base's shares of right responses by problem, and the candidates' by
-            their numbers, on all problems up to this rung; empty where there was no time.
-        easy: ids of the short and easy problems.
+        candidates: The candidates, the best by the proxy first; this order decides between equals.
+        rungs: The number of rungs.
+        answer: Given candidates and a rung, returns the base's results and those of each candidate by its number, on
+            all problems up to this rung; empty if there was no time.
+        easy: The ids of the short and easy problems.
     """
     alive, found = list(candidates), []
     for rung in range(rungs):
         base, others = answer(alive, rung)
         if not base:
             break
-        rows = [_measure(one, base, others[one.number], easy) for one in alive]
+        rows = [_compare(one, base, others[one.number], easy) for one in alive]
         allowed = max(1.0, HARM * len(easy & base.keys()))
         place = {one.number: at for at, one in enumerate(alive)}
         rows.sort(key=lambda one: (one.lost_easy > allowed, -one.delta, place[one.trial]))
         keep = 1 if rung == rungs - 1 else math.ceil(len(alive) / 2)
         stays = {one.trial for one in rows[:keep] if one.lost_easy <= allowed}
-        found.append([Rung(**{**asdict(one), "stays": one.trial in stays}) for one in rows])
+        found.append([replace(one, stays=one.trial in stays) for one in rows])
         alive = [one for one in alive if one.number in stays]
         if not alive:
             return Halving(found, None, "every candidate lost short and easy problems")
     if not found:
-        return Halving([], None, "there was no time to run any candidate by generation")
+        return Halving([], None, "there was no time for any candidate to answer problems")
     last = next((row for row in found[-1] if row.stays), None)
     if last is None or last.delta <= 0:
         return Halving(found, None, f"no candidate answered more of {found[-1][0].problems} problems than the base")
-    told = f"trial {last.trial} answered {100 * last.delta:+.1f} points of {last.problems} calibration problems"
-    return Halving(found, last.trial, told)
+    gain = f"trial {last.trial} gained {100 * last.delta:.1f} points on {last.problems} calibration problems"
+    return Halving(found, last.trial, gain)
 
 
-def _measure(one: Trial, base: Results, own: Results, easy: set[str]) -> Rung:
+def _compare(one: Trial, base: Results, own: Results, easy: set[str]) -> Rung:
     changes = {name: float(np.mean(own[name]) - np.mean(base[name])) for name in base}
     lost = sum(-change for name, change in changes.items() if name in easy)
     return Rung(one.number, len(base), float(np.mean(list(changes.values()))), lost, True)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[Estimate | None, int]:
-    """Spearman's correlation with its interval (Bonett and Wright, 2000), and the number of pairs.
+    """Returns Spearman's correlation with its interval (Bonett and Wright, 2000), and the number of pairs.
 
-    Returns:
-        None where it has no value: fewer than four pairs, or values that are all equal.
+    The correlation is None if there are fewer than four pairs, or if all values of a side are equal.
     """
     n = len(first)
     if n < 4 or min(np.ptp(first), np.ptp(second)) == 0:
         return None, n
     rho = float(stats.spearmanr(first, second).statistic)
     if abs(rho) >= 1 - 1e-12:
-        z = math.copysign(math.inf, rho)
-        width = 0.0
-    else:
-        z = math.atanh(rho)
-        width = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
-    return Estimate(rho, math.tanh(z - width), math.tanh(z + width)), n
+        return Estimate(rho, math.copysign(1.0, rho), math.copysign(1.0, rho)), n
+    width = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return Estimate(rho, math.tanh(math.atanh(rho) - width), math.tanh(math.atanh(rho) + width)), n

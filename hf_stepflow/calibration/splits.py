@@ -1,4 +1,4 @@
-"""The two splits: on one everything is chosen, the other is kept for the verdict and is never looked at before."""
+"""Splits and batches: everything is chosen on the calibration split; the held-out split is for the verdict alone."""
 
 import hashlib
 import random
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-# Problems that each split needs at least for anything to be chosen, or to be shown.
+# The fewest problems with which a split can choose or show anything.
 SMALLEST = 8
 
-# Batches that are filled from the same stretch of the order, so that prompts of like length stand together.
+# Batches filled from one stretch of the order; within it, problems are batched by the length of their prompts.
 _STRETCH = 4
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Problems of both splits, each in an order that the seed draws: the first n are a random sample of them.
+    """Both splits, each in an order drawn by the seed: its first n problems are a random sample.
 
     Attributes:
-        calibration: everything is chosen on these.
-        held_out: the verdict is given on these.
+        calibration: The problems that everything is chosen on.
+        held_out: The problems that the verdict is given on.
     """
 
     calibration: list[EvalProblem]
@@ -30,11 +30,11 @@ class Splits:
 
 @dataclass(frozen=True)
 class Batch:
-    """Problems that are answered together, under any settings.
+    """Problems that are answered together under any settings.
 
     Attributes:
-        name: its split and its number.
-        problems: its problems.
+        name: The split and the number of the batch.
+        problems: The problems.
     """
 
     name: str
@@ -44,38 +44,37 @@ class Batch:
 def split_problems(problems: Sequence[EvalProblem], seed: int) -> Splits:
     """Splits problems by a hash of their question and the seed.
 
-    The same question, whatever its id, capitals and white space, is never in both.
+    A question is never in both splits, whatever its id, capitals and white space.
 
     Args:
-        problems: each id once.
-        seed: another one gives other splits.
+        problems: Problems with distinct ids.
+        seed: The seed; another one gives other splits.
 
     Raises:
-        StepFlowInputError: too few problems for two splits.
+        StepFlowInputError: There are too few problems for two splits.
     """
     order = sorted(problems, key=lambda one: (_hash(one, seed), one.id))
     calibration = [one for one in order if _hash(one, seed)[0] % 2 == 0]
     held_out = [one for one in order if _hash(one, seed)[0] % 2 == 1]
     if min(len(calibration), len(held_out)) < SMALLEST:
         raise StepFlowInputError(
-            f"{len(problems)} problems make splits of {len(calibration)} and {len(held_out)}, and each needs "
-            f"{SMALLEST} at least",
-            hint="give more problems: some hundreds, to show a gain of a few points",
+            f"{len(problems)} problems make splits of {len(calibration)} and {len(held_out)}; each needs {SMALLEST}",
+            hint="give more problems; to show a gain of a few points takes some hundreds",
         )
     return Splits(calibration, held_out)
 
 
 def batches_of(problems: Sequence[EvalProblem], size: int, split: str, seed: int) -> list[Batch]:
-    """Cuts a split into batches, so that where time ends none of its lengths was favoured.
+    """Cuts a split into batches such that stopping early favours no length.
 
-    Prompts of a batch are of like length, which saves padding; the batches of a stretch come in an order that the seed
-    draws. So any first batches are a random sample of batches, and whole stretches are random samples of problems.
+    The prompts of a batch have similar lengths, which saves padding. The batches of one stretch come in an order drawn
+    by the seed, so the first batches are a random sample of batches, and whole stretches one of problems.
 
     Args:
-        problems: in the order of the split.
-        size: problems of a batch.
-        split: names the batches.
-        seed: draws the order of batches.
+        problems: The problems in the order of the split.
+        size: The number of problems in a batch.
+        split: The name of the split, which names the batches.
+        seed: The seed of the order of batches.
     """
     batches: list[Batch] = []
     drawn = random.Random(f"{seed}/batches/{split}")

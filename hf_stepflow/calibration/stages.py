@@ -1,11 +1,12 @@
-"""calibrate: from a model and some problems to settings that are better than the base, or the word that none are.
+"""calibrate: from a model and problems to settings that are better than the base, or to the finding that none are.
 
-The stages in their order: gate, traces, bands, settings, verdict. Everything is chosen on the calibration split; the
-held-out split is answered once, at the end, by the base, the winner, and the winner's ablations.
+The stages in order: traces, gate, bands, heads, search, generation, verdict. Everything is chosen on the calibration
+split. The held-out split is answered once, at the end, by the base, the winner and the winner's ablations.
 """
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,24 +27,24 @@ from .bands import Bands, propose_bands, quarter_rule
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
-from .proxy import proxy_score
+from .proxy import ProxyScore, proxy_score
 from .result import Ablation, Calibration
 from .run import Budget, CalibrationRun, Sampling, attached, parse_budget
 from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
 from .splits import Batch, Splits, batches_of, split_problems
 from .traces import Row, Solved, read_answers, rows_to_score, short_and_easy
-from .verdict import BASE, RANDOM_STEPS, ablations, depends_on_steps, measure, random_steps
+from .verdict import BASE, RANDOM_STEPS, ablations, measure, random_steps
 from .work_folder import Workers, WorkFolder
 
 STEPFLOW = "stepflow"
 
-# Shares of the calibration split that candidates answer up to each rung.
+# The shares of the calibration split that candidates have answered after each rung.
 _RUNGS = (0.25, 0.5, 1.0)
 
-# The number of the trial that every search begins with: the paper's settings. What they do is always asked.
+# The trial that every search begins with: the paper's settings, which answer problems whatever their proxy.
 _PAPER = 0
 
-# Problems whose responses are scored for each candidate.
+# The number of problems whose responses are scored for each candidate by default.
 SCORED = 96
 
 
@@ -68,43 +69,54 @@ def calibrate(
 ) -> Calibration:
     """Looks for settings that are better than the base on problems that played no part in choosing them.
 
-    Under `accelerate launch` the processes share the work; they need the same work folder.
+    Processes started by `accelerate launch` share the work; they need a common work folder.
 
     Args:
-        model: a causal language model, StepFlow attached or not; left as it was. Judge in float32 on a CPU.
-        tokenizer: its tokenizer.
-        problems: `EvalProblem`s or dicts (see `load_problems`); those with a `trace` are scored on it.
-        budget: a number of candidates for the search, or a time for everything: 40, "90s", "20m", "1.5h".
-        seed: of splits, sampling, search and resampling.
-        work: folder in which everything is kept as soon as it is found; a run that was stopped is continued there, and
-            another one refused. None keeps nothing.
-        force: go on where errors do not rise with length; also in the folder of a run that ended there.
-        stepflow: markers and step rules, as for `attach`; None takes those that are attached, or the rule.
-        samples: responses to each problem; 1 is greedy, more are sampled.
-        temperature: of the sampling.
-        max_new_tokens: tokens that a response may have.
-        batch_size: problems that are answered together.
-        scored: problems of the calibration split whose responses are scored for each candidate.
-        run_code: allow running programs that the model wrote.
-        template: further arguments of the chat template.
-        progress: show progress bars.
+        model: A causal language model, with or without StepFlow attached; it is left unchanged. Calibrate in float32
+            on a CPU for exact verdicts.
+        tokenizer: The model's tokenizer.
+        problems: `EvalProblem`s or dicts (see `load_problems`); a problem with a `trace` is scored on it.
+        budget: A number of candidates for the search, or a time for all stages: 40, "90s", "20m", "1.5h".
+        seed: The seed of splits, sampling, search and resampling.
+        work: A folder that keeps every result as soon as it is found. An interrupted run continues there; a different
+            run is refused. None keeps nothing.
+        force: Whether to go on if errors do not rise with length, also in the folder of a run that ended there.
+        stepflow: Settings with markers and step rules, as for `attach`; None takes the attached ones, or the rule.
+        samples: The number of responses to each problem; a single one is greedy, several are sampled.
+        temperature: The temperature of the sampling.
+        max_new_tokens: The largest number of tokens in a response.
+        batch_size: The number of problems answered together.
+        scored: The number of calibration problems whose responses are scored for each candidate.
+        run_code: Whether programs that the model wrote may be run.
+        template: Further arguments of the chat template.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The findings of every stage, with the winning settings and their verdict.
 
     Raises:
-        StepFlowInputError: arguments that make no sense, too few problems or too long ones, another run's folder, a
-            package that is not installed.
-        StepFlowError: a model that StepFlow cannot reach, or markers that its tokenizer cannot write.
+        StepFlowInputError: An argument is invalid, there are too few problems or too long ones, the folder holds
+            another run, or a package is not installed.
+        StepFlowError: The model is not supported, or its tokenizer cannot write the markers.
+
+    Example:
+        >>> result = calibrate(model, tokenizer, problems, budget="20m", work="my-calibration")
+        >>> print(result.verdict, result.settings)
     """
     spend = parse_budget(budget)
     sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))
-    check_numbers(sampling, scored)
+    counts = {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    check_generation(counts, seed, temperature)
+    if type(scored) is not int or scored < 2:
+        raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
     asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
     for problem in asked:
         check_may_run(problem, run_code)
     splits = split_problems(asked, seed)
-    demand_packages(asked)
-    check_lengths(model, tokenizer, asked, sampling)
+    _check_packages(asked)
+    _check_lengths(model, tokenizer, asked, sampling)
     with attached(model, tokenizer, stepflow):
-        run = {
+        header = {
             "problems": digest([vars(problem) for problem in asked]),
             "n_problems": len(asked),
             "model": model_digest(model),
@@ -122,273 +134,20 @@ def calibrate(
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         workers = Workers.join()
         if workers.count > 1 and work is None:
-            raise StepFlowInputError("several processes meet in a work folder, and none was given", hint="pass work=")
-        if not workers.is_first:  # the first makes the folder
-            workers.wait()
-        folder = WorkFolder(work, run, about, workers.count)
+            raise StepFlowInputError(
+                "several processes need a common work folder, but work is None", hint="pass work="
+            )
+        if not workers.is_first:
+            workers.wait()  # for the first process to create the folder
+        folder = WorkFolder(work, header, about, workers.count)
         if workers.is_first:
             workers.wait()
-        laboratory = CalibrationRun(model, tokenizer, sampling, folder, workers, progress)
-        return _Stages(laboratory, spend, splits, scored).run(run, about, force)
+        run = CalibrationRun(model, tokenizer, sampling, folder, workers, spend, progress)
+        return _run_stages(run, splits, scored, header, about, force)
 
 
-class _Stages:
-    """The stages of one calibration, each a method that fills in a part of the result."""
-
-    def __init__(self, laboratory: CalibrationRun, budget: Budget, splits: Splits, scored: int):
-        self.lab = laboratory
-        self.budget = budget
-        self.splits = splits
-        self.scored = scored
-        self.seed = laboratory.sampling.seed
-        size = laboratory.sampling.batch_size
-        self.calibration = batches_of(splits.calibration, size, "calibration", self.seed)
-        self.held_out = batches_of(splits.held_out, size, "held-out", self.seed)
-        self.heads: dict[int, int] = laboratory.model.stepflow_runtime.heads
-        self.rows: list[Row] = []
-        self.easy: set[str] = set()
-        self.base: list[float] = []
-
-    def run(self, run: dict[str, Any], about: dict[str, Any], force: bool) -> Calibration:
-        """All stages, or those up to the gate where it is closed."""
-        solved = self.solve()
-        errors = [1 - one.accuracy for one in solved]
-        measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
-        gate = look_for_trend(errors, measures, self.seed)
-        found = Calibration(run, about, gate, held_out=len(self.splits.held_out))
-        found.is_forced = self.is_forced(found.gate, force)
-        if found.gate.is_open or found.is_forced:
-            self.rows = rows_to_score(solved, self.lab.tokenizer, self.lab.sampling.template, self.scored)
-            self.easy = short_and_easy(solved)
-            self.base = self.lab.likelihoods(None, self.rows)
-            bases = self.context_lengths(solved)
-            found.bands = self.propose(solved)
-            found.heads = self.probe(bases[0])
-            tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
-            found.trials = self.search(Space.of(found.bands.proposals, tables, bases))
-            self.select(found)
-            if found.winner is not None:
-                self.judge(found, bases[0])
-        found.seconds = self.lab.work.spent()
-        return found
-
-    def solve(self) -> list[Solved]:
-        """Stage 1: the base's own traces."""
-        end = self.budget.end_of("traces")
-        self.lab.answers({BASE: None}, self.calibration[:1], "traces")  # some, however short the time
-        results, done = self.lab.answers({BASE: None}, self.calibration, "traces", end=end)
-        self.calibration = self.calibration[:done]
-        answered = {problem.id for batch in self.calibration for problem in batch.problems}
-        problems = [one for one in self.splits.calibration if one.id in answered]
-        vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
-        return read_answers(problems, results[BASE], self.lab.tokenizer, vocabulary, self.lab.sampling.template)
-
-    def is_forced(self, gate: Gate, force: bool) -> bool:
-        """Whether a closed gate is passed. Once it was, there may be a verdict, which must not be taken back."""
-        if gate.is_open:
-            return False
-        if force:
-            return self.lab.decide("forced", lambda: True)
-        if self.lab.work.get("decisions", "forced") is not None:
-            assert self.lab.work.path is not None  # without a folder nothing is known of another run
-            raise another_run(self.lab.work.path, ["force: true there, false now"])
-        return False
-
-    def context_lengths(self, solved: Sequence[Solved]) -> list[int]:
-        """Lengths from which a length temperature may start: three quarters and half of all traces are longer."""
-        prompts = [
-            len(encode_prompt(self.lab.tokenizer, one.problem.prompt, **self.lab.sampling.template)) for one in solved
-        ]
-        lengths = [prompt + one.tokens for prompt, one in zip(prompts, solved, strict=True)]
-        return sorted({max(2, int(value)) for value in np.quantile(lengths, [0.25, 0.5])})
-
-    def propose(self, solved: Sequence[Solved]) -> Bands:
-        """Stage 2: bands by Step-Saliency and by rule."""
-        if self.lab.is_over(self.budget.end_of("bands"), "bands"):
-            reason = "there was no time for Step-Saliency"
-            return Bands([quarter_rule(sorted(self.heads))], (0, 0), sorted(self.heads), reason=reason)
-        traces: dict[bool, list[tuple[list[int], int]]] = {True: [], False: []}
-        for one in solved:
-            prompt = encode_prompt(self.lab.tokenizer, one.problem.prompt, **self.lab.sampling.template)
-            for result in one.results[:1]:
-                # The index of decay needs a summary; a trace that was cut off has none.
-                if result["outcome"] != "unfinished":
-                    traces[result["right"]].append(([*prompt, *result["ids"]], len(prompt)))
-
-        def look() -> dict[str, Any]:
-            return propose_bands(
-                self.lab.model,
-                traces[True],
-                traces[False],
-                self.lab.tokenizer,
-                sorted(self.heads),
-                self.seed,
-                self.lab.progress,
-            ).to_dict()
-
-        return Bands.from_dict(self.lab.decide("bands", look))
-
-    def probe(self, base_length: int) -> dict[str, Heads]:
-        """Stage 3: heads, one forward pass each: the shallow half for the bridge, all for the length temperature."""
-        layers = sorted(self.heads)
-        everywhere = [(layer, head) for layer in layers for head in range(self.heads[layer])]
-        shallow = [one for one in everywhere if one[0] in layers[: -(-len(layers) // 2)]]
-        # Where time is short, those that are reached are of all layers.
-        random.Random(f"{self.seed}/temperature").shuffle(everywhere)
-        warm = partial(temperature_on, base=base_length)
-        return {
-            "OEB": self.try_heads("bridge heads", shallow, floor_on),
-            "length temperature": self.try_heads("temperature heads", everywhere, warm),
-        }
-
-    def try_heads(self, what: str, heads: list[Head], acting_on: Callable[[Sequence[Head]], Settings]) -> Heads:
-        """The heads that profit from one mechanism."""
-        ends = {False: self.budget.end_of(what), True: self.budget.end_of(f"{what} together")}
-
-        def is_over(head: Head, together: bool) -> bool:
-            return self.lab.is_over(ends[together], what, list(head), together)
-
-        score = partial(_score, self.rows, self.easy)
-        with self.lab.bar(what, len(heads), "head") as advance:
-            return find_heads(heads, acting_on, self.counted(advance), score, is_over)
-
-    def search(self, space: Space) -> list[Trial]:
-        """Stage 3: settings by the proxy."""
-        work = self.lab.work
-        journal = None if work.path is None else work.path / "optuna.journal"
-        proposer = Proposer(space, self.seed, journal) if self.lab.workers.is_first else None
-        trials, end = self.budget.candidates, self.budget.end_of("search")
-
-        def propose(number: int) -> dict[str, Any]:
-            return self.lab.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
-
-        def tell(number: int, value: float) -> None:
-            if proposer is not None:
-                proposer.tell(number, value)
-
-        with self.lab.bar("search", trials if end is None else None, "candidate") as advance:
-            likelihoods = self.counted(advance)
-            return search(
-                space,
-                trials,
-                propose,
-                lambda settings: proxy_score(self.rows, self.base, likelihoods(settings), self.easy),
-                tell,
-                lambda number: self.lab.is_over(end, "search", number),
-            )
-
-    def select(self, found: Calibration) -> None:
-        """Stage 3: the best few by generation, and how well the proxy foretold it."""
-        candidates = to_run([one for one in found.trials if mechanisms(one.settings)], anchor=_PAPER)
-        ends = sorted({max(1, round(share * len(self.calibration))) for share in _RUNGS})
-        done = [0]
-
-        def answer(alive: Sequence[Trial], rung: int) -> tuple[Results, dict[int, Results]]:
-            arms: dict[str, Settings | None] = {BASE: None, **{str(one.number): one.settings for one in alive}}
-            batches, end = self.calibration[: ends[rung]], self.budget.end_of("generation")
-            results, reached = self.lab.answers(arms, batches, f"rung {rung + 1} of {len(ends)}", end=end)
-            if reached <= done[-1]:
-                return {}, {}
-            done.append(reached)
-            return _shares(results[BASE]), {one.number: _shares(results[str(one.number)]) for one in alive}
-
-        nothing = Halving(reason="there was no time to score any candidate")
-        found.halving = halve(candidates, len(ends), answer, self.easy) if candidates else nothing
-        if found.halving.rungs:
-            proxy = {one.number: one.score.value for one in candidates}
-            found.points = [(one.trial, proxy[one.trial], one.delta) for one in found.halving.rungs[0]]
-            found.correlation = rank_correlation([one[1] for one in found.points], [one[2] for one in found.points])
-        found.winner = next((one for one in candidates if one.number == found.halving.winner), None)
-
-    def judge(self, found: Calibration, base_length: int) -> None:
-        """Stage 4: the winner on the held-out split, and its ablations."""
-        assert found.winner is not None
-        winner = found.settings = found.winner.settings
-        arms: dict[str, Settings | None] = {BASE: None, STEPFLOW: winner}
-        self.lab.answers(arms, self.held_out[:1], "verdict")  # some, however short the time
-        results, done = self.lab.answers(arms, self.held_out, "verdict", end=self.budget.end_of("verdict"))
-        found.measured = self.measured(results, STEPFLOW)
-        variants, found.left_out = ablations(winner, self.heads, base_length, self.seed)
-        if depends_on_steps(winner):
-            variants[RANDOM_STEPS] = winner
-        else:
-            found.left_out[RANDOM_STEPS] = "it does not matter to the winner where steps end"
-        for left, (name, settings) in zip(range(len(variants), 0, -1), variants.items(), strict=True):
-            self.ablate(found, name, settings, self.held_out[:done], 1 / left)
-
-    def ablate(
-        self, found: Calibration, name: str, settings: Settings, batches: Sequence[Batch], share: float
-    ) -> None:
-        """One ablation on the problems that the winner answered, as far as its share of the time left allows."""
-        steps = None
-        if name == RANDOM_STEPS:
-            vocabulary = self.lab.model.stepflow_runtime.rules.vocabulary
-            traces = [([*row.ids], len(row.prompt)) for row in self.rows[:32]]
-            steps = (RANDOM_STEPS, random_steps(vocabulary, traces, random.Random(f"{self.seed}/cuts").randrange(997)))
-        end, spent = self.budget.end_of("ablations"), self.lab.work.spent()
-        end = None if end is None else spent + share * (end - spent)
-        own, done = self.lab.answers({name: settings}, batches, name, end=end, steps=steps)
-        if not done:
-            found.left_out[name] = "there was no time"
-            return
-        both, _ = self.lab.answers({BASE: None, STEPFLOW: found.settings}, batches[:done], name)
-        results = {**both, **own}
-        found.ablations[name] = Ablation(
-            self.measured(results, name), self.measured(results, STEPFLOW, against=name), settings
-        )
-
-    def measured(self, results: Mapping[str, Sequence[dict[str, Any]]], name: str, against: str = BASE) -> Any:
-        """Two arms held against each other."""
-        return measure(results, name, against=against, samples=self.lab.sampling.samples, seed=self.seed)
-
-    def counted(self, advance: Any) -> Any:
-        """`likelihoods` of the rows that are scored, counted on a progress bar."""
-
-        def likelihoods(settings: Settings | None) -> list[float]:
-            values = self.lab.likelihoods(settings, self.rows)
-            advance()
-            return values
-
-        return likelihoods
-
-
-def _score(rows: Sequence[Row], easy: set[str], before: list[float], after: list[float]) -> Any:
-    return proxy_score(rows, before, after, easy)
-
-
-def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
-    """Whether each response was right, by problem."""
-    shares: Results = {}
-    for result in results:
-        shares.setdefault(result["problem"], []).append(float(result["right"]))
-    return shares
-
-
-def check_numbers(sampling: Sampling, scored: int) -> None:
-    """Refuses numbers that make no sense.
-
-    Args:
-        sampling: how responses are generated.
-        scored: problems whose responses are scored for each candidate.
-
-    Raises:
-        StepFlowInputError: there are some.
-    """
-    counts = {name: getattr(sampling, name) for name in ("samples", "max_new_tokens", "batch_size")}
-    check_generation(counts, sampling.seed, sampling.temperature)
-    if type(scored) is not int or scored < 2:
-        raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
-
-
-def demand_packages(problems: Sequence[EvalProblem]) -> None:
-    """Checks that what later stages need is installed.
-
-    Args:
-        problems: what is asked.
-
-    Raises:
-        StepFlowInputError: it is not.
-    """
+def _check_packages(problems: Sequence[EvalProblem]) -> None:
+    """Refuses to begin without the packages that later stages need."""
     if find_spec("optuna") is None:
         raise StepFlowInputError(
             "the search for settings needs optuna, which is not installed", hint="pip install 'hf-stepflow[calibrate]'"
@@ -396,18 +155,8 @@ def demand_packages(problems: Sequence[EvalProblem]) -> None:
     demand_math_verify(problem.kind for problem in problems)
 
 
-def check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], sampling: Sampling) -> None:
-    """Refuses problems of either split that the model has no positions for.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        problems: those of both splits.
-        sampling: how responses are generated.
-
-    Raises:
-        StepFlowInputError: a prompt with the response that may follow, or with its reference trace, is too long.
-    """
+def _check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], sampling: Sampling) -> None:
+    """Refuses problems that, with a response or their trace, have more tokens than the model has positions."""
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if room is None:
         return
@@ -427,3 +176,223 @@ def check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], s
                 f"positions",
                 hint="leave this problem out, or its trace",
             )
+
+
+def _run_stages(
+    run: CalibrationRun, splits: Splits, scored: int, header: dict[str, Any], about: dict[str, Any], force: bool
+) -> Calibration:
+    """Runs all stages, or those up to the gate if it is closed."""
+    seed, size = run.sampling.seed, run.sampling.batch_size
+    solved, batches = _solve(run, splits.calibration, batches_of(splits.calibration, size, "calibration", seed))
+    measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
+    gate = look_for_trend([1 - one.accuracy for one in solved], measures, seed)
+    found = Calibration(header, about, gate, held_out=len(splits.held_out))
+    found.is_forced = _is_forced(run, gate, force)
+    if gate.is_open or found.is_forced:
+        rows = rows_to_score(solved, run.tokenizer, run.sampling.template, scored)
+        scoring = _Scoring(run, rows, short_and_easy(solved), run.likelihoods(None, rows))
+        lengths = _context_lengths(run, solved)
+        found.bands = _propose(run, solved)
+        found.heads = _try_all_heads(scoring, lengths[0])
+        tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
+        found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
+        _select(found, run, batches, scoring.easy)
+        if found.winner is not None:
+            held_out = batches_of(splits.held_out, size, "held-out", seed)
+            _judge(found, found.winner, run, held_out, lengths[0], rows)
+    found.seconds = run.work.spent()
+    return found
+
+
+def _solve(
+    run: CalibrationRun, problems: Sequence[EvalProblem], batches: list[Batch]
+) -> tuple[list[Solved], list[Batch]]:
+    """The traces: the base's answers, and the batches that there was time for."""
+    run.answers({BASE: None}, batches[:1], "traces")  # whatever the time
+    results, done = run.answers({BASE: None}, batches, "traces", end=run.budget.end_of("traces"))
+    vocabulary = run.model.stepflow_runtime.rules.vocabulary
+    solved = read_answers(problems, results[BASE], run.tokenizer, vocabulary, run.sampling.template)
+    return solved, batches[:done]
+
+
+def _is_forced(run: CalibrationRun, gate: Gate, force: bool) -> bool:
+    """Whether a closed gate is passed. A run that passed it may have a verdict, which must not be taken back."""
+    if gate.is_open:
+        return False
+    if force:
+        return run.decide("forced", lambda: True)
+    if run.work.get("decisions", "forced") is not None:
+        assert run.work.path is not None  # in memory there is no earlier run
+        raise another_run(run.work.path, ["force: true there, false now"])
+    return False
+
+
+def _context_lengths(run: CalibrationRun, solved: Sequence[Solved]) -> list[int]:
+    """The lengths that three quarters and half of all traces exceed, from which a length temperature may start."""
+    template = run.sampling.template
+    lengths = [len(encode_prompt(run.tokenizer, one.problem.prompt, **template)) + one.tokens for one in solved]
+    return sorted({max(2, int(value)) for value in np.quantile(lengths, [0.25, 0.5])})
+
+
+def _propose(run: CalibrationRun, solved: Sequence[Solved]) -> Bands:
+    """The bands: by the quarter rule and by Step-Saliency."""
+    layers = sorted(run.model.stepflow_runtime.heads)
+    if run.is_over("bands", "bands"):
+        return Bands([quarter_rule(layers)], (0, 0), layers, reason="there was no time for Step-Saliency")
+    traces: dict[bool, list[tuple[list[int], int]]] = {True: [], False: []}
+    for one in solved:
+        prompt = encode_prompt(run.tokenizer, one.problem.prompt, **run.sampling.template)
+        result = one.results[0]
+        if result["outcome"] != "unfinished":  # the index of decay needs a summary
+            traces[result["right"]].append(([*prompt, *result["ids"]], len(prompt)))
+
+    def propose() -> dict[str, Any]:
+        return asdict(
+            propose_bands(
+                run.model, traces[True], traces[False], run.tokenizer, layers, run.sampling.seed, run.progress
+            )
+        )
+
+    return Bands.from_dict(run.decide("bands", propose))
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """The proxy of settings on a fixed set of responses.
+
+    Attributes:
+        run: The run.
+        rows: The responses.
+        easy: The ids of the short and easy problems.
+        base: The log-likelihood of each response under the base.
+    """
+
+    run: CalibrationRun
+    rows: list[Row]
+    easy: set[str]
+    base: list[float]
+
+    def likelihoods(self, advance: Callable[[], None], settings: Settings | None) -> list[float]:
+        """Scores the responses under settings and advances a progress bar."""
+        values = self.run.likelihoods(settings, self.rows)
+        advance()
+        return values
+
+    def compare(self, before: list[float], after: list[float]) -> ProxyScore:
+        """Returns the proxy of one set of log-likelihoods relative to another."""
+        return proxy_score(self.rows, before, after, self.easy)
+
+
+def _try_all_heads(scoring: _Scoring, base_length: int) -> dict[str, Heads]:
+    """The heads that profit: of the shallow half from the bridge, of all layers from the length temperature."""
+    heads: dict[int, int] = scoring.run.model.stepflow_runtime.heads
+    layers = sorted(heads)
+    everywhere = [(layer, head) for layer in layers for head in range(heads[layer])]
+    shallow = [one for one in everywhere if one[0] in layers[: -(-len(layers) // 2)]]
+    # In random order, so that the heads reached in a short time are of all layers.
+    random.Random(f"{scoring.run.sampling.seed}/temperature").shuffle(everywhere)
+    warm = partial(temperature_on, base=base_length)
+    return {
+        "OEB": _try_heads(scoring, "bridge heads", shallow, floor_on),
+        "length temperature": _try_heads(scoring, "temperature heads", everywhere, warm),
+    }
+
+
+def _try_heads(
+    scoring: _Scoring, stage: str, heads: list[Head], acting_on: Callable[[Sequence[Head]], Settings]
+) -> Heads:
+    def is_over(head: Head, together: bool) -> bool:
+        return scoring.run.is_over(f"{stage} together" if together else stage, stage, list(head), together)
+
+    with scoring.run.bar(stage, len(heads), "head") as advance:
+        return find_heads(heads, acting_on, partial(scoring.likelihoods, advance), scoring.compare, is_over)
+
+
+def _search(scoring: _Scoring, space: Space) -> list[Trial]:
+    """The search: candidates ranked by the proxy."""
+    run = scoring.run
+    journal = None if run.work.path is None else run.work.path / "optuna.journal"
+    proposer = Proposer(space, run.sampling.seed, journal) if run.workers.is_first else None
+
+    def propose(number: int) -> dict[str, Any]:
+        return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
+
+    def tell(number: int, value: float) -> None:
+        if proposer is not None:
+            proposer.tell(number, value)
+
+    trials = run.budget.candidates
+    with run.bar("search", trials if run.budget.seconds is None else None, "candidate") as advance:
+        return search(
+            space,
+            trials,
+            propose,
+            lambda settings: scoring.compare(scoring.base, scoring.likelihoods(advance, settings)),
+            tell,
+            lambda number: run.is_over("search", "search", number),
+        )
+
+
+def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], easy: set[str]) -> None:
+    """Generation: the best candidates answer problems, which also shows how well the proxy ranks them."""
+    candidates = to_run([one for one in found.trials if mechanisms(one.settings)], anchor=_PAPER)
+    if not candidates:
+        found.halving = Halving(reason="there was no time to score any candidate")
+        return
+    ends = sorted({max(1, round(share * len(batches))) for share in _RUNGS})
+    done = 0
+
+    def answer(alive: Sequence[Trial], rung: int) -> tuple[Results, dict[int, Results]]:
+        nonlocal done
+        arms: dict[str, Settings | None] = {BASE: None, **{str(one.number): one.settings for one in alive}}
+        label, end = f"rung {rung + 1} of {len(ends)}", run.budget.end_of("generation")
+        results, reached = run.answers(arms, batches[: ends[rung]], label, end=end)
+        if reached <= done:
+            return {}, {}
+        done = reached
+        return _shares(results[BASE]), {one.number: _shares(results[str(one.number)]) for one in alive}
+
+    found.halving = halve(candidates, len(ends), answer, easy)
+    if found.halving.rungs:
+        proxy = {one.number: one.score.value for one in candidates}
+        found.points = [(one.trial, proxy[one.trial], one.delta) for one in found.halving.rungs[0]]
+        found.correlation = rank_correlation([one[1] for one in found.points], [one[2] for one in found.points])
+    found.winner = next((one for one in candidates if one.number == found.halving.winner), None)
+
+
+def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
+    """Whether each response was right, by problem."""
+    shares: Results = {}
+    for result in results:
+        shares.setdefault(result["problem"], []).append(float(result["right"]))
+    return shares
+
+
+def _judge(
+    found: Calibration, winner: Trial, run: CalibrationRun, batches: list[Batch], base_length: int, rows: list[Row]
+) -> None:
+    """The verdict: the winner and its ablations on the held-out split."""
+    found.settings = winner.settings
+    seed = run.sampling.seed
+    compare = partial(measure, samples=run.sampling.samples, seed=seed)
+    arms: dict[str, Settings | None] = {BASE: None, STEPFLOW: winner.settings}
+    run.answers(arms, batches[:1], "verdict")  # whatever the time
+    results, done = run.answers(arms, batches, "verdict", end=run.budget.end_of("verdict"))
+    found.measured = compare(results, STEPFLOW)
+    variants, found.left_out = ablations(winner.settings, run.model.stepflow_runtime.heads, base_length, seed)
+    limit = run.budget.end_of("ablations")
+    for left, (name, settings) in zip(range(len(variants), 0, -1), variants.items(), strict=True):
+        vocabulary = None
+        if name == RANDOM_STEPS:
+            traces = [(row.ids, len(row.prompt)) for row in rows[:32]]
+            cuts = random.Random(f"{seed}/cuts").randrange(997)
+            vocabulary = random_steps(run.model.stepflow_runtime.rules.vocabulary, traces, cuts)
+        spent = run.work.spent()
+        end = None if limit is None else spent + (limit - spent) / left  # the time left, in equal parts
+        own, reached = run.answers({name: settings}, batches[:done], name, end=end, vocabulary=vocabulary)
+        if not reached:
+            found.left_out[name] = "there was no time"
+            continue
+        both, _ = run.answers(arms, batches[:reached], name)
+        results = {**both, **own}
+        found.ablations[name] = Ablation(compare(results, name), compare(results, STEPFLOW, against=name), settings)

@@ -1,4 +1,4 @@
-"""Right and wrong responses to score settings on: the model's own, and reference traces where problems carry them."""
+"""Traces: the base's answers to the calibration split, and the right and wrong responses to score candidates on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Row:
     """A response to score.
 
     Attributes:
-        problem: id of its problem.
-        prompt: token ids.
-        response: token ids, the end of the turn included.
-        is_right: whether it is right.
-        weight: problems of the split that this one stands for.
+        problem: The id of its problem.
+        prompt: Token ids of the prompt.
+        response: Token ids of the response, including the end of the turn.
+        is_right: Whether the response is right.
+        weight: How many problems of the split this one stands for.
     """
 
     problem: str
@@ -31,20 +31,20 @@ class Row:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The whole of it."""
+        """Token ids of prompt and response."""
         return self.prompt + self.response
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What the base made of a problem.
+    """The base's answers to one problem.
 
     Attributes:
-        problem: the problem.
-        accuracy: share of its responses that are right.
-        tokens: length of the problem's trace: of its reference, else the mean of the model's own.
-        steps: its thinking steps, of the same.
-        results: the responses, as `evaluate` makes them.
+        problem: The problem.
+        accuracy: The share of right responses.
+        tokens: The length of the reference trace, or without one the mean length of the responses.
+        steps: The number of thinking steps, by the same rule.
+        results: The responses, as `evaluate` records them.
     """
 
     problem: EvalProblem
@@ -61,42 +61,39 @@ def read_answers(
     vocabulary: StepVocabulary,
     template: Mapping[str, Any],
 ) -> list[Solved]:
-    """The base's answers by problem, for the problems that have any.
+    """Groups the base's answers by problem; problems without an answer are left out.
 
     Args:
-        problems: of the calibration split.
-        results: as `evaluate` makes them, token ids included.
-        tokenizer: the model's tokenizer.
-        vocabulary: its step rules.
-        template: further arguments of the chat template.
+        problems: The problems of the calibration split.
+        results: Their responses, as `evaluate` records them, with token ids.
+        tokenizer: The model's tokenizer.
+        vocabulary: The step rules for this tokenizer.
+        template: Further arguments of the chat template.
     """
-    own: dict[str, list[dict[str, Any]]] = {}
+    answered: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        own.setdefault(result["problem"], []).append(dict(result))
+        answered.setdefault(result["problem"], []).append(dict(result))
     solved = []
     for problem in problems:
-        if problem.id not in own:
+        if problem.id not in answered:
             continue
-        rows = own[problem.id]
+        own = answered[problem.id]
         if problem.trace is not None:
             prompt = encode_prompt(tokenizer, problem.prompt, **template)
             reference = encode_response(tokenizer, problem.trace)
-            tokens, steps = float(len(reference)), float(_thinking_steps(vocabulary, prompt, reference))
+            records = vocabulary.scan(prompt + reference, prompt_length=len(prompt))[len(prompt) :]
+            tokens = float(len(reference))
+            steps = float(max((record[Field.THINKING_STEPS] for record in records), default=0))
         else:
-            tokens = float(np.mean([len(row["ids"]) for row in rows]))
-            steps = float(np.mean([row["steps"] for row in rows]))
-        accuracy = float(np.mean([row["right"] for row in rows]))
-        solved.append(Solved(problem, accuracy, tokens, steps, rows))
+            tokens = float(np.mean([len(result["ids"]) for result in own]))
+            steps = float(np.mean([result["steps"] for result in own]))
+        accuracy = float(np.mean([result["right"] for result in own]))
+        solved.append(Solved(problem, accuracy, tokens, steps, own))
     return solved
 
 
-def _thinking_steps(vocabulary: StepVocabulary, prompt: list[int], response: list[int]) -> int:
-    records = vocabulary.scan(prompt + response, prompt_length=len(prompt))
-    return max((record[Field.THINKING_STEPS] for record in records[len(prompt) :]), default=0)
-
-
 def short_and_easy(solved: Sequence[Solved]) -> set[str]:
-    """The problems that must not be harmed: solved every time, and of the shorter half of all traces."""
+    """Returns the ids of problems that must not be harmed: always solved, with a trace of at most median length."""
     if not solved:
         return set()
     middle = float(np.median([one.tokens for one in solved]))
@@ -104,32 +101,31 @@ def short_and_easy(solved: Sequence[Solved]) -> set[str]:
 
 
 def rows_to_score(solved: Sequence[Solved], tokenizer: Any, template: Mapping[str, Any], limit: int) -> list[Row]:
-    """Right and wrong responses to at most so many problems, half of them problems that the base gets wrong.
+    """Chooses responses to score: half of them to problems that the base misses.
 
-    A right response is the reference trace, or else the model's own right ones; a wrong one is the model's own. Every
-    problem that is taken stands for those of its kind that are not.
+    The right response to a problem is its reference trace, or without one each of the model's own right responses; the
+    wrong ones are the model's own. Every chosen problem also stands for those of its kind that were left out.
 
     Args:
-        solved: the base's answers, in a random order.
-        tokenizer: the model's tokenizer.
-        template: further arguments of the chat template.
-        limit: problems to take.
+        solved: The base's answers, in a random order.
+        tokenizer: The model's tokenizer.
+        template: Further arguments of the chat template.
+        limit: The largest number of problems.
     """
     missed = [one for one in solved if one.accuracy < 1]
     known = [one for one in solved if one.accuracy == 1]
-    half = max(limit // 2, limit - len(known))
-    chosen = missed[:half]
-    chosen_known = known[: limit - len(chosen)]
+    chosen = missed[: max(limit // 2, limit - len(known))]
     rows = []
-    for kind, of in ((chosen, missed), (chosen_known, known)):
-        for one in kind:
+    for part, whole in ((chosen, missed), (known[: limit - len(chosen)], known)):
+        for one in part:
             prompt = tuple(encode_prompt(tokenizer, one.problem.prompt, **template))
-            weight = len(of) / len(kind)
+            right = [tuple(result["ids"]) for result in one.results if result["right"]]
+            wrong = [tuple(result["ids"]) for result in one.results if not result["right"]]
             if one.problem.trace is not None:
                 right = [tuple(encode_response(tokenizer, one.problem.trace))]
-            else:
-                right = [tuple(result["ids"]) for result in one.results if result["right"]]
-            wrong = [tuple(result["ids"]) for result in one.results if not result["right"]]
-            rows += [Row(one.problem.id, prompt, response, True, weight) for response in dict.fromkeys(right)]
-            rows += [Row(one.problem.id, prompt, response, False, weight) for response in dict.fromkeys(wrong)]
+            rows += [
+                Row(one.problem.id, prompt, response, is_right, len(whole) / len(part))
+                for responses, is_right in ((right, True), (wrong, False))
+                for response in dict.fromkeys(responses)
+            ]
     return rows

@@ -1,7 +1,7 @@
-"""The work folder of a calibration: what was found is kept there, each part under a hash of what it depends on.
+"""The work folder: every result is kept under a hash of its inputs, and the processes of a calibration meet there.
 
-Any number of processes may write into one folder: each part is a file of its own that appears whole or not at all, and
-two processes that find the same part write the same file.
+Any number of processes may write into one folder. Each result is a file of its own that appears whole or not at all,
+and two processes that compute the same result write the same file.
 """
 
 import json
@@ -18,19 +18,24 @@ from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError
 
 FORMAT = "hf-stepflow-calibration/1"
 
+Item = TypeVar("Item")
+
+# How long processes wait for the slowest one, which may be working on a long batch.
+_PATIENCE = timedelta(hours=12)
+
 
 class WorkFolder:
-    """Parts of a calibration by kind and content hash, on disk or, without a path, in memory.
+    """Results of a calibration by kind and content hash, on disk or, without a path, in memory.
 
     Args:
-        path: the folder, made where there is none; or None.
-        run: all that the results depend on, JSON-ready: a folder serves one run.
-        about: what is worth knowing but may differ: versions, machine.
-        processes: how many share the work: the time that each spends counts as that part of it.
+        path: The folder, which is created if necessary; or None.
+        run: Everything that results depend on, JSON-ready; a folder holds one run.
+        about: Versions and machine, which may differ between processes of one run.
+        processes: The number of processes that share the work; the time of each counts by this fraction.
 
     Raises:
-        StepFlowInputError: the folder holds another run; what differs is named.
-        StepFlowFileError: a folder that cannot be used, or that holds something else.
+        StepFlowInputError: The folder holds another run; the message names the differences.
+        StepFlowFileError: The folder cannot be used or holds other files.
     """
 
     def __init__(self, path: str | Path | None, run: dict[str, Any], about: dict[str, Any], processes: int = 1):
@@ -45,15 +50,15 @@ class WorkFolder:
         header = self.path / "run.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not header.exists() and any(not one.name.startswith(".") for one in self.path.iterdir()):
-                raise StepFlowFileError(
-                    f"{str(self.path)!r} holds other files and no run of a calibration",
-                    hint="choose another work folder",
-                )
             if header.exists():
                 changes = changes_of_run(_read(header).get("run", {}), run)
                 if changes:
                     raise another_run(self.path, changes)
+            elif any(not one.name.startswith(".") for one in self.path.iterdir()):
+                raise StepFlowFileError(
+                    f"{str(self.path)!r} holds other files and no run of a calibration",
+                    hint="choose another work folder",
+                )
             else:
                 _write(header, {"format": FORMAT, "run": run, "about": about})
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -61,11 +66,11 @@ class WorkFolder:
         self._before = sum(_read(file)["seconds"] for file in self.path.glob("*/*.json"))
 
     def get(self, kind: str, *parts: Any) -> Any:
-        """What was found, or None.
+        """Returns a result, or None if there is none yet.
 
         Args:
-            kind: what it is: a folder's name.
-            *parts: what it depends on beside the run, JSON-ready.
+            kind: The kind of result, a folder's name.
+            *parts: Everything it depends on apart from the run, JSON-ready.
         """
         name = self._name(kind, parts)
         if name not in self._known and self.path is not None and (self.path / name).exists():
@@ -73,7 +78,7 @@ class WorkFolder:
         return self._known.get(name)
 
     def put(self, kind: str, found: Any, *parts: Any) -> Any:
-        """Keeps what was found (JSON-ready, not None) and returns it as it will be read."""
+        """Keeps a result, JSON-ready and not None, and returns it as it will be read."""
         name, now = self._name(kind, parts), time.monotonic()
         spent, self._marked = (now - self._marked) / self._processes, now
         found = json.loads(json.dumps(found))
@@ -84,47 +89,21 @@ class WorkFolder:
         return found
 
     def spent(self) -> float:
-        """Seconds of work on this run, those before it was stopped included."""
+        """Returns the seconds of work on this run, including those before it was interrupted."""
         return self._before + time.monotonic() - self._started
 
     def _name(self, kind: str, parts: tuple[Any, ...]) -> str:
         return f"{kind}/{digest([self._context, *parts])}.json"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StepFlowFileError(f"{str(file)!r} cannot be read: {error}", hint="remove it, and go on") from error
-    if not isinstance(data, dict):
-        raise StepFlowFileError(f"{str(file)!r} holds {type(data).__name__}, expected an object", hint="remove it")
-    return data
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    """Writes a file that is there whole or not at all, whatever happens."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as opened:
-        json.dump(data, opened, ensure_ascii=False)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(partial, file)
-
-
-Item = TypeVar("Item")
-
-# How long processes wait for the slowest of them, which may be working on a long batch.
-_PATIENCE = timedelta(hours=12)
-
-
 @dataclass
 class Workers:
-    """This process among those that share the work. They meet in the work folder, on one file system.
+    """This process among those that share a calibration: one, or those started by `accelerate launch`.
 
     Attributes:
-        rank: its number.
-        count: how many there are.
-        group: what they wait for one another by.
+        rank: The number of this process.
+        count: The number of processes.
+        group: The process group to wait for.
     """
 
     rank: int = 0
@@ -133,7 +112,7 @@ class Workers:
 
     @classmethod
     def join(cls) -> "Workers":
-        """The workers that the environment tells of (RANK, WORLD_SIZE ..., as accelerate and torchrun set them)."""
+        """Joins the processes that the environment describes (WORLD_SIZE ..., set by accelerate and torchrun)."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count < 2:
             return cls()
@@ -148,18 +127,18 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process decides, and speaks for all."""
+        """Whether this process decides for all."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part."""
+        """Returns the part of the items that is this process's to do."""
         return items[self.rank :: self.count]
 
     def wait(self) -> None:
-        """Returns once all have come here.
+        """Waits until all processes have called this.
 
         Raises:
-            StepFlowError: one of them is gone.
+            StepFlowError: Another process has ended.
         """
         if self.count < 2:
             return
@@ -170,5 +149,27 @@ class Workers:
         except RuntimeError as error:
             raise StepFlowError(
                 f"another process of this calibration is gone: {(str(error) or 'no reason given').splitlines()[0]}",
-                hint="start the same command again: it goes on where it was",
+                hint="start the same command again: it continues where it stopped",
             ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StepFlowFileError(
+            f"{str(file)!r} cannot be read: {error}", hint="remove it and start the command again"
+        ) from error
+    if not isinstance(data, dict):
+        raise StepFlowFileError(f"{str(file)!r} holds {type(data).__name__}, expected an object", hint="remove it")
+    return data
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    """Writes a file that appears whole or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as opened:
+        json.dump(data, opened, ensure_ascii=False)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(partial, file)

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         write_preset(preset, args.out)
     if args.report is not None:
-        from hf_stepflow.calibration.report import write_report
+        from hf_stepflow.calibration.page import write_report
 
         write_report(result, args.report, preset)
     if args.json:

@@ -14,7 +14,7 @@ import pytest
 
 from hf_stepflow.calibration import calibrate, stages
 from hf_stepflow.calibration.candidates import EMPTY
-from hf_stepflow.calibration.report import write_report
+from hf_stepflow.calibration.page import write_report
 from hf_stepflow.calibration.result import NOTHING_FOUND, write_preset
 from hf_stepflow.calibration.search import halve
 from hf_stepflow.calibration.work_folder import WorkFolder
@@ -180,7 +180,7 @@ def test_the_report_is_one_page(reasoner, whole, tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"(src|href)=", page)
     assert page.count("<svg") >= 5
-    assert page.count('<rect class="raises"') + page.count('<rect class="lowers"') == 4 * 4 + 8 * 4
+    assert page.count('<rect class="good grid"') + page.count('<rect class="bad grid"') == 4 * 4 + 8 * 4
     assert page.count("</svg>") == page.count("<svg")
 
 

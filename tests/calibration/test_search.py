@@ -1,6 +1,7 @@
 """The space of candidates, the bands that go into it, and the search through it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_few_traces_propose_nothing() -> None:
     bands = propose_bands(None, [([1, 2], 1)] * 20, [([1, 2], 1)] * 3, None, range(8))
     assert [one.name for one in bands.proposals] == ["quarter"]
     assert "3 wrong traces are too few" in bands.reason
-    assert Bands.from_dict(json.loads(json.dumps(bands.to_dict()))) == bands
+    assert Bands.from_dict(json.loads(json.dumps(asdict(bands)))) == bands
 
 
 def test_saliency_proposes_on_a_model_and_leaves_it_as_it_was() -> None:
@@ -75,7 +76,7 @@ def test_saliency_proposes_on_a_model_and_leaves_it_as_it_was() -> None:
     assert bands.traces == (8, 8)
     assert {len(rows) for rows in bands.effects.values()} == {4}
     assert model.stepflow_runtime.settings == before
-    assert Bands.from_dict(json.loads(json.dumps(bands.to_dict()))) == bands
+    assert Bands.from_dict(json.loads(json.dumps(asdict(bands)))) == bands
 
 
 # Candidates

@@ -8,7 +8,9 @@ import pytest
 from scipy import stats
 
 from hf_stepflow.calibration.candidates import EMPTY, mechanisms, tidied
+from hf_stepflow.calibration.run import CalibrationRun, Sampling
 from hf_stepflow.calibration.search import halve, rank_correlation, to_run
+from hf_stepflow.calibration.splits import batches_of
 from hf_stepflow.calibration.verdict import (
     BASE,
     GAIN,
@@ -19,11 +21,12 @@ from hf_stepflow.calibration.verdict import (
     measure,
     random_steps,
 )
+from hf_stepflow.calibration.work_folder import Workers, WorkFolder
 from hf_stepflow.evaluation.statistics import compare
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.forward import FlowPlan, FlowRules
+from hf_stepflow.runtime.forward import FlowPlan
 from hf_stepflow.runtime.step_detector import Field
-from tests.support.calibration import responses, shares, trial
+from tests.support.calibration import problems, responses, shares, trial
 from tests.support.flow import attach, byte_tokenizer, encode
 from tests.support.tiny_models import tiny_model
 
@@ -211,8 +214,9 @@ def test_ablations_of_everything() -> None:
     found, left_out = ablations(winner, HEADS, 100, seed=0)
     assert left_out == {}
     assert [mechanisms(one) for one in found.values()] == [
-        ["OEB"], ["SMI"], ["length temperature"], *[mechanisms(winner)] * 3,
+        ["OEB"], ["SMI"], ["length temperature"], *[mechanisms(winner)] * 4,
     ]  # fmt: skip
+    assert found["random step boundaries"] == winner
     middle = found["bands in the middle"]
     assert (middle["oeb_layers"], middle["smi_layers"]) == ([3, 4], [3, 4])
     assert middle["oeb_heads"] == {"3": [1], "4": [0, 3]}
@@ -240,6 +244,7 @@ def test_ablations_say_what_they_leave_out() -> None:
         "OEB only": "it is the winner",
         "SMI only": "the winner has no SMI",
         "random temperature heads": "the winner has no length temperature",
+        "random step boundaries": "the winner does not depend on where steps end",
     }
     assert found["length temperature only"]["length_temperature_base"] == 100
     assert sum(map(len, found["random bridge heads"]["oeb_heads"].values())) == 8
@@ -248,7 +253,7 @@ def test_ablations_say_what_they_leave_out() -> None:
     temperature = tidied({"length_temperature": 1.0, "length_temperature_base": 100})
     found, left_out = ablations(temperature, HEADS, 100, seed=0)
     assert found == {}
-    assert len(left_out) == 6
+    assert len(left_out) == 7
     assert "too many heads" in left_out["random temperature heads"]
     everywhere = tidied({"oeb_layers": list(range(8)), "tau_max": 0.2})
     assert "too many heads" in ablations(everywhere, HEADS, 100, seed=0)[1]["random bridge heads"]
@@ -263,6 +268,7 @@ def test_steps_matter_to_what_uses_them() -> None:
 
 # Random steps
 
+BATCHES = batches_of(problems(3), 3, "calibration", 0)
 TEXTS = [
     f"Ann has {at} eggs.<think>Bob has three more than Ann. So it is {at} and three. Now we count the blue ones too. "
     f"There are {at * 7} of these here.\n\nThat makes it all.</think>It is {at}.\n\nThat is all."
@@ -304,17 +310,16 @@ def test_random_steps_are_the_same_token_by_token() -> None:
         assert record[0, : Field.RULE_STATE].tolist() == expected[: Field.RULE_STATE]
 
 
-def test_random_steps_are_cut_where_asked_and_nowhere_else() -> None:
+def test_random_steps_are_in_force_for_their_control_alone() -> None:
     model = attach(tiny_model("llama"), "paper")
     runtime = model.stepflow_runtime
     own = runtime.rules.vocabulary
     random = random_steps(own, [(encode(text), 0) for text in TEXTS], seed=1)
-    with runtime.override(FlowRules(runtime.rules.plan, random)):
-        assert runtime.rules_for(runtime.settings).vocabulary is random
-        assert runtime.rules_for(runtime.settings.replace(tau_max=0.5)).vocabulary is random
-        assert runtime.rules_for(runtime.settings.replace(step_rule="paragraph")).vocabulary is not random
-        with runtime.override(runtime.rules):
-            assert runtime.rules_for(runtime.settings).vocabulary is own
-        assert runtime.rules_for(runtime.settings).vocabulary is random
-    assert runtime.rules_for(runtime.settings).vocabulary is own
-    assert byte_tokenizer() is runtime.tokenizer
+    folder = WorkFolder(None, {}, {})
+    run = CalibrationRun(model, byte_tokenizer(), Sampling(max_new_tokens=4), folder, Workers(), progress=False)
+    for vocabulary in (random, None):
+        run.answers({"arm": tidied({"smi_layers": [0], "alpha": 0.1})}, BATCHES, "steps", vocabulary=vocabulary)
+        state, plan = runtime.last
+        assert state.vocabulary is (vocabulary or own)
+        assert (plan.settings.alpha, plan.settings.tau_max) == (0.1, 0.0)
+    assert runtime.rules.vocabulary is own
