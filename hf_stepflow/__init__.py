@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .runtime.report import FlowReport
     from .runtime.step_detector import StepVocabulary
     from .runtime.trace import Trace, TraceStep, segment_trace
-    from .saliency.engine import step_saliency
+    from .saliency.api import step_saliency
     from .saliency.result import StepSaliency
 
 _HOMES = {
@@ -53,7 +53,7 @@ _HOMES = {
     "score_traces": "evaluation.scoring",
     "segment_trace": "runtime.trace",
     "step_momentum": "runtime.momentum",
-    "step_saliency": "saliency.engine",
+    "step_saliency": "saliency.api",
 }
 
 __all__ = [

@@ -97,8 +97,8 @@ def propose_bands(
     if min(len(right), len(wrong)) < FEWEST:
         reason = f"{len(right)} right and {len(wrong)} wrong traces are too few to compare (at least {FEWEST} each)"
         return Bands([quarter], (0, 0), list(layers), reason=reason)
+    from hf_stepflow.saliency.api import step_saliency
     from hf_stepflow.saliency.compare import compare
-    from hf_stepflow.saliency.engine import step_saliency
 
     with model.disable_stepflow():
         maps: Any = step_saliency(

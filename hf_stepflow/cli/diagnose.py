@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Diagnoses and prints the result."""
     _check_out(args)
     from hf_stepflow.runtime.configuration_stepflow import read_settings
-    from hf_stepflow.saliency.written import read_traces
+    from hf_stepflow.saliency.traces import read_traces
 
     groups = [read_traces(path) for path in args.compare or ([args.trace] if args.trace else [])]
     _check(args, groups)

@@ -136,7 +136,7 @@ class StepSaliency:
 
     def to_html(self, path: str | Path) -> None:
         """Writes an interactive HTML page of the maps; what it holds, and how exactly, `write_report` says."""
-        from .html import write_report
+        from .page import write_report
 
         write_report(self, path)
 

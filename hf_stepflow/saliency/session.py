@@ -17,13 +17,13 @@ from hf_stepflow.runtime.attention_interface import query_heads
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace
 
-from .attention import Collector, chunk_length, salient_attention, tile_heads
+from .capture import Watch
+from .kernel import Collector, chunk_length, salient_attention, tile_heads
 from .loss import LOGITS, decoder_output, hidden_gradient, loss_weights
 from .memory import StepFlowMemoryError, cost_of, demand_fit, free_bytes, saved_bytes
 from .pooling import StepSums, step_of_token
 from .result import StepSaliency, describe
 from .row_mask import NotATensorError
-from .watch import Watch
 
 # Traces of at least so many tokens have their layers computed a second time instead of being kept whole.
 CHECKPOINTS_FROM = 4096

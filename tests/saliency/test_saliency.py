@@ -218,7 +218,7 @@ def test_a_run_leaves_no_trace_on_the_model(monkeypatch: pytest.MonkeyPatch) -> 
     for checkpoints in (False, True):
         step_saliency(model, encode(SHORT), tokenizer=byte_tokenizer(), checkpoints=checkpoints)
         check()
-    monkeypatch.setattr("hf_stepflow.saliency.attention._Tiles.backward", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_stepflow.saliency.kernel._Tiles.backward", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step_saliency(model, encode(SHORT), tokenizer=byte_tokenizer(), checkpoints=True)
     check()

@@ -52,12 +52,12 @@ def write_report(saliency: "StepSaliency", path: str | Path) -> None:
         StepFlowInputError: maps without steps, or with entries that are negative or no numbers.
         StepFlowFileError: a path that cannot be written.
     """
-    folder = Path(__file__).parent
-    style = (folder / "report.css").read_text(encoding="utf-8")
-    script = "".join((folder / f"report_{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    folder = Path(__file__).parent / "assets"
+    style = (folder / "page.css").read_text(encoding="utf-8")
+    script = "".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     # Nothing but this script and this style may act, whatever the texts of a trace hold.
     policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'"
-    page = Template((folder / "report.html").read_text(encoding="utf-8")).substitute(
+    page = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
         policy=policy, style=style, script=script, data=_json(_content(saliency))
     )
     try:

@@ -10,11 +10,11 @@ from hf_stepflow.runtime.configuration_stepflow import Layers, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace, segment_trace
 
+from .capture import Watch
 from .loss import check_loss
 from .pooling import pair_counts
 from .result import StepSaliency
 from .session import Session
-from .watch import Watch
 
 # Tokens, padding included, that are put into one batch.
 _BATCH_TOKENS = 4096
