@@ -1,4 +1,4 @@
-"""Save settings as a repository of under 200 kB, without weights, and load it with transformers alone.
+"""Save settings as a small repository without weights, and load it with transformers alone.
 
 Runs offline on the tiny reasoning model of the package. Replace FOLDER with the name of your model, and saving with
 `model.push_to_hub("your-name/my-preset", preset_only=True)`.
