@@ -31,6 +31,7 @@ lint: .venv/.stamp
 
 # The generated pages: model cards, and docs/architectures.md by a sweep over all model types (minutes).
 docs: .venv/.stamp
+	.venv/bin/python -m scripts.settings
 	.venv/bin/hf-stepflow presets card --all model_cards
 	.venv/bin/python -m scripts.architectures
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_stepflow.runtime.configuration_stepflow import BRIDGE, INJECTION, SETTINGS, TEMPERATURE
+
 from .bands import Proposal
 
 Settings = dict[str, Any]
@@ -25,10 +27,10 @@ EMPTY: Settings = {
     "length_temperature_layers": "all",
     "length_temperature_heads": None,
 }
-_BRIDGE = ("oeb_layers", "oeb_heads", "tau_max", "bridge_scope", "bridge_floor", "sink_tokens", "oeb_span")
-_INJECTION = ("smi_layers", "alpha", "smi_window")
-_TEMPERATURE = tuple(name for name in EMPTY if name.startswith("length_temperature"))
-MECHANISMS = {"OEB": _BRIDGE, "SMI": _INJECTION, "length temperature": _TEMPERATURE}
+_GROUPS = {"OEB": BRIDGE, "SMI": INJECTION, "length temperature": TEMPERATURE}
+MECHANISMS = {
+    name: tuple(setting for setting, row in SETTINGS.items() if row.group == group) for name, group in _GROUPS.items()
+}
 
 OFF = "off"
 ALL, PROPOSED = "all", "proposed"
@@ -133,14 +135,16 @@ class Space:
             "temperature": trial.suggest_categorical("temperature", [False, True]),
         }
         if found["bridge"] != OFF:
-            found["tau_max"] = trial.suggest_float("tau_max", 0.02, 0.5, log=True)
-            found["bridge_scope"] = trial.suggest_categorical("bridge_scope", ["segment", "step"])
-            found["sink_tokens"] = trial.suggest_categorical("sink_tokens", [0, 1, 4])
+            found["tau_max"] = _suggest_float(trial, "tau_max")
+            found["bridge_scope"] = trial.suggest_categorical("bridge_scope", list(SETTINGS["bridge_scope"].search))
+            found["sink_tokens"] = trial.suggest_categorical("sink_tokens", list(SETTINGS["sink_tokens"].search))
         if found["injection"] != OFF:
-            found["alpha"] = trial.suggest_float("alpha", 0.01, 0.5, log=True)
-            found["smi_window"] = trial.suggest_categorical("smi_window", [0, 4])
+            found["alpha"] = _suggest_float(trial, "alpha")
+            found["smi_window"] = trial.suggest_categorical(
+                "smi_window", [window or 0 for window in SETTINGS["smi_window"].search]
+            )
         if found["temperature"]:
-            found["length_temperature"] = trial.suggest_float("length_temperature", 0.1, 3.0, log=True)
+            found["length_temperature"] = _suggest_float(trial, "length_temperature")
             found["length_temperature_base"] = trial.suggest_categorical("length_temperature_base", self.bases)
             found["temperature_heads"] = trial.suggest_categorical("temperature_heads", list(self.temperatures))
         return found
@@ -162,6 +166,11 @@ class Space:
             both = {"bridge": "quarter", "injection": "quarter", "temperature": False} | bridge | injection
             firsts.insert(0, both)
         return firsts
+
+
+def _suggest_float(trial: Any, name: str) -> float:
+    """A value of a setting from the range that the settings table gives the search, on a log scale."""
+    return trial.suggest_float(name, *SETTINGS[name].search, log=True)
 
 
 def _written(heads: dict[int, list[int]] | None) -> dict[str, list[int]] | None:

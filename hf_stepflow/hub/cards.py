@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_stepflow.presets.preset import Preset
-from hf_stepflow.runtime.configuration_stepflow import resolve_layers
+from hf_stepflow.runtime.configuration_stepflow import SETTINGS, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .markdown import inline_code, inline_text, json_code, one_line, table
@@ -22,14 +22,6 @@ Kind = Literal["preset", "merged"]
 _TEMPLATE = Path(__file__).with_name("card.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
-_PARTS = {
-    "Odds-Equal Bridge": "oeb_layers oeb_heads tau_max bridge_scope bridge_floor sink_tokens oeb_span",
-    "Step Momentum Injection": "smi_layers alpha smi_window",
-    "length temperature": "length_temperature length_temperature_base length_temperature_layers "
-    "length_temperature_heads",
-    "segments and steps": "thinking_start summary_start tool_start tool_end implicit_thinking step_rule "
-    "min_step_chars",
-}
 _NOTHING_COMPARED = (
     "Nothing was held against the base: no candidate of the calibration came so far. These settings switch everything "
     "off, so that the model is the base model."
@@ -205,7 +197,7 @@ def _in_use(preset: Preset) -> str:
 def _settings(preset: Preset) -> str:
     """All settings as a table, after the layers that the bands come to."""
     settings = preset.to_dict()["settings"]
-    rows = [(part, f"`{name}`", json_code(settings[name])) for part, names in _PARTS.items() for name in names.split()]
+    rows = [(SETTINGS[name].group, f"`{name}`", json_code(value)) for name, value in settings.items()]
     text = table(("part", "setting", "value"), rows)
     if preset.architecture is None:
         return text

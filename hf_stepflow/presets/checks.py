@@ -12,12 +12,19 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import SETTING_NAMES, STEP_RULES, StepFlowSettings
+from hf_stepflow.runtime.configuration_stepflow import (
+    BASE,
+    SEGMENTS,
+    SETTING_NAMES,
+    SETTINGS,
+    StepFlowSettings,
+)
 from hf_stepflow.runtime.errors import StepFlowConfigError, shown
 from hf_stepflow.runtime.forward import FlowPlan
 
 from .architecture import Architecture
 from .fields import Check, Problem, count, list_of, number, one_of, or_null, record, text, wrong
+from .settings import BASE_SETTINGS, PRESET_SETTINGS
 from .strict_json import calibrations_folder
 
 SCHEMA_VERSION = 1
@@ -25,12 +32,8 @@ KINDS = ("paper", "rule", "measured")
 NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
 BASE_MODEL = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
 PAPER = "2604.06695"
-# These name the base model, for which a preset has fields of its own.
-BASE_SETTINGS = ("base_model_name_or_path", "base_model_revision")
-PRESET_SETTINGS = tuple(name for name in SETTING_NAMES if name not in BASE_SETTINGS)
 # What a "rule" or "paper" preset may choose for its model: how thinking is found, not what is done to it.
-_READING = ("tool_start", "tool_end", "thinking_start", "summary_start", "implicit_thinking", "step_rule",
-            "min_step_chars", *BASE_SETTINGS)  # fmt: skip
+_READING = tuple(name for name, setting in SETTINGS.items() if setting.group in (BASE, SEGMENTS))
 _FLOOR = {"paper": "absolute", "rule": "share"}
 _RESERVED_NAMES = ("auto", "preset", "rule", "schema")
 
@@ -53,12 +56,12 @@ def preset_problems(data: dict[str, Any], stem: str | None = None) -> list[Probl
 
 
 def identity_problems(name: str, base_model: str, revision: str | None) -> list[Problem]:
-    """What is wrong with what a preset is called and which model it is for, told before there is anything else of it.
+    """Checks a preset's name and base model before the rest is read.
 
     Args:
-        name: of the preset.
-        base_model: Hub id of its model.
-        revision: of the model, None for any.
+        name: The name of the preset.
+        base_model: The Hub id of its model.
+        revision: The model's revision, None for any.
     """
     data = {"name": name, "base_model": base_model, "base_model_revision": revision}
     return [*record(_IDENTITY, _REVISED)(data, ""), *_name_problems(data, None)]
@@ -81,8 +84,7 @@ def fitting_problems(
 
 def settings_problems(settings: Any, field: str) -> Iterator[Problem]:
     """What is wrong with some settings of a preset, each by itself."""
-    base = or_null(partial(text, longest=500))
-    yield from record({}, _SETTINGS | dict.fromkeys(BASE_SETTINGS, base))(settings, field)
+    yield from record({}, {name: _setting(name) for name in SETTING_NAMES})(settings, field)
 
 
 def preset_block_problems(block: Any, field: str) -> Iterator[Problem]:
@@ -118,28 +120,16 @@ def _architecture(value: Any, field: str) -> Iterator[Problem]:
             yield from wrong(layers, f"{field}.attention_layers", f"ascending layers below {limit}")
 
 
-def _layers(value: Any, field: str) -> Iterator[Problem]:
-    if isinstance(value, str):
-        if not re.fullmatch(r"all|none|(bottom|top):(0\.[0-9]{1,6}|1(\.0)?)", value):
-            yield from wrong(value, field, '"all", "none", "bottom:F" or "top:F" with 0 < F <= 1 as in 0.25')
-        return
-    yield from list_of(partial(count, high=9999), 1000, each_once=True)(value, field)
+def _setting(name: str) -> Check:
+    """The check of one setting, by the settings table."""
 
+    def check(value: Any, field: str) -> Iterator[Problem]:
+        problem = SETTINGS[name].problem(value)
+        if problem is not None:
+            place, part, expected = problem
+            yield Problem(field + place, f"is {shown(part)}", expected)
 
-def _heads(value: Any, field: str) -> Iterator[Problem]:
-    if not isinstance(value, dict) or len(value) > 1000:
-        yield from wrong(value, field, "null or an object {layer: [query heads]}")
-        return
-    for layer, chosen in value.items():
-        if not re.fullmatch("0|[1-9][0-9]{0,3}", layer):
-            yield Problem(f"{field}.{layer[:60]}", "is no layer", "a layer number such as 12 as the key")
-        yield from list_of(partial(count, high=9999), 1000, each_once=True)(chosen, f"{field}.{layer[:60]}")
-
-
-def _markers(value: Any, field: str) -> Iterator[Problem]:
-    marker = partial(text, longest=200, what="a marker")
-    if value is not None:
-        yield from list_of(marker, 16, 1)(value, field) if isinstance(value, list) else marker(value, field)
+    return check
 
 
 def _provenance(value: Any, field: str) -> Iterator[Problem]:
@@ -179,30 +169,7 @@ _REVISION: Check = or_null(
 _IDENTITY: dict[str, Check] = {"name": _NAME_CHECK, "base_model": _BASE}
 _REVISED: dict[str, Check] = {"base_model_revision": _REVISION}
 _OPTIONAL: dict[str, Check] = {"notes": text}
-_SWITCH = one_of(True, False)
-_SETTINGS: dict[str, Check] = {
-    "oeb_layers": _layers,
-    "oeb_heads": or_null(_heads),
-    "tau_max": partial(number, low=0, high=1),
-    "bridge_scope": one_of("segment", "step"),
-    "bridge_floor": one_of("share", "absolute"),
-    "sink_tokens": count,
-    "oeb_span": or_null(partial(count, low=1)),
-    "smi_layers": _layers,
-    "alpha": partial(number, low=-100, high=100),
-    "smi_window": or_null(partial(count, low=1)),
-    "length_temperature": partial(number, low=0, high=10),
-    "length_temperature_base": or_null(partial(number, low=2, high=10**9)),
-    "length_temperature_layers": _layers,
-    "length_temperature_heads": or_null(_heads),
-    "tool_start": _markers,
-    "tool_end": _markers,
-    "thinking_start": _markers,
-    "summary_start": _markers,
-    "implicit_thinking": _SWITCH,
-    "step_rule": one_of(*STEP_RULES),
-    "min_step_chars": partial(count, high=10_000),
-}
+_SETTINGS: dict[str, Check] = {name: _setting(name) for name in PRESET_SETTINGS}
 _ARCHITECTURE = record(
     {
         "model_type": partial(text, longest=100, pattern=r"[A-Za-z0-9_-]+", what="a model type of transformers"),

@@ -1,11 +1,11 @@
-"""StepFlowConfig: every setting of StepFlow, checked when it is made."""
+"""StepFlowConfig: the one table of StepFlow's settings, and the config made of them."""
 
 import dataclasses
 import difflib
 import json
 import math
-import operator
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -18,98 +18,232 @@ from .errors import StepFlowConfigError, StepFlowFileError, shown
 logger = logging.get_logger(__name__)
 
 Layers = str | list[int]
-STEP_RULES = ("sentence", "paragraph", "cue")
-
-# More than any settings need, and little enough that no file or marker holds up the program.
+# More than any file needs, and little enough that no file holds up the program.
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_COUNT = 10**9
+# No list of layers or heads is longer, no layer or head has a greater number.
+MAX_LISTED, MAX_NUMBER = 1000, 9999
+# Characters of one marker, and of all together.
 MAX_MARKER, MAX_MARKERS = 200, 1000
+BAND = r"all|none|(bottom|top):(0?\.[0-9]{1,6}|1(\.0{1,6})?)"
+NUMBER = r"0|[1-9][0-9]{0,3}"
+
+BASE, BRIDGE, INJECTION, TEMPERATURE, SEGMENTS = (
+    "base model", "Odds-Equal Bridge", "Step Momentum Injection", "length temperature", "segments and steps",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the settings table.
+
+    Attributes:
+        kind: "number", "count", "choice", "switch", "layers", "heads", "markers" or "text".
+        group: The part of StepFlow that the setting belongs to.
+        meaning: What it does, in a sentence.
+        low: The least value of a number or count.
+        high: The greatest value of a number or count.
+        choices: The values of a choice.
+        optional: Whether null is a value.
+        labels: Whether the labels of tokens depend on it.
+        search: The range, or the values, that calibration searches; empty for settings that it leaves alone.
+    """
+
+    kind: str
+    group: str
+    meaning: str
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    labels: bool = False
+    search: tuple[Any, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """The values that the setting takes, for messages and tables."""
+        text = {
+            "number": f"a number in [{self.low:g}, {self.high:g}]",
+            "count": f"a whole number in [{self.low:g}, {self.high:.10g}]",
+            "choice": " or ".join(map(json.dumps, self.choices)),
+            "switch": "true or false",
+            "layers": 'a list of layer numbers, each once, "bottom:F" or "top:F" with 0 < F <= 1, "all" or "none"',
+            "heads": "an object {layer: [query heads]} with each head once",
+            "markers": f"a text of 1 to {MAX_MARKER} characters, or a list of such texts",
+            "text": "a text of 1 to 500 characters",
+        }[self.kind]
+        return f"{text}, or null" if self.optional else text
+
+    def problem(self, value: Any) -> tuple[str, Any, str] | None:
+        """What is wrong with a value by itself.
+
+        Returns:
+            The place inside of the value ("" for all of it), what stands there and what is expected; None for nothing.
+        """
+        if value is None and self.optional:
+            return None
+        if self.kind == "number":
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # Compared before anything else: an integer may be beyond a float.
+            is_right = is_number and abs(value) <= sys.float_info.max and self.low <= value <= self.high
+        elif self.kind == "count":
+            is_right = type(value) is int and self.low <= value <= self.high
+        elif self.kind == "choice":
+            is_right = isinstance(value, str) and value in self.choices
+        elif self.kind == "switch":
+            is_right = isinstance(value, bool)
+        elif self.kind == "text":
+            is_right = isinstance(value, str) and 0 < len(value) <= 500
+        elif self.kind == "layers":
+            if not isinstance(value, str):
+                return _numbers_problem(value, self.expected, "layer")
+            is_right = re.fullmatch(BAND, value) is not None and (_fraction(value) or ("", 1.0))[1] > 0
+        elif self.kind == "heads":
+            return _heads_problem(value, self.expected)
+        else:
+            return _markers_problem(value, self.expected)
+        return None if is_right else ("", value, self.expected)
+
+
+def _numbers_problem(value: Any, expected: str, item: str) -> tuple[str, Any, str] | None:
+    if not isinstance(value, list | tuple) or len(value) > MAX_LISTED:
+        return "", value, expected
+    for place, number in enumerate(value):
+        if type(number) is not int or not 0 <= number <= MAX_NUMBER:
+            return f"[{place}]", number, f"a whole number in [0, {MAX_NUMBER}]"
+    return ("", value, f"each {item} once") if len(set(value)) < len(value) else None
+
+
+def _heads_problem(value: Any, expected: str) -> tuple[str, Any, str] | None:
+    if not isinstance(value, dict) or len(value) > MAX_LISTED:
+        return "", value, expected
+    for layer, chosen in value.items():
+        if isinstance(layer, bool) or re.fullmatch(NUMBER, str(layer)) is None:
+            return f".{str(layer)[:60]}", layer, "a layer number such as 12 as the key"
+        problem = _numbers_problem(chosen, "a list of query heads, each once", "head")
+        if problem is not None:
+            return f".{layer}{problem[0]}", *problem[1:]
+    return None
+
+
+def _markers_problem(value: Any, expected: str) -> tuple[str, Any, str] | None:
+    markers = [value] if isinstance(value, str) else value
+    if not isinstance(markers, list | tuple) or len(markers) > MAX_LISTED:
+        return "", value, expected
+    for place, marker in enumerate(markers):
+        if not isinstance(marker, str) or not marker or len(marker) > MAX_MARKER:
+            return "" if isinstance(value, str) else f"[{place}]", marker, f"a text of 1 to {MAX_MARKER} characters"
+    return None
+
+
+def _setting(default: Any, kind: str, group: str, meaning: str, **rest: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"setting": Setting(kind, group, meaning, **rest)})
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlowSettings:
-    """The settings of StepFlow as plain data (the fields of `StepFlowConfig` that are not Transformers' own).
+    """The settings of StepFlow as plain data: the table that checks, schema, cards and search are derived from.
 
-    Attributes:
-        base_model_name_or_path: the model that StepFlow is put on, and where its tokenizer is found.
-        base_model_revision: its revision.
-        oeb_layers: layers of the Odds-Equal Bridge: a list of layer indices, "bottom:0.25", "top:0.25", "all" or
-            "none"; fractions count the layers that have softmax attention (METHOD section 2, "Layer bands").
-        oeb_heads: {layer: [query heads]} to restrict the bridge to, None for all heads (the paper).
-        tau_max: largest floor under the bridge's attention mass, in [0, 1]; 0 turns the bridge off.
-        bridge_scope: "segment" (the paper) or "step": what counts as the current segment while thinking.
-        bridge_floor: "share" (a share of the mass of segment and bridge) or "absolute" (the paper).
-        sink_tokens: the first n tokens of a row are taken out of the bridge.
-        oeb_span: only the first n tokens of each step are bridged, None for all (the paper).
-        smi_layers: layers of Step Momentum Injection, as `oeb_layers`.
-        alpha: weight of the previous step's mean value; 0 turns the injection off.
-        smi_window: only the last n tokens of the previous step count, None for all (the paper).
-        length_temperature: gamma of the log-length temperature, 0 for off, 10 at most (METHOD section 4b).
-        length_temperature_base: n0, the context length up to which it does nothing; no default.
-        length_temperature_layers: layers of the temperature, as `oeb_layers`.
-        length_temperature_heads: {layer: [query heads]}, None for all heads.
-        tool_start: marker(s) that open a tool result inside thinking; its tokens count as question.
-        tool_end: marker(s) that close it.
-        thinking_start: marker(s) after which thinking starts.
-        summary_start: marker(s) after which the summary starts.
-        implicit_thinking: for models without markers: thinking starts at the end of the prompt.
-        step_rule: "sentence", "paragraph" or "cue": where thinking is split into steps.
-        min_step_chars: the end of a sentence shorter than this is no step boundary.
+    Bands ("bottom:0.25", "top:0.25") count the layers that have softmax attention (docs/method.md, section 2).
+
+    Raises:
+        StepFlowConfigError: A value is wrong by itself or beside another; the message names it and what is expected.
+
+    Example:
+        >>> from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
+        >>> StepFlowSettings(tau_max=0.1).replace(alpha=0.0).alpha
+        0.0
     """
 
-    base_model_name_or_path: str | None = None
-    base_model_revision: str | None = None
-    oeb_layers: Layers = "bottom:0.25"
-    oeb_heads: dict[int, list[int]] | None = None
-    tau_max: float = 0.15
-    bridge_scope: str = "segment"
-    bridge_floor: str = "share"
-    sink_tokens: int = 0
-    oeb_span: int | None = None
-    smi_layers: Layers = "top:0.25"
-    alpha: float = 0.06
-    smi_window: int | None = None
-    length_temperature: float = 0.0
-    length_temperature_base: float | None = None
-    length_temperature_layers: Layers = "all"
-    length_temperature_heads: dict[int, list[int]] | None = None
-    tool_start: str | list[str] | None = None
-    tool_end: str | list[str] | None = None
-    thinking_start: str | list[str] | None = "<think>"
-    summary_start: str | list[str] | None = "</think>"
-    implicit_thinking: bool = False
-    step_rule: str = "sentence"
-    min_step_chars: int = 15
+    base_model_name_or_path: str | None = _setting(
+        None, "text", BASE, "The model that the settings are for; its tokenizer finds the steps.", optional=True
+    )
+    base_model_revision: str | None = _setting(None, "text", BASE, "The model's revision.", optional=True)
+    oeb_layers: Layers = _setting("bottom:0.25", "layers", BRIDGE, "The layers of the bridge.")
+    oeb_heads: dict[int, list[int]] | None = _setting(
+        None, "heads", BRIDGE, "The query heads to restrict the bridge to; null for all (the paper).", optional=True
+    )
+    tau_max: float = _setting(
+        0.15, "number", BRIDGE, "The largest floor under the bridge's attention mass; 0 turns the bridge off.",
+        low=0, high=1, search=(0.02, 0.5),
+    )  # fmt: skip
+    bridge_scope: str = _setting(
+        "segment", "choice", BRIDGE,
+        "The current segment while thinking: all of the thinking (the paper), or the current step.",
+        choices=("segment", "step"), search=("segment", "step"),
+    )  # fmt: skip
+    bridge_floor: str = _setting(
+        "share", "choice", BRIDGE,
+        "The floor is a share of the mass of segment and bridge, or of all mass (the paper).",
+        choices=("share", "absolute"),
+    )  # fmt: skip
+    sink_tokens: int = _setting(
+        0, "count", BRIDGE, "The number of first tokens of a row to take out of the bridge.",
+        high=MAX_COUNT, search=(0, 1, 4),
+    )  # fmt: skip
+    oeb_span: int | None = _setting(
+        None, "count", BRIDGE, "The number of first tokens of each step to bridge; null for all (the paper).",
+        low=1, high=MAX_COUNT, optional=True, labels=True,
+    )  # fmt: skip
+    smi_layers: Layers = _setting("top:0.25", "layers", INJECTION, "The layers of the injection.")
+    alpha: float = _setting(
+        0.06, "number", INJECTION, "The weight of the previous step's mean value; 0 turns the injection off.",
+        low=-100, high=100, search=(0.01, 0.5),
+    )  # fmt: skip
+    smi_window: int | None = _setting(
+        None, "count", INJECTION, "The number of last tokens of the previous step to use; null for all (the paper).",
+        low=1, high=MAX_COUNT, optional=True, search=(None, 4),
+    )  # fmt: skip
+    length_temperature: float = _setting(
+        0.0, "number", TEMPERATURE, "The exponent gamma of the log-length temperature; 0 turns it off.",
+        low=0, high=10, search=(0.1, 3.0),
+    )  # fmt: skip
+    length_temperature_base: float | None = _setting(
+        None, "number", TEMPERATURE, "The context length n0 up to which the temperature does nothing; no default.",
+        low=2, high=MAX_COUNT, optional=True,
+    )  # fmt: skip
+    length_temperature_layers: Layers = _setting("all", "layers", TEMPERATURE, "The layers of the temperature.")
+    length_temperature_heads: dict[int, list[int]] | None = _setting(
+        None, "heads", TEMPERATURE, "The query heads of the temperature; null for all.", optional=True
+    )
+    tool_start: str | list[str] | None = _setting(
+        None, "markers", SEGMENTS, "The marker(s) that open a tool result inside thinking, which counts as question.",
+        optional=True, labels=True,
+    )  # fmt: skip
+    tool_end: str | list[str] | None = _setting(
+        None, "markers", SEGMENTS, "The marker(s) that close a tool result.", optional=True, labels=True
+    )
+    thinking_start: str | list[str] | None = _setting(
+        "<think>", "markers", SEGMENTS, "The marker(s) after which thinking starts.", optional=True, labels=True
+    )
+    summary_start: str | list[str] | None = _setting(
+        "</think>", "markers", SEGMENTS, "The marker(s) after which the summary starts.", optional=True, labels=True
+    )
+    implicit_thinking: bool = _setting(
+        False, "switch", SEGMENTS, "Thinking starts at the end of the prompt, for models without markers.", labels=True
+    )
+    step_rule: str = _setting(
+        "sentence", "choice", SEGMENTS, "Where thinking is split into steps.",
+        choices=("sentence", "paragraph", "cue"), labels=True,
+    )  # fmt: skip
+    min_step_chars: int = _setting(
+        15, "count", SEGMENTS, "The end of a sentence with fewer characters is no step boundary.",
+        high=MAX_COUNT, labels=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name in ("base_model_name_or_path", "base_model_revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise StepFlowConfigError(f"{name} must be a text or null, got {shown(getattr(self, name))}")
-        _check_number("tau_max", self.tau_max, 0.0, 1.0)
-        _check_number("alpha", self.alpha)
-        _check_number("length_temperature", self.length_temperature, 0.0, 10.0)
-        _check_choice("bridge_scope", self.bridge_scope, ("segment", "step"))
-        _check_choice("bridge_floor", self.bridge_floor, ("share", "absolute"))
-        _check_choice("step_rule", self.step_rule, STEP_RULES)
-        _check_count("sink_tokens", self.sink_tokens, 0)
-        _check_count("min_step_chars", self.min_step_chars, 0)
-        for name in ("oeb_span", "smi_window"):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), 1)
-        if not isinstance(self.implicit_thinking, bool):
-            raise StepFlowConfigError(f"implicit_thinking must be true or false, got {shown(self.implicit_thinking)}")
-        for name in ("oeb_layers", "smi_layers", "length_temperature_layers"):
-            _check_layers(name, getattr(self, name))
-        for name in ("oeb_heads", "length_temperature_heads"):
-            object.__setattr__(self, name, _checked_heads(name, getattr(self, name)))
-        for name in _MARKERS:
-            _check_markers(name, getattr(self, name))
+        for name, setting in SETTINGS.items():
+            problem = setting.problem(getattr(self, name))
+            if problem is not None:
+                place, part, expected = problem
+                raise StepFlowConfigError(f"{name}{place} must be {expected}, got {shown(part)}")
+            if setting.kind == "heads" and getattr(self, name) is not None:
+                table = {int(layer): list(heads) for layer, heads in getattr(self, name).items()}
+                object.__setattr__(self, name, table)
         length = sum(len(marker) for name in _MARKERS for marker in self.markers(name))
         if length > MAX_MARKERS:
             raise StepFlowConfigError(f"the markers must have {MAX_MARKERS} characters at most together, got {length}")
-        if self.length_temperature_base is not None:
-            _check_number("length_temperature_base", self.length_temperature_base, 2.0)
-        elif self.length_temperature > 0:
+        if self.length_temperature > 0 and self.length_temperature_base is None:
             raise StepFlowConfigError(
                 f"length_temperature is {self.length_temperature} but length_temperature_base is not set",
                 hint="give the context length up to which the model needs no sharpening, e.g. its trained length",
@@ -145,8 +279,8 @@ class StepFlowSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready data (head tables get text keys)."""
         data = dataclasses.asdict(self)
-        for name in ("oeb_heads", "length_temperature_heads"):
-            if data[name] is not None:
+        for name, setting in SETTINGS.items():
+            if setting.kind == "heads" and data[name] is not None:
                 data[name] = {str(layer): heads for layer, heads in data[name].items()}
         return data
 
@@ -156,8 +290,11 @@ class StepFlowSettings:
         return [value] if isinstance(value, str) else list(value or [])
 
 
-_MARKERS = ("tool_start", "tool_end", "thinking_start", "summary_start")
-SETTING_NAMES = tuple(field.name for field in dataclasses.fields(StepFlowSettings))
+SETTINGS: dict[str, Setting] = {
+    field.name: field.metadata["setting"] for field in dataclasses.fields(StepFlowSettings)
+}
+SETTING_NAMES = tuple(SETTINGS)
+_MARKERS = tuple(name for name, setting in SETTINGS.items() if setting.kind == "markers")
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
 
 
@@ -173,8 +310,13 @@ class StepFlowConfig(PretrainedConfig):
     Other names are Transformers' own.
 
     Raises:
-        StepFlowConfigError: a value that no model could use, or the misspelt name of a setting; the message names it
+        StepFlowConfigError: A value that no model could use, or the misspelt name of a setting; the message names it
             and what is expected.
+
+    Example:
+        >>> from hf_stepflow import StepFlowConfig
+        >>> StepFlowConfig(tau_max=0.1).alpha
+        0.06
     """
 
     model_type = "stepflow"
@@ -198,15 +340,15 @@ class StepFlowConfig(PretrainedConfig):
 def read_settings(
     source: "StepFlowConfig | StepFlowSettings | dict[str, Any] | str | Path | None",
 ) -> StepFlowSettings:
-    """Settings from whatever a user has at hand.
+    """Reads settings from whatever a user has at hand.
 
     Args:
-        source: a config, settings, a dict, the path of a JSON file or of a folder with a config.json; None gives the
+        source: A config, settings, a dict, the path of a JSON file or of a folder with a config.json; None gives the
             defaults (the paper's constants).
 
     Raises:
-        StepFlowConfigError: unknown names in a dict, or bad values.
-        StepFlowFileError: a path that cannot be read, or broken JSON.
+        StepFlowConfigError: A dict holds unknown names, or a value is wrong.
+        StepFlowFileError: The path cannot be read, or the file holds no JSON object.
     """
     if source is None:
         return StepFlowSettings()
@@ -233,10 +375,10 @@ def _read_file(path: Path) -> StepFlowSettings:
 
 
 def read_json(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The JSON object in a file or in the config.json of a folder, and the file that it was in.
+    """Reads the JSON object in a file, or in the config.json of a folder; returns the file too.
 
     Raises:
-        StepFlowFileError: nothing there, or something else.
+        StepFlowFileError: There is no such file, or it holds something else.
     """
     file = path / "config.json" if os.path.isdir(path) else path
     if not os.path.isfile(file):  # unlike Path's own, these take a name that no file can have
@@ -248,15 +390,15 @@ def read_json(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def read_object(file: Path, name: str, longest: int = MAX_FILE_BYTES) -> dict[str, Any]:
-    """The JSON object in a file that nobody vouches for.
+    """Reads the JSON object in an untrusted file.
 
     Args:
-        file: the file.
-        name: what messages call it.
-        longest: bytes that it may have.
+        file: The file.
+        name: The name of the file in messages.
+        longest: The greatest number of bytes it may have.
 
     Raises:
-        StepFlowFileError: a file that cannot be read, is too long, or holds something else.
+        StepFlowFileError: The file cannot be read, is too long, or holds something else.
     """
     try:
         with file.open("rb") as opened:
@@ -275,11 +417,11 @@ def read_object(file: Path, name: str, longest: int = MAX_FILE_BYTES) -> dict[st
 
 
 def settings_from_data(data: dict[str, Any], source: str) -> StepFlowSettings:
-    """Settings from stored data, which may have been written by a newer release: unknown names are told, not refused.
+    """Reads settings from stored data, which a newer release may have written: unknown names give a warning.
 
     Args:
-        data: the stored names and values; those of Transformers' own config fields are passed over.
-        source: where they come from, for messages.
+        data: The stored names and values; the names of Transformers' own config fields are ignored.
+        source: Where the data come from, for messages.
     """
     unknown = sorted(set(data) - set(SETTING_NAMES) - _TRANSFORMERS_FIELDS)
     if unknown:
@@ -304,16 +446,16 @@ _TRANSFORMERS_FIELDS = set(PretrainedConfig().to_dict()) | {
 
 
 def resolve_layers(name: str, spec: Layers, layers: list[int]) -> list[int]:
-    """The layers that a setting names, on a model with softmax attention in `layers`.
+    """Returns the layers that a setting names, on a model with softmax attention in `layers`.
 
     Args:
-        name: the setting, for messages.
-        spec: a list of layer indices, "bottom:F", "top:F", "all" or "none". A band holds floor(F * n) of the n
-            attention layers, at least one (METHOD section 2).
-        layers: the indices of the model's softmax attention layers, ascending.
+        name: The setting, for messages.
+        spec: A list of layer indices, "bottom:F", "top:F", "all" or "none". A band holds floor(F * n) of the n
+            attention layers, at least one (docs/method.md, section 2).
+        layers: The indices of the model's softmax attention layers, ascending.
 
     Raises:
-        StepFlowConfigError: a listed layer that is not one of them.
+        StepFlowConfigError: A listed layer is not one of them.
     """
     if isinstance(spec, str):
         band = _fraction(spec)
@@ -344,70 +486,3 @@ def _fraction(spec: Layers) -> tuple[str, float] | None:
         return (side, float(fraction)) if side in ("bottom", "top") else None
     except ValueError:
         return None
-
-
-def _check_layers(name: str, spec: Any) -> None:
-    expected = 'a list of layer indices, "bottom:F" or "top:F" with 0 < F <= 1, "all" or "none"'
-    if isinstance(spec, str):
-        band = _fraction(spec)
-        if spec in ("all", "none") or (band and 0 < band[1] <= 1):
-            return
-    elif isinstance(spec, list | tuple) and all(type(layer) is int and layer >= 0 for layer in spec):
-        if len(set(spec)) == len(spec):
-            return
-        expected = "each layer once"
-    raise StepFlowConfigError(f"{name} must be {expected}, got {shown(spec)}")
-
-
-def _checked_heads(name: str, heads: Any) -> dict[int, list[int]] | None:
-    """Head tables with integer keys: JSON turns them into text."""
-    if heads is None:
-        return None
-    try:
-        table = {_index(layer, is_key=True): list(map(_index, chosen)) for layer, chosen in heads.items()}
-    except (AttributeError, TypeError, ValueError):
-        table = {-1: []}
-    if any(
-        layer < 0 or min(chosen, default=0) < 0 or len(set(chosen)) < len(chosen) for layer, chosen in table.items()
-    ):
-        raise StepFlowConfigError(
-            f"{name} must be null or {{layer: [query heads]}} with each head once, got {shown(heads)}"
-        )
-    return table
-
-
-def _index(value: Any, is_key: bool = False) -> int:
-    if isinstance(value, bool):
-        raise TypeError("true and false are no indices")
-    return int(value) if is_key and isinstance(value, str) else operator.index(value)
-
-
-def _check_markers(name: str, value: Any) -> None:
-    markers = [value] if isinstance(value, str) else value
-    if markers is None:
-        return
-    if not isinstance(markers, list | tuple) or not all(isinstance(marker, str) and marker for marker in markers):
-        raise StepFlowConfigError(f"{name} must be a non-empty string, a list of such, or null, got {shown(value)}")
-    longest = max(map(len, markers), default=0)
-    if longest > MAX_MARKER:
-        raise StepFlowConfigError(f"{name} must have {MAX_MARKER} characters at most, got {longest}")
-
-
-def _check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    # Compared before anything else: an integer may be beyond a float.
-    if not is_number or not abs(value) <= sys.float_info.max or not low <= value <= high:
-        bounds = f"a number in [{low:g}, {high:g}]" if math.isfinite(high) else "a finite number"
-        bounds += f" >= {low:g}" if math.isfinite(low) and not math.isfinite(high) else ""
-        raise StepFlowConfigError(f"{name} must be {bounds}, got {shown(value)}")
-
-
-def _check_count(name: str, value: Any, low: int) -> None:
-    if type(value) is not int or not low <= value <= MAX_COUNT:
-        bounds = f">= {low}" if type(value) is not int or value < low else f"<= {MAX_COUNT}"
-        raise StepFlowConfigError(f"{name} must be a whole number {bounds}, got {shown(value)}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise StepFlowConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")

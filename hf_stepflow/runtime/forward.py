@@ -18,17 +18,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .configuration_stepflow import StepFlowSettings, resolve_layers
+from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_state import FlowState, put_state_on, state_of
 from .report import FlowReport, Tally
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
-# Settings that the step rules of a tokenizer are made from.
-_STEP_SETTINGS = (
-    "implicit_thinking", "min_step_chars", "oeb_span", "step_rule", "summary_start", "thinking_start", "tool_end",
-    "tool_start",
-)  # fmt: skip
+_STEP_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.labels)
 
 # Step rules that are kept for each tokenizer: each holds tables of the whole vocabulary, which take a second to make.
 _LIMIT = 8

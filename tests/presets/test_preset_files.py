@@ -113,7 +113,7 @@ WRONG = [
     ({"settings__thinking_start": ["x" * 201]}, r"thinking_start\[0\]"),
     ({"settings__thinking_start": None}, "thinking could never start"),
     ({"settings__thinking_start": []}, "thinking_start"),
-    ({"settings__summary_start": ["<a>"] * 17}, "summary_start"),
+    ({"settings__summary_start": ["a"] * 1001}, "summary_start"),
     ({"settings__tool_start": "<tool>"}, "tool_end"),
     ({"settings__length_temperature": 0.5}, "length_temperature_base"),
     ({"settings__sink_tokens": 1.0}, "sink_tokens"),
