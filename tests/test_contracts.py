@@ -689,3 +689,15 @@ def test_the_package_loads_repositories_of_the_earlier_release(earlier, base, tm
         assert generated(again, ROWS[:1]) == STEPFLOW_IDS[:1], name
     attached = StepFlowModelForCausalLM.from_pretrained(base, stepflow=earlier / "preset")
     assert generated(attached, ROWS[:1]) == STEPFLOW_IDS[:1]
+
+
+def test_repositories_of_the_earlier_release_find_presets_where_the_package_is_installed(earlier, base):
+    preset = str(FIXTURES / "tiny.json")
+    loaded = AutoModelForCausalLM.from_pretrained(earlier / "preset", trust_remote_code=True, stepflow=preset)
+    assert not isinstance(loaded, StepFlowModelForCausalLM)  # the class is the repository's own
+    assert generated(loaded, ROWS[:1]) == STEPFLOW_IDS[:1]
+    loaded = AutoModelForCausalLM.from_pretrained(earlier / "preset", trust_remote_code=True, stepflow="auto")
+    assert loaded.stepflow_config.tau_max == load_preset("qwen3-8b").settings.tau_max == 0.15
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    call = {"custom_generate": str(earlier / "custom_generate"), "trust_remote_code": True, "tokenizer": tokenizer}
+    assert generated(plain, ROWS[:1], stepflow=preset, **call) == STEPFLOW_IDS[:1]
