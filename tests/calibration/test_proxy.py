@@ -99,7 +99,7 @@ def test_what_overflows_counts_as_the_worst(value: float) -> None:
 
 
 @pytest.mark.parametrize("after", [math.nan, -3.0])
-def test_where_the_base_overflows_nothing_is_told(after: float) -> None:
+def test_a_response_that_overflows_under_the_base_counts_as_unchanged(after: float) -> None:
     rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), True)]
     score = proxy_score(rows, [math.nan, -3.0], [after, -2.0], set())
     assert (score.likelihood, score.short) == (0.5, None)
@@ -288,20 +288,3 @@ def test_a_temperature_on_heads_is_nothing_else() -> None:
         **EMPTY, "length_temperature": PROBE_TEMPERATURE, "length_temperature_base": 120,
         "length_temperature_heads": {"0": [2], "3": [0, 1]},
     }  # fmt: skip
-
-
-def test_likelihoods_are_those_of_one_row_alone() -> None:
-    model = attach(tiny_model("llama", seed=3), "paper")
-    folder = WorkFolder(None, {}, {})
-    run = CalibrationRun(model, byte_tokenizer(), Sampling(), folder, Workers(), progress=False)
-    texts = [("How many?<think>", "Two of them. Then one."), ("Ann has 4 eggs.<think>", "Four.</think>It is 4.")]
-    rows = [Row(str(at), tuple(encode(one)), tuple(encode(other)), True) for at, (one, other) in enumerate(texts)]
-    for settings in (None, {**EMPTY, "oeb_layers": [0, 1], "tau_max": 0.4}):
-        found = run.likelihoods(settings, rows)
-        for row, value in zip(rows, found, strict=True):
-            with torch.no_grad(), model.use_stepflow(False if settings is None else settings):
-                logits = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
-            own = sum(float(logits[at - 1, row.ids[at]]) for at in range(len(row.prompt), len(row.ids)))
-            assert value == pytest.approx(own, rel=1e-4)
-        assert math.isfinite(sum(found))
-        assert run.likelihoods(settings, rows) == found

@@ -1,18 +1,14 @@
-"""Splits that never overlap, batches that hold each problem once, budgets, and the work folder."""
+"""Splits that never overlap, and batches that hold each problem once."""
 
-import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_stepflow.calibration.run import ENDS, Budget, parse_budget
 from hf_stepflow.calibration.splits import batches_of, split_problems
-from hf_stepflow.calibration.work_folder import Workers, WorkFolder
 from hf_stepflow.evaluation.problem import EvalProblem
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowInputError
 from tests.support.calibration import problems
 
 
@@ -78,79 +74,3 @@ def test_where_time_ends_no_length_was_favoured() -> None:
     places = [sorted(found[:4]).index(found[0]) for found in map(lengths, range(200))]
     assert all(25 <= places.count(place) <= 75 for place in range(4))
     assert lengths(3) == lengths(3)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("40", Budget(40)),
-        (7, Budget(7)),
-        ("90s", Budget(1000, 90)),
-        ("20m", Budget(1000, 1200)),
-        ("1.5h", Budget(1000, 5400)),
-        (Budget(3), Budget(3)),
-    ],
-)
-def test_budgets(text: object, expected: Budget) -> None:
-    assert parse_budget(text) == expected  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("text", ["", "0", "-3", "2.5", "ten", "5d", "0m", "nan"])
-def test_what_is_no_budget_is_refused(text: str) -> None:
-    with pytest.raises(StepFlowInputError, match="budget"):
-        parse_budget(text)
-
-
-def test_stages_share_the_time() -> None:
-    assert list(ENDS.values()) == sorted(ENDS.values())
-    assert ENDS["ablations"] == 1
-    assert Budget(1, 200).end_of("traces") == pytest.approx(200 * ENDS["traces"])
-    assert Budget(1).end_of("traces") is None
-
-
-def test_a_folder_keeps_what_was_found(tmp_path: Path) -> None:
-    run = {"seed": 0, "sampling": {"samples": 1}}
-    folder = WorkFolder(tmp_path / "work", run, {})
-    assert folder.get("answers", {"tau_max": 0.1}, "batch") is None
-    folder.put("answers", [{"right": True}], {"tau_max": 0.1}, "batch")
-    again = WorkFolder(tmp_path / "work", run, {"torch": "another version"})
-    assert again.get("answers", {"tau_max": 0.1}, "batch") == [{"right": True}]
-    assert again.get("answers", {"tau_max": 0.2}, "batch") is None
-    with pytest.raises(StepFlowInputError, match=r"sampling.samples: 1 there, 2 now"):
-        WorkFolder(tmp_path / "work", {"seed": 0, "sampling": {"samples": 2}}, {})
-
-
-def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(StepFlowFileError, match="other files"):
-        WorkFolder(tmp_path, {}, {})
-    with pytest.raises(StepFlowFileError, match="cannot be used"):
-        WorkFolder(tmp_path / "thesis.tex", {}, {})
-    (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(StepFlowFileError, match="expected an object"):
-        WorkFolder(tmp_path, {}, {})
-
-
-def test_what_a_kill_left_half_written_is_not_read(tmp_path: Path) -> None:
-    folder = WorkFolder(tmp_path / "work", {}, {})
-    folder.put("answers", [1], "a")
-    (file,) = (tmp_path / "work" / "answers").iterdir()
-    (file.parent / f".{file.name}.123").write_text('{"seconds": 1, "fou')
-    assert WorkFolder(tmp_path / "work", {}, {}).get("answers", "a") == [1]
-
-
-def test_time_is_counted_over_all_runs(tmp_path: Path) -> None:
-    folder = WorkFolder(tmp_path / "work", {}, {}, processes=2)
-    folder.put("answers", [1], "a")
-    (file,) = (tmp_path / "work" / "answers").iterdir()
-    file.write_text(json.dumps({"seconds": 100.0, "found": [1]}))
-    assert 100 <= WorkFolder(tmp_path / "work", {}, {}).spent() < 101
-
-
-def test_a_process_alone_does_all() -> None:
-    workers = Workers.join()
-    assert list(workers.share([1, 2, 3])) == [1, 2, 3]
-    assert workers.is_first
-    workers.wait()
-    shared = [Workers(rank, 3).share(range(10)) for rank in range(3)]
-    assert sorted(item for part in shared for item in part) == list(range(10))

@@ -8,9 +8,7 @@ import pytest
 from scipy import stats
 
 from hf_stepflow.calibration.candidates import EMPTY, mechanisms, tidied
-from hf_stepflow.calibration.run import CalibrationRun, Sampling
 from hf_stepflow.calibration.search import halve, rank_correlation, to_run
-from hf_stepflow.calibration.splits import batches_of
 from hf_stepflow.calibration.verdict import (
     BASE,
     GAIN,
@@ -21,13 +19,12 @@ from hf_stepflow.calibration.verdict import (
     measure,
     random_steps,
 )
-from hf_stepflow.calibration.work_folder import Workers, WorkFolder
 from hf_stepflow.evaluation.statistics import compare
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.forward import FlowPlan
 from hf_stepflow.runtime.step_detector import Field
-from tests.support.calibration import problems, responses, shares, trial
-from tests.support.flow import attach, byte_tokenizer, encode
+from tests.support.calibration import responses, shares, trial
+from tests.support.flow import attach, encode
 from tests.support.tiny_models import tiny_model
 
 HEADS = dict.fromkeys(range(8), 4)
@@ -268,7 +265,6 @@ def test_steps_matter_to_what_uses_them() -> None:
 
 # Random steps
 
-BATCHES = batches_of(problems(3), 3, "calibration", 0)
 TEXTS = [
     f"Ann has {at} eggs.<think>Bob has three more than Ann. So it is {at} and three. Now we count the blue ones too. "
     f"There are {at * 7} of these here.\n\nThat makes it all.</think>It is {at}.\n\nThat is all."
@@ -308,18 +304,3 @@ def test_random_steps_are_the_same_token_by_token() -> None:
     for slot, (token, expected) in enumerate(zip(ids, random.scan(ids), strict=True)):
         record = random.advance(record, torch.tensor([token]), slot)
         assert record[0, : Field.RULE_STATE].tolist() == expected[: Field.RULE_STATE]
-
-
-def test_random_steps_are_in_force_for_their_control_alone() -> None:
-    model = attach(tiny_model("llama"), "paper")
-    runtime = model.stepflow_runtime
-    own = runtime.rules.vocabulary
-    random = random_steps(own, [(encode(text), 0) for text in TEXTS], seed=1)
-    folder = WorkFolder(None, {}, {})
-    run = CalibrationRun(model, byte_tokenizer(), Sampling(max_new_tokens=4), folder, Workers(), progress=False)
-    for vocabulary in (random, None):
-        run.answers({"arm": tidied({"smi_layers": [0], "alpha": 0.1})}, BATCHES, "steps", vocabulary=vocabulary)
-        state, plan = runtime.last
-        assert state.vocabulary is (vocabulary or own)
-        assert (plan.settings.alpha, plan.settings.tau_max) == (0.1, 0.0)
-    assert runtime.rules.vocabulary is own

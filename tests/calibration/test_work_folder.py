@@ -1,4 +1,4 @@
-"""A calibration shared by two processes: the same result as one finds, and a worker that is killed loses a batch."""
+"""The work folder, and a calibration shared by two processes: the result of one, whichever of them is killed."""
 
 import json
 import os
@@ -13,8 +13,59 @@ from pathlib import Path
 import pytest
 
 from hf_stepflow.calibration.result import NOTHING_FOUND
+from hf_stepflow.calibration.work_folder import Workers, WorkFolder
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+def test_a_folder_keeps_what_was_found(tmp_path: Path) -> None:
+    run = {"seed": 0, "sampling": {"samples": 1}}
+    folder = WorkFolder(tmp_path / "work", run, {})
+    assert folder.get("answers", {"tau_max": 0.1}, "batch") is None
+    folder.put("answers", [{"right": True}], {"tau_max": 0.1}, "batch")
+    again = WorkFolder(tmp_path / "work", run, {"torch": "another version"})
+    assert again.get("answers", {"tau_max": 0.1}, "batch") == [{"right": True}]
+    assert again.get("answers", {"tau_max": 0.2}, "batch") is None
+    with pytest.raises(StepFlowInputError, match=r"sampling.samples: 1 there, 2 now"):
+        WorkFolder(tmp_path / "work", {"seed": 0, "sampling": {"samples": 2}}, {})
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(StepFlowFileError, match="other files"):
+        WorkFolder(tmp_path, {}, {})
+    with pytest.raises(StepFlowFileError, match="cannot be used"):
+        WorkFolder(tmp_path / "thesis.tex", {}, {})
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(StepFlowFileError, match="expected an object"):
+        WorkFolder(tmp_path, {}, {})
+
+
+def test_what_a_kill_left_half_written_is_not_read(tmp_path: Path) -> None:
+    folder = WorkFolder(tmp_path / "work", {}, {})
+    folder.put("answers", [1], "a")
+    (file,) = (tmp_path / "work" / "answers").iterdir()
+    (file.parent / f".{file.name}.123").write_text('{"seconds": 1, "fou')
+    assert WorkFolder(tmp_path / "work", {}, {}).get("answers", "a") == [1]
+
+
+def test_time_is_counted_over_all_runs(tmp_path: Path) -> None:
+    folder = WorkFolder(tmp_path / "work", {}, {}, processes=2)
+    folder.put("answers", [1], "a")
+    (file,) = (tmp_path / "work" / "answers").iterdir()
+    file.write_text(json.dumps({"seconds": 100.0, "found": [1]}))
+    assert 100 <= WorkFolder(tmp_path / "work", {}, {}).spent() < 101
+
+
+def test_a_process_alone_does_all() -> None:
+    workers = Workers.join()
+    assert list(workers.share([1, 2, 3])) == [1, 2, 3]
+    assert workers.is_first
+    workers.wait()
+    shared = [Workers(rank, 3).share(range(10)) for rank in range(3)]
+    assert sorted(item for part in shared for item in part) == list(range(10))
+
+
+# Several processes
 
 
 def command(folder: Path) -> list[str]:
@@ -65,6 +116,8 @@ def done(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*/*.json")}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     alone = result_of(start(tmp_path / "one", 1))
     two = tmp_path / "two"
@@ -72,9 +125,9 @@ def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     while len(done(two)) < 25 and all(process.poll() is None for process in first):
         time.sleep(0.02)
     first[1].send_signal(signal.SIGKILL)
-    _, told = first[0].communicate(timeout=300)  # it finds nobody to wait for
-    assert first[0].returncode == 2, told
-    assert "another process of this calibration is gone" in told
+    _, error = first[0].communicate(timeout=300)  # it finds nobody to wait for
+    assert first[0].returncode == 2, error
+    assert "another process of this calibration is gone" in error
     first[1].communicate()
     kept = done(two)
     assert len(kept) >= 25
@@ -82,6 +135,8 @@ def test_two_processes_one_of_them_killed(tmp_path: Path) -> None:
     assert {path: stamp for path, stamp in done(two).items() if path in kept} == kept
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_accelerate_launches_it(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     launch = [
