@@ -1,4 +1,7 @@
-"""Problems by name: a file, a benchmark, or a difficulty of the reasoner."""
+"""Problems by name: a file, a benchmark, or a difficulty of the embedded reasoner.
+
+This module stands above `evaluation` and `reasoner`, neither of which knows the other's problems.
+"""
 
 from pathlib import Path
 
@@ -11,19 +14,24 @@ from .runtime.errors import StepFlowInputError
 def load_problems(
     source: str | Path, limit: int | None = None, *, split: str = "test", seed: int = 0
 ) -> list[EvalProblem]:
-    """Problems by name.
+    """Loads problems to evaluate or calibrate on.
 
     Args:
-        source: a JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`, `trace`); a difficulty
-            of the embedded reasoner, such as `reasoner:chains-4`; or a benchmark: `aime24`, `aime25`, `amc23`,
-            `math500`, `gpqa-diamond`, `livecodebench`, fetched by the `datasets` library.
-        limit: how many, from the first on; None takes all of a file or benchmark, and 500 of a generator.
-        split: of the reasoner's problems: `train`, `calibration` or `test`.
-        seed: shuffles the choices of `gpqa-diamond`.
+        source: A JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`, `trace`); a benchmark
+            that the `datasets` library downloads: `aime24`, `aime25`, `amc23`, `math500`, `gpqa-diamond` or
+            `livecodebench`; or a difficulty of the embedded reasoner, such as `reasoner:chains-4`.
+        limit: How many problems, from the first on; None takes all of a file or benchmark, and 500 of a difficulty.
+        split: The split of the reasoner's problems: `train`, `calibration` or `test`.
+        seed: The seed that shuffles the choices of `gpqa-diamond`.
 
     Raises:
-        StepFlowInputError: no such file or name, or a limit below one.
-        StepFlowFileError: a file that is not what it should be; the line is named.
+        StepFlowInputError: The file or name is unknown, or the limit is below one.
+        StepFlowFileError: The file or the benchmark cannot be read; the error names the line.
+
+    Example:
+        >>> from hf_stepflow import load_problems
+        >>> [problem.id for problem in load_problems("reasoner:chains-4", 2)]
+        ['chains-4/test/0', 'chains-4/test/1']
     """
     name = str(source)
     if limit is not None and limit < 1:
@@ -35,22 +43,22 @@ def load_problems(
     if name in BENCHMARKS:
         return load_benchmark(name, seed)[:limit]
     raise StepFlowInputError(
-        f"no problems by the name of {name!r}: no such file, and not a known name",
+        f"no problems by the name of {name!r}: it is neither a file nor a known name",
         hint=f"known: {', '.join(BENCHMARKS)}, reasoner:LEVEL, or the path of a JSONL file",
     )
 
 
 def reasoner_problems(level: str, number: int, split: str = "test", start: int = 0) -> list[EvalProblem]:
-    """Problems of the embedded reasoner.
+    """Draws problems of the embedded reasoner.
 
     Args:
-        level: their difficulty, a key of `hf_stepflow.reasoner.levels.LEVELS`.
-        number: how many.
+        level: The difficulty, a key of `hf_stepflow.reasoner.levels.LEVELS`.
+        number: How many problems.
         split: `train`, `calibration` or `test`.
-        start: the first of them.
+        start: The index of the first problem.
 
     Raises:
-        StepFlowInputError: no such level or split.
+        StepFlowInputError: The level or the split does not exist.
     """
     drawn = problems_of(level, split, number, start)
     return [EvalProblem(one.id, one.question, one.answer, kind="number", trace=one.response) for one in drawn]

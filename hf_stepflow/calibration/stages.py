@@ -17,7 +17,7 @@ import numpy as np
 import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
 from hf_stepflow.evaluation.checkers import demand_math_verify
-from hf_stepflow.evaluation.problem import EvalProblem, check_unique, problem_of
+from hf_stepflow.evaluation.problem import EvalProblem, as_problems
 from hf_stepflow.evaluation.sampler import check_generation
 from hf_stepflow.evaluation.store import another_run, digest, machine, model_digest
 from hf_stepflow.prompts import encode_prompt, encode_response
@@ -109,7 +109,7 @@ def calibrate(
     check_generation(counts, seed, temperature)
     if type(scored) is not int or scored < 2:
         raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
-    asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
+    asked = as_problems(problems)
     for problem in asked:
         check_may_run(problem, run_code)
     splits = split_problems(asked, seed)

@@ -1,4 +1,4 @@
-"""Whether a response is right: where its answer stands, and how each kind of answer is compared."""
+"""Judges responses: finds the answer, compares it with the right one, and takes the vote of several responses."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from .checkers import passes, same_mathematics
 from .problem import LETTERS, NUMBER, EvalProblem, as_number, is_words
 
-# Outcomes. All but the first count as wrong; the last two are counted apart as well.
+# All outcomes but the first count as wrong; tables also count the last two by themselves.
 CORRECT, WRONG, NO_ANSWER, UNFINISHED = "correct", "wrong", "no answer", "unfinished"
 OUTCOMES = (CORRECT, WRONG, NO_ANSWER, UNFINISHED)
 
@@ -31,11 +31,11 @@ _BLOCK = re.compile(r"```[ \t]*([A-Za-z0-9]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a response was judged.
+    """The judgement of a response.
 
     Attributes:
-        outcome: one of `OUTCOMES`.
-        answer: the answer found in the response, or None.
+        outcome: One of `OUTCOMES`.
+        answer: The answer found in the response, or None.
     """
 
     outcome: str
@@ -46,13 +46,13 @@ def judge(problem: EvalProblem, text: str, is_finished: bool = True, *, run_code
     """Judges a response.
 
     Args:
-        problem: what was asked.
-        text: the summary: what the model wrote after its thinking.
-        is_finished: whether thinking and answer came to their end.
-        run_code: whether programs may be run, in a process of their own but with the rights of this one.
+        problem: The problem that was asked.
+        text: The summary, which the model wrote after its thinking.
+        is_finished: Whether the model ended both its thinking and its answer.
+        run_code: Whether programs may be run; they get a process of their own, with the rights of this one.
 
     Raises:
-        StepFlowInputError: a programming problem without `run_code`.
+        StepFlowInputError: The problem asks for a program, and `run_code` is False.
     """
     check_may_run(problem, run_code)
     if not is_finished:
@@ -64,10 +64,10 @@ def judge(problem: EvalProblem, text: str, is_finished: bool = True, *, run_code
 
 
 def check_may_run(problem: EvalProblem, run_code: bool) -> None:
-    """Refuses programming problems where programs may not be run.
+    """Refuses a programming problem if programs may not be run.
 
     Raises:
-        StepFlowInputError: it is one, and they may not.
+        StepFlowInputError: It is one, and they may not.
     """
     if problem.kind == "code" and not run_code:
         raise StepFlowInputError(
@@ -77,11 +77,11 @@ def check_may_run(problem: EvalProblem, run_code: bool) -> None:
 
 
 def extract(problem: EvalProblem, text: str) -> str | None:
-    """The answer in a response, None where there is none.
+    """Finds the answer in a response; None if there is none.
 
-    It is what the last box holds, else what follows the last "answer is" that holds an answer of this kind, else (for
-    numbers and mathematics) the last number, or (for texts) the last line. A program is the last block marked as
-    Python, or the last block of all.
+    The answer stands in the last box, else behind the last "answer is" that is followed by an answer of this kind,
+    else it is the last number (numbers, mathematics) or the last line (texts). A program is the last block marked as
+    Python, else the last block.
     """
     if problem.kind == "code":
         blocks = [(mark.lower(), block) for mark, block in _BLOCK.findall(text)]
@@ -123,7 +123,7 @@ def is_right(problem: EvalProblem, answer: str) -> bool:
 
 
 def _is_text(problem: EvalProblem) -> bool:
-    """Whether the right answer is words, be they marked as such in mathematics."""
+    """Whether the right answer is words, also where LaTeX marks them as a text."""
     if problem.kind != "math":
         return problem.kind == "text"
     bare = _bare(problem.answer)
@@ -132,7 +132,7 @@ def _is_text(problem: EvalProblem) -> bool:
 
 
 def _boxed(problem: EvalProblem, text: str) -> str | None:
-    """The answer in a box, if there is one of the problem's kind; mathematics as it stands there."""
+    """The answer in a box, if it is one of the problem's kind; mathematics unchanged."""
     if problem.kind == "choice":
         return _letter(problem, text)
     if _is_text(problem):
@@ -147,7 +147,7 @@ def _boxed(problem: EvalProblem, text: str) -> str | None:
 
 
 def _stated(problem: EvalProblem, text: str) -> str | None:
-    """The answer in what follows "the answer is": what stands between dollars, else what the sentence begins with."""
+    """The answer behind "the answer is": between dollars if there are any, else at the beginning of the sentence."""
     if problem.kind == "choice":
         return _letter(problem, text)
     if _is_text(problem):
@@ -158,7 +158,7 @@ def _stated(problem: EvalProblem, text: str) -> str | None:
     text = _plain(_trimmed(_CLAUSE_END.split(_AND.sub(", ", text), maxsplit=1)[0]))
     if not re.search(r"[A-Za-z]{3,}", _COMMAND.sub("", text)):
         return _boxed(problem, text) if _has_mathematics(text) else None
-    # Words as well. What stands in front of them may be an expression; else the first number counts.
+    # Words too: in front of them may be an expression; else the first number counts.
     behind = _behind_equals(text)
     if _value(behind) is not None:
         return behind
@@ -174,17 +174,17 @@ def _has_mathematics(text: str) -> bool:
 
 
 def _behind_equals(text: str) -> str:
-    """What stands behind the last equals sign; the whole where commas make it a list."""
+    """The text behind the last equals sign; the whole text if commas make it a list."""
     return text if re.search(r",(?!\d{3})", text) else text.rsplit("=", 1)[-1].strip()
 
 
 def _value(text: str) -> Fraction | None:
-    """The value of a number in digits, in LaTeX or not."""
+    """The value of a number in digits, with or without LaTeX."""
     return as_number(_plain(text).replace("\\$", "").replace("\\%", ""))
 
 
 def _among_words(text: str) -> str | None:
-    """The only number of a text that holds nothing but words beside it: the unit, or a sentence."""
+    """The only number of a text that otherwise holds words, such as a unit or a sentence."""
     parts = [part.strip(".,:;!?()") for part in _WRAPPED.sub(r" \1 ", text).split()]
     numbers = [part for part in parts if _value(part) is not None]
     words = [part for part in parts if part and part not in numbers]
@@ -193,20 +193,20 @@ def _among_words(text: str) -> str | None:
 
 
 def _statements(text: str) -> list[str]:
-    """What follows each "the answer is", the last one first; what is called a result comes after all of them."""
+    """The line behind each "the answer is", the last one first, then behind each "the result is"."""
     found = []
     for pattern in _STATEMENTS:
         own = []
         for match in pattern.finditer(text):
             lines = text[match.end() :].split("\n")
-            # Nothing but decoration behind the colon: the answer stands on the next line that holds something.
+            # With only decoration behind the colon, the answer stands on the next line that is not empty.
             own.append(next((line for line in lines if _bare(line)), ""))
         found += own[::-1]
     return found
 
 
 def _last_box(text: str) -> str | None:
-    """What stands in the last box of LaTeX (`boxed`) that is closed; braces may be nested."""
+    """The content of the last closed box of LaTeX (`boxed`); braces may be nested."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for place in range(start, len(text)):
@@ -217,7 +217,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _trimmed(text: str) -> str:
-    """A text without emphasis, quotes, mathematics marks and a final stop around it."""
+    """A text without the emphasis, quotes, mathematics marks and full stop around it."""
     while True:
         before = text
         text = _LEADING_STOPS.sub("", text.lstrip(_EDGES).rstrip(_EDGES + "."))
@@ -228,7 +228,7 @@ def _trimmed(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """A text without anything around it, LaTeX marks of a text or its weight included."""
+    """A text trimmed, and without LaTeX commands for a text or its weight."""
     while True:
         text = _trimmed(text)
         wrapped = _WRAPPED.fullmatch(text)
@@ -238,13 +238,13 @@ def _bare(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Mathematics as LaTeX has it: no thin spaces or LaTeX commas in numbers, a minus that is one."""
+    """Mathematics in plain LaTeX: a minus that is one, and no thin spaces or LaTeX commas in numbers."""
     text = text.replace("\u2212", "-").replace("\u00b0", "^\\circ").replace("\\!", "")
     return re.sub(r"(?<=\d)(?:\\,|\{,\}|[\u00a0\u2009\u202f])(?=\d{3})", "", text)
 
 
 def _letter(problem: EvalProblem, text: str) -> str | None:
-    """The letter of a choice: it stands in front, alone; else the text of a choice counts as its letter."""
+    """The letter of a choice: it stands alone in front, or the text is that of a choice."""
     known = LETTERS[: len(problem.choices)] or LETTERS
     bare = _bare(text)
     match = re.match(rf"\(?([{known}])\b\)?(?!['\w])(\s+[a-z])?", bare)
@@ -257,11 +257,11 @@ def _letter(problem: EvalProblem, text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Vote:
-    """What some responses agree on.
+    """The vote of some responses.
 
     Attributes:
-        verdict: on the answer given most often, among equals the one given first.
-        chosen: the first response that gave it.
+        verdict: The verdict on the answer given most often; among equals, on the one given first.
+        chosen: The index of the first response that gave it.
     """
 
     verdict: Verdict
@@ -269,39 +269,35 @@ class Vote:
 
 
 def votes(problem: EvalProblem, verdicts: Sequence[Verdict]) -> list[Vote]:
-    """The vote after each response: of the first alone, of the first two, and so on (Wang et al., 2023).
+    """Takes the vote after each response: of the first alone, of the first two, and so on (Wang et al., 2023).
 
-    Responses without an answer have no vote. An answer counts with the first one that it would be right by, were that
-    one the right answer; programs count together if they are the same, since their tests are not asked here.
+    Responses without an answer do not vote. An answer counts with the first earlier one that it would match as the
+    right answer; programs count together only if they are the same, since the vote does not run the tests.
 
     Args:
-        problem: what was asked.
-        verdicts: on each response, in the order in which they were drawn.
+        problem: The problem that was asked.
+        verdicts: The verdict on each response, in the order in which the responses were drawn.
     """
     groups: list[list[int]] = []
     found = []
     for index, verdict in enumerate(verdicts):
         if verdict.answer is not None:
-            _group(problem, verdicts, groups, index, verdict.answer)
+            own = next((group for group in groups if _agree(problem, verdicts[group[0]].answer, verdict.answer)), None)
+            if own is None:
+                groups.append([index])
+            else:
+                own.append(index)
         if groups:
             first = max(groups, key=len)[0]
             found.append(Vote(verdicts[first], first))
-        elif all(one.outcome == UNFINISHED for one in verdicts[: index + 1]):
-            found.append(Vote(verdicts[0], 0))
         else:
-            found.append(Vote(Verdict(NO_ANSWER), 0))
+            is_unfinished = all(one.outcome == UNFINISHED for one in verdicts[: index + 1])
+            found.append(Vote(Verdict(UNFINISHED if is_unfinished else NO_ANSWER), 0))
     return found
 
 
-def _group(
-    problem: EvalProblem, verdicts: Sequence[Verdict], groups: list[list[int]], index: int, answer: str
-) -> None:
-    """Adds a response to those whose answer is alike."""
-    for group in groups:
-        other = verdicts[group[0]].answer
-        assert other is not None
-        is_alike = problem.kind != "code" and is_right(replace(problem, answer=other), answer)
-        if answer == other or is_alike:
-            group.append(index)
-            return
-    groups.append([index])
+def _agree(problem: EvalProblem, first: str | None, answer: str) -> bool:
+    """Whether an answer would be right if the first one were."""
+    if first is None or first == answer:
+        return first == answer
+    return problem.kind != "code" and is_right(replace(problem, answer=first), answer)

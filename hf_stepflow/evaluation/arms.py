@@ -1,4 +1,4 @@
-"""Arms of a comparison: StepFlow settings, another method that spends tokens, or both at once."""
+"""The arms of a comparison: StepFlow settings, another method that spends tokens, or both at once."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,13 +19,18 @@ class Arm:
     """One way to answer.
 
     Attributes:
-        stepflow: False, or the settings that differ from the model's own.
-        samples: answers drawn for one result; the one given most often counts (self-consistency).
-        temperature: of these draws, where the run itself is greedy.
-        min_steps: thinking may not end before so many steps (budget forcing).
-        max_steps: thinking is ended after so many steps.
-        length_factor: how many times the run's max_new_tokens this arm may use.
-        instruction: what the user's message ends with, after a blank line.
+        stepflow: False, True for the model's own settings, or the settings that differ from these.
+        samples: The number of responses that vote on one answer (self-consistency).
+        temperature: The temperature of these responses in a run that is otherwise greedy.
+        min_steps: The number of steps before which thinking may not end (budget forcing).
+        max_steps: The number of steps after which thinking is ended; None for no limit.
+        length_factor: The factor on the run's `max_new_tokens`.
+        instruction: A text that ends the user's message, after a blank line.
+
+    Example:
+        >>> from hf_stepflow import Arm
+        >>> Arm(stepflow={"tau_max": 0.15}, samples=8).method == Arm(samples=8)
+        True
     """
 
     stepflow: "dict[str, Any] | bool" = False
@@ -37,13 +42,11 @@ class Arm:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "min_steps", "max_steps"):
-            value = getattr(self, name)
-            if type(value) is not int and not (name == "max_steps" and value is None):
-                raise StepFlowConfigError(f"{name} of an arm must be a whole number, got {value!r}")
-        for name in ("temperature", "length_factor"):
-            if type(getattr(self, name)) not in (int, float):
-                raise StepFlowConfigError(f"{name} of an arm must be a number, got {getattr(self, name)!r}")
+        whole, real = ("a whole number", (int,)), ("a number", (int, float))
+        expected = {"samples": whole, "min_steps": whole, "temperature": real, "length_factor": real}
+        for name, (kind, types) in (expected if self.max_steps is None else expected | {"max_steps": whole}).items():
+            if type(getattr(self, name)) not in types:
+                raise StepFlowConfigError(f"{name} of an arm must be {kind}, got {getattr(self, name)!r}")
         if self.samples < 1 or self.length_factor <= 0 or self.temperature <= 0:
             raise StepFlowConfigError(
                 f"an arm needs samples >= 1, length_factor > 0 and temperature > 0, got {self.samples}, "
@@ -56,15 +59,15 @@ class Arm:
         if self.instruction is not None and (not isinstance(self.instruction, str) or not self.instruction.strip()):
             raise StepFlowConfigError(f"instruction of an arm must be a text or None, got {self.instruction!r}")
         if isinstance(self.stepflow, dict):
-            StepFlowSettings().replace(**self.stepflow)  # raises for keys and values that no setting takes
+            StepFlowSettings().replace(**self.stepflow)  # raises for unknown keys and bad values
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """The arm as JSON-ready data."""
         return asdict(self)
 
     @property
     def method(self) -> "Arm":
-        """The same without StepFlow."""
+        """The same arm without StepFlow."""
         return replace(self, stepflow=False)
 
 
@@ -79,46 +82,46 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_arms(arms: Any) -> dict[str, Arm]:
-    """Arms by name, from what users write.
+    """Makes arms from shorthand.
 
     Args:
-        arms: {name: False | True | dict of StepFlow settings | Arm}. The first is what the others are held against.
+        arms: {name: False | True | dict of StepFlow settings | Arm}. The first is the reference of the comparison.
 
     Raises:
-        StepFlowInputError: no arms, or a value of another kind.
-        StepFlowConfigError: settings that StepFlow does not take.
+        StepFlowInputError: There are no arms, or one is of the wrong type.
+        StepFlowConfigError: StepFlow does not take the settings.
     """
     if not isinstance(arms, dict) or not arms:
         raise StepFlowInputError(
             f"arms must be a dict with at least one entry, got {arms!r}",
             hint='for instance {"base": False, "stepflow": {"tau_max": 0.15}}',
         )
-    made = {}
     for name, value in arms.items():
-        if isinstance(value, Arm):
-            made[str(name)] = value
-        elif isinstance(value, bool | dict):
-            made[str(name)] = Arm(stepflow=value)
-        else:
+        if not isinstance(value, Arm | bool | dict):
             raise StepFlowInputError(
                 f"the arm {name!r} must be False, True, a dict of settings or an Arm, got {value!r}"
             )
-    return made
+    return {str(name): value if isinstance(value, Arm) else Arm(stepflow=value) for name, value in arms.items()}
 
 
 def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
-    """The arms, and each of them with each method: so that a method stands alone and with StepFlow in one run.
+    """Adds every method to every arm, so that one run shows a method alone and together with StepFlow.
 
     Args:
-        arms: as for `make_arms`, with StepFlow or without, and no other method.
-        methods: {name: Arm} without StepFlow.
+        arms: Arms as for `make_arms`, with or without StepFlow, and without another method.
+        methods: {name: Arm}, without StepFlow.
 
     Returns:
-        The arms, then for each method the arm without StepFlow under the method's name, and the others under
+        The arms; then, for each method, the arm without StepFlow under the method's name, and the others under
         "ARM + METHOD".
 
     Raises:
-        StepFlowInputError: an arm that is a method already, a method that is none, or a name that comes twice.
+        StepFlowInputError: An arm has a method, a method has StepFlow or is none, or a name comes twice.
+
+    Example:
+        >>> from hf_stepflow import Arm, combine_arms
+        >>> list(combine_arms({"base": False, "stepflow": True}, {"vote": Arm(samples=8)}))
+        ['base', 'stepflow', 'vote', 'stepflow + vote']
     """
     made = make_arms(arms)
     for name, arm in made.items():
@@ -131,7 +134,7 @@ def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
     for name, method in make_arms(methods).items():
         if method != method.method or method == Arm():
             raise StepFlowInputError(
-                f"the method {name!r} must spend tokens or ask otherwise, and leave StepFlow to the arms",
+                f"the method {name!r} must spend tokens or change the prompt, and leave StepFlow to the arms",
                 hint="for instance self-consistency:samples=8, with stepflow:tau_max=0.15 as an arm",
             )
         for label, arm in made.items():
@@ -143,15 +146,18 @@ def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
 
 
 def parse_arm(text: str) -> tuple[str, Arm]:
-    """An arm as the command line writes it: `[LABEL=]KIND[:KEY=VALUE,...]`.
+    """Reads an arm from its form on the command line, `[LABEL=]KIND[:KEY=VALUE,...]`.
 
-    Kinds: `base`, `stepflow` (keys: any StepFlow setting), and the methods `self-consistency` (samples, temperature),
-    `budget-forcing` (min_steps, max_steps), `longer` (length_factor), `plan-and-solve`, which take StepFlow settings
-    as well.
+    The kinds are `base`, `stepflow` (any StepFlow setting), and the methods `self-consistency` (samples, temperature),
+    `budget-forcing` (min_steps, max_steps), `longer` (length_factor) and `plan-and-solve`, which also take StepFlow
+    settings.
+
+    Returns:
+        The label, or the whole text if it has none, and the arm.
 
     Raises:
-        StepFlowInputError: another kind, or keys without values.
-        StepFlowConfigError: settings that StepFlow does not take.
+        StepFlowInputError: The kind is unknown, or a key has no value.
+        StepFlowConfigError: StepFlow does not take the settings.
     """
     head, colon, rest = text.partition(":")
     label, equals, kind = head.partition("=")
@@ -176,23 +182,20 @@ def parse_arm(text: str) -> tuple[str, Arm]:
 
 
 def read_pairs(text: str) -> list[tuple[str, Any]]:
-    """Settings as the command line writes them: `a=1,b=[2,3],c=top:0.25`.
+    """Reads settings from their form on the command line, such as `a=1,b=[2,3],c=top:0.25`.
 
-    Values are JSON where they can be read as such, else texts.
+    A value is JSON if it can be read as JSON, else a text.
 
     Raises:
-        StepFlowInputError: keys without values.
+        StepFlowInputError: A key has no value.
     """
-    pairs: list[tuple[str, Any]] = []
     parts: list[str] = []
-    for part in text.split(","):  # a comma inside brackets belongs to its value
-        inside = bool(parts) and parts[-1].count("[") + parts[-1].count("{") > parts[-1].count("]") + parts[-1].count(
-            "}"
-        )
-        if inside:
-            parts[-1] += "," + part
+    for part in text.split(","):
+        if parts and sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
+            parts[-1] += "," + part  # the comma stands inside brackets
         else:
             parts.append(part)
+    pairs: list[tuple[str, Any]] = []
     for part in parts:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():

@@ -1,6 +1,6 @@
-"""Comparison of mathematical expressions by math-verify, in a process that is ended when it takes too long.
+"""Checks that run in processes of their own: mathematics by math-verify, and the programs that a model wrote.
 
-What a model wrote may be a tower of powers: reading it takes for ever or all memory, and no exception ends that.
+A model may write a tower of powers, which takes all time and memory to read, and which no exception ends.
 """
 
 import atexit
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-SECONDS = 10.0
+SECONDS = 10.0  # for each comparison, and for each test of a program
 
-# A program of its own, so that it needs nothing of the caller's: no path, no main module that is imported again.
+# The worker is a string, so that the process imports nothing of the caller's, not even the main module again.
 _WORKER = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -42,8 +42,8 @@ for line in sys.stdin:
 """
 
 
-class _Checker:
-    """The process, started when it is first needed."""
+class _Mathematics:
+    """The process that compares expressions; it starts when it is first needed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -51,7 +51,6 @@ class _Checker:
         self._lock = threading.Lock()
 
     def same(self, right: str, given: str) -> bool:
-        """Whether two expressions are equal; False where that cannot be told in time."""
         with self._lock:
             process = self._running()
             assert process.stdin is not None
@@ -64,7 +63,6 @@ class _Checker:
                 return False
 
     def stop(self) -> None:
-        """Ends the process."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -85,38 +83,36 @@ class _Checker:
         return self._process
 
 
-def _forward(lines: object, answers: "queue.Queue[str]") -> None:
+def _forward(lines: Iterable[str], answers: "queue.Queue[str]") -> None:
     """Puts each line into the queue, and an empty one at the end."""
-    try:
-        for line in lines:  # type: ignore[attr-defined]
+    with contextlib.suppress(ValueError):  # the pipe was closed
+        for line in lines:
             answers.put(line)
-    except ValueError:  # closed
-        pass
     answers.put("")
 
 
-_CHECKER = _Checker()
-atexit.register(_CHECKER.stop)
+_MATHEMATICS = _Mathematics()
+atexit.register(_MATHEMATICS.stop)
 
 
 def same_mathematics(right: str, given: str) -> bool:
-    """Whether two expressions in LaTeX are equal; False where that cannot be told within `SECONDS`.
+    """Whether two LaTeX expressions are equal; False if math-verify cannot say so within `SECONDS`.
 
     Raises:
         StepFlowInputError: math-verify is not installed.
     """
     demand_math_verify()
-    return _CHECKER.same(right, given)
+    return _MATHEMATICS.same(right, given)
 
 
 def demand_math_verify(kinds: Iterable[str] = ("math",)) -> None:
-    """Checks that what compares mathematics is installed, where it may be asked for.
+    """Checks that math-verify is installed if answers may need it.
 
     Args:
-        kinds: of the problems; a number is compared as mathematics where the answer is no plain number.
+        kinds: The kinds of the problems; an answer to a `number` is compared as mathematics if it is no plain number.
 
     Raises:
-        StepFlowInputError: it is not.
+        StepFlowInputError: It is needed and not installed.
     """
     if {"math", "number"}.intersection(kinds) and find_spec("math_verify") is None:
         raise StepFlowInputError(
@@ -124,16 +120,13 @@ def demand_math_verify(kinds: Iterable[str] = ("math",)) -> None:
         )
 
 
-_MEMORY = 1 << 31
-_OUTPUT = 1 << 24
-
-# Limits of what a mistake can do; a program that means harm needs a machine of its own.
-_LIMITED = f"""
+# These limits stop mistakes; a program that means harm needs a machine of its own.
+_LIMITED = """
 import runpy, sys
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY}, {_MEMORY}))
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({_OUTPUT}, {_OUTPUT}))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 24, 1 << 24))
 except ImportError:
     pass
 runpy.run_path(sys.argv[1], run_name="__main__")
@@ -141,13 +134,13 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 
 
 def passes(tests: str, program: str) -> bool:
-    """Whether a program writes the expected output for every test, blanks aside.
+    """Whether a program writes the expected output for every test, up to blanks.
 
-    Each test runs in a process of its own, without this one's environment, with limits on time, memory and output.
+    Each test runs in a new process without this one's environment, with limits on time, memory and output.
 
     Args:
-        tests: JSON: pairs of input and expected output; without any, no program passes.
-        program: Python.
+        tests: Pairs of input and expected output, as JSON; without any, no program passes.
+        program: Python source.
     """
     pairs = json.loads(tests)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +150,7 @@ def passes(tests: str, program: str) -> bool:
 
 
 def _output(path: Path, given: str) -> list[str] | None:
-    """The words that a program writes, None where it fails or takes too long."""
+    """The words that a program writes; None if it fails or takes too long."""
     with tempfile.TemporaryFile() as written:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _LIMITED, str(path)],
@@ -173,7 +166,7 @@ def _output(path: Path, given: str) -> list[str] | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            with contextlib.suppress(OSError, AttributeError):  # children of its own too; all may be gone already
+            with contextlib.suppress(OSError, AttributeError):  # ends its children too; all may be gone already
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.communicate()

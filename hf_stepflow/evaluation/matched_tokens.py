@@ -1,12 +1,12 @@
-"""Accuracy against generated tokens: every arm beside the first one that was given as many tokens.
+"""Accuracy against generated tokens: compares every arm with the first one at the same number of tokens.
 
-Tokens are the unit of compute: all that a problem's answer cost, so that of a vote every sample counts. What the first
-arm does with more tokens than one response needs is vote: where the run holds a vote of the first arm, the votes of
-its first two, three, ... samples are the other points of the first arm's curve. Between two of them lies a mix: some
-problems, drawn at random, get one sample more. So an arm can be held against the first at exactly its tokens.
+Tokens are the unit of compute: everything that the answer to a problem cost, so a vote counts all its samples. With
+more tokens than one response needs, the first arm can vote. If the run holds such a vote, the votes of its first two,
+three, ... samples are the further points of the first arm's curve. Between two points lies a mix, in which some
+problems, drawn at random, get one more sample; so the first arm is known at exactly the tokens of any other arm.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,19 @@ import numpy as np
 from .arms import Arm
 from .statistics import Estimate, mean, mean_amount, mean_difference, proportion
 
+# By problem and sample.
 Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What the first arm does with so many samples.
+    """The first arm with a number of samples.
 
     Attributes:
-        samples: number of responses of which the answer given most often counts.
-        accuracy: share of responses that are right so: Wilson's interval, or a bootstrap over problems where each was
-            answered more than once.
-        tokens: mean tokens of a problem, all samples together.
+        samples: The number of responses that vote.
+        accuracy: The share of right votes, with Wilson's interval, or a bootstrap over problems if each was answered
+            more than once.
+        tokens: The mean tokens of a problem, all samples together.
     """
 
     samples: int
@@ -36,17 +37,17 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ArmCompute:
-    """What one arm does with its tokens; differences are paired, with bootstrap intervals over problems.
+    """One arm and its tokens; differences are paired, with bootstrap intervals over problems.
 
     Attributes:
-        name: of the arm.
-        tokens: mean tokens of a problem, all samples together.
-        to_first: difference in accuracy from the first arm; None for the first arm itself.
-        method: the arm that does the same without StepFlow, where this one has StepFlow and a method.
-        to_method: difference from that.
-        to_matched: difference from the first arm with as many tokens as this one; None for points of its curve.
-        matched_tokens: tokens that the first arm has there: those of one response for an arm with fewer, and those of
-            the largest vote for an arm with more.
+        name: The name of the arm.
+        tokens: The mean tokens of a problem, all samples together.
+        to_first: The difference in accuracy from the first arm; None for the first arm itself.
+        method: The arm with the same method and without StepFlow, if this arm has StepFlow and a method.
+        to_method: The difference from that arm.
+        to_matched: The difference from the first arm with as many tokens; None for points of its curve.
+        matched_tokens: The tokens of the first arm in `to_matched`, which are limited to the ends of its curve: one
+            response, and the largest vote.
     """
 
     name: str
@@ -59,22 +60,24 @@ class ArmCompute:
 
 
 class Curve:
-    """The first arm with one response, and with more of them.
+    """The first arm with one response, and with more.
 
     Args:
-        first: results of the first arm.
-        vote: results of its largest vote, or None.
+        first: The results of the first arm.
+        vote: The results of its largest vote, or none.
     """
 
-    def __init__(self, first: Results, vote: Results | None):
+    def __init__(self, first: Results, vote: Results):
         self.samples = [1]
-        self._right = [_by_problem(first, lambda one: one["right"])]
-        self._tokens = [_by_problem(first, lambda one: one["tokens"])]
+        self._right = [_by_problem(first, (one["right"] for one in first.values()))]
+        self._tokens = [_by_problem(first, (one["tokens"] for one in first.values()))]
         self._is_single = len(first) == len(self._right[0])
-        for samples, right, tokens in [] if vote is None else _votes_of(vote):
+        votes = [one["votes"] for one in vote.values()]
+        for samples in range(2, 1 + max(map(len, votes), default=1)):
+            tokens = _by_problem(vote, (sum(one["tokens"] for one in own[:samples]) for own in votes))
             if tokens.mean() > self._tokens[0].mean():  # several short samples may cost less than the first arm's one
                 self.samples.append(samples)
-                self._right.append(right)
+                self._right.append(_by_problem(vote, (own[samples - 1]["right"] for own in votes)))
                 self._tokens.append(tokens)
         self._costs = [float(tokens.mean()) for tokens in self._tokens]
 
@@ -90,7 +93,7 @@ class Curve:
         ]
 
     def at(self, tokens: float) -> tuple[np.ndarray, float]:
-        """How often each problem is right for so many tokens, and the tokens themselves, kept to the curve's ends."""
+        """The accuracy on each problem with a number of tokens, and that number, limited to the curve's ends."""
         spent = float(np.clip(tokens, self._costs[0], self._costs[-1]))
         after = min(int(np.searchsorted(self._costs, spent, "right")), len(self._costs) - 1)
         before = max(after - 1, 0)
@@ -103,24 +106,22 @@ class Curve:
 def compute_of(
     arms: Mapping[str, Arm], results: Mapping[str, Results], seed: int
 ) -> tuple[list[CurvePoint], list[ArmCompute]]:
-    """The first arm's curve, and every arm beside it.
+    """Computes the first arm's curve and compares every arm with it.
 
     Args:
-        arms: the arms by name, the first first.
-        results: of each arm, by problem and sample: the same problems and samples of each.
-        seed: of the resampling.
+        arms: The arms by name, the first one first.
+        results: The results of each arm, for the same problems and samples.
+        seed: The seed of the resampling.
     """
     first = next(iter(arms))
     vote = _largest_vote(arms)
-    curve = Curve(results[first], None if vote is None else results[vote])
-    right = {name: _by_problem(own, lambda one: one["right"]) for name, own in results.items()}
+    curve = Curve(results[first], {} if vote is None else results[vote])
+    right = {name: _by_problem(own, (one["right"] for one in own.values())) for name, own in results.items()}
     found = []
     for name, arm in arms.items():
-        tokens = mean_amount(_by_problem(results[name], lambda one: one["tokens"]), seed)
+        tokens = mean_amount(_by_problem(results[name], (one["tokens"] for one in results[name].values())), seed)
         method = _method_of(arm, arms)
-        to_first = to_matched = matched_tokens = None
-        if name != first:
-            to_first = mean_difference(right[name] - right[first], seed)
+        to_matched = matched_tokens = None
         if name not in (first, vote):
             matched, matched_tokens = curve.at(tokens.value)
             to_matched = mean_difference(right[name] - matched, seed)
@@ -128,7 +129,7 @@ def compute_of(
             ArmCompute(
                 name,
                 tokens,
-                to_first,
+                None if name == first else mean_difference(right[name] - right[first], seed),
                 method,
                 None if method is None else mean_difference(right[name] - right[method], seed),
                 to_matched,
@@ -138,48 +139,28 @@ def compute_of(
     return curve.points(seed), found
 
 
-def spends_otherwise(arms: Mapping[str, Arm]) -> bool:
-    """Whether any arm is more than the model with its settings, so that tokens have to be looked at."""
-    return any(arm.method != Arm() for arm in arms.values())
-
-
 def _largest_vote(arms: Mapping[str, Arm]) -> str | None:
     """The arm that is the first one voting, with the most samples."""
+    voting = {"samples": 1, "temperature": 1.0}
     first = next(iter(arms.values()))
     own = {
         name: arm.samples
         for name, arm in arms.items()
-        if arm.samples > 1 and vars(arm) | _VOTING == vars(first) | _VOTING
+        if arm.samples > 1 and vars(arm) | voting == vars(first) | voting
     }
     return max(own, key=lambda name: own[name]) if own and first.samples == 1 else None
 
 
-_VOTING = {"samples": 1, "temperature": 1.0}
-
-
-def _votes_of(vote: Results) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Of the votes of the first two, three, ... samples: their number, what is right by problem, and its tokens."""
-    largest = len(next(iter(vote.values()))["votes"])
-    return [
-        (
-            samples,
-            _by_problem(vote, lambda one, last=samples - 1: one["votes"][last]["right"]),
-            _by_problem(vote, lambda one, samples=samples: sum(own["tokens"] for own in one["votes"][:samples])),
-        )
-        for samples in range(2, largest + 1)
-    ]
-
-
 def _method_of(arm: Arm, arms: Mapping[str, Arm]) -> str | None:
-    """The arm that does without StepFlow what this one does with it."""
+    """The arm with the same method and without StepFlow."""
     if arm.stepflow is False or arm.method == Arm():
         return None
     return next((name for name, other in arms.items() if other == arm.method), None)
 
 
-def _by_problem(results: Results, amount: Any) -> np.ndarray:
-    """The mean amount of each problem's results, problems in the order of the results."""
+def _by_problem(results: Results, amounts: Iterable[float]) -> np.ndarray:
+    """The mean of each problem's amounts, of which there is one for each result; problems in order of the results."""
     groups: dict[str, list[float]] = {}
-    for (problem, _), result in results.items():
-        groups.setdefault(problem, []).append(float(amount(result)))
+    for (problem, _), amount in zip(results, amounts, strict=True):
+        groups.setdefault(problem, []).append(float(amount))
     return np.array([sum(own) / len(own) for own in groups.values()])

@@ -57,8 +57,8 @@ def _differences(result: EvaluationResult) -> str:
     if not result.comparisons:
         return "<p>There is only one arm.</p>"
     rows = [(one.name, one.paired.delta, percent(one.paired.delta, "+")) for one in result.comparisons]
-    told = "Points of accuracy on the same problems, with the 95 % bootstrap interval."
-    return element("p", class_="soft", text=told) + element("div", forest(rows), class_="wide")
+    note = "Points of accuracy on the same problems, with the 95 % bootstrap interval."
+    return element("p", class_="soft", text=note) + element("div", forest(rows), class_="wide")
 
 
 def _arms(result: EvaluationResult) -> str:
@@ -104,11 +104,11 @@ def _tokens(result: EvaluationResult) -> str:
         matched = f"At equal tokens, {reference} votes with as many samples as they pay for (the dashed line)."
     else:
         matched = f"No arm is a vote of {reference}, so its tokens end with one response."
-    told = (
+    note = (
         f"Tokens are those of a whole answer; a vote counts all its samples. {matched} Points that would cover each "
         "other are drawn side by side. Differences are in points, paired, with 95 % bootstrap intervals."
     )
-    return element("p", class_="soft", text=told) + tokens_chart(points, curve) + table(heads, rows)
+    return element("p", class_="soft", text=note) + tokens_chart(points, curve) + table(heads, rows)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a model is asked: problems from JSONL files, the paper's benchmarks, and the reasoner's generators."""
+"""A problem: what is asked, the right answer, and how an answer is checked."""
 
 import json
 import math
@@ -11,15 +11,14 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowInputError, shown
 
 KINDS = ("math", "choice", "number", "text", "code")
-_FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
-_TESTS = 'for instance [["2 3\\n", "5\\n"]]'
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
 # A number in digits. The exponent is short: as a fraction, 1e10000000 alone would take all time and memory.
 NUMBER = (
     r"[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE][-+]?\d{1,3}(?!\d))?(?:/[1-9]\d*)?(?!\d|[eE][-+]?\d)"
 )
-# A word of an answer: an article, initials, or two letters and more; ab-cd is a difference and no word.
+# A word of an answer: an article, initials, or at least two letters; ab-cd is a difference and no word.
 _WORD = re.compile(r"a|(?:[^\W\d_]\.)+|(?:[^\W\d_]['\u2019])?[^\W\d_]{2,}(?:['\u2019][^\W\d_]+|-[^\W\d_]{3,})*\.?")
 
 
@@ -28,13 +27,13 @@ class EvalProblem:
     """One problem.
 
     Attributes:
-        id: unique in its set.
-        question: what the user asks, instructions included.
-        answer: the right answer: mathematics, a number or a text, or the letter of the right choice.
-        choices: the texts of a multiple choice, in the order shown.
-        tests: input and output pairs of a programming problem, as JSON.
-        kind: how the answer is checked: `math`, `choice`, `number`, `text` or `code`.
-        trace: a right response, all that follows the prompt, where one is known; never shown to the model.
+        id: A name that is unique in its set.
+        question: The question to the model, instructions included.
+        answer: The right answer: mathematics, a number or a text, or the letter of the right choice.
+        choices: The texts of a multiple choice, in the order of their letters.
+        tests: Pairs of input and expected output of a programming problem, as JSON.
+        kind: How an answer is checked: `math`, `choice`, `number`, `text` or `code`.
+        trace: A right response, all of what follows the prompt, if one is known; the model never sees it.
     """
 
     id: str
@@ -52,15 +51,36 @@ class EvalProblem:
         return "\n".join([self.question, *options])
 
     def asked(self) -> dict[str, Any]:
-        """All that a response and its judgement depend on, JSON-ready: everything but the trace."""
+        """Everything that a response and its judgement depend on, JSON-ready: all fields but the trace."""
         return {name: value for name, value in vars(self).items() if name != "trace"}
 
 
-def problem_of(data: Any) -> EvalProblem:
-    """One problem from JSON data; keys beyond those of a problem are left out.
+def as_problems(problems: Iterable[Any]) -> list[EvalProblem]:
+    """Converts and checks problems.
+
+    Args:
+        problems: Problems, or dicts as `problem_of` takes them.
 
     Raises:
-        StepFlowInputError: keys that are missing, or values of another kind.
+        StepFlowInputError: There is no problem, one cannot be checked, or two have the same id.
+    """
+    found: dict[str, EvalProblem] = {}
+    for one in problems:
+        problem = one if isinstance(one, EvalProblem) else problem_of(one)
+        check_problem(problem)
+        if problem.id in found:
+            raise StepFlowInputError(f"the id {problem.id!r} comes twice", hint="make ids unique")
+        found[problem.id] = problem
+    if not found:
+        raise StepFlowInputError("there are no problems", hint="give at least one")
+    return list(found.values())
+
+
+def problem_of(data: Any) -> EvalProblem:
+    """Makes a problem from JSON data and checks it; unknown keys are ignored.
+
+    Raises:
+        StepFlowInputError: A key is missing, or a value is of the wrong type.
     """
     if not isinstance(data, dict):
         raise StepFlowInputError(f"expected an object, got {type(data).__name__}")
@@ -82,40 +102,34 @@ def problem_of(data: Any) -> EvalProblem:
     tests = data.get("tests")
     if tests is not None and not isinstance(tests, str):
         tests = json.dumps(tests)
-    trace = data.get("trace")
-    if trace is not None and (not isinstance(trace, str) or not trace):
-        raise StepFlowInputError(f"trace must be the text of a right response, got {trace!r}", hint="or leave it out")
-    return check_problem(EvalProblem(name, data["question"], answer, tuple(choices), tests, kind, trace))
+    problem = EvalProblem(name, data["question"], answer, tuple(choices), tests, kind, data.get("trace"))
+    check_problem(problem)
+    return problem
 
 
 def _text_of(value: Any, name: str) -> str:
-    """A text, or a number as a text."""
     is_number = type(value) is int or (type(value) is float and math.isfinite(value))
     if not isinstance(value, str) and not is_number:
         raise StepFlowInputError(f"{name} must be a text or a number, got {shown(value)}", hint="write it as a text")
     return str(value)
 
 
-def check_problem(problem: EvalProblem) -> EvalProblem:
-    """The problem, once it is sure that its answer can be checked.
+def check_problem(problem: EvalProblem) -> None:
+    """Checks that answers to a problem can be judged.
 
     Raises:
-        StepFlowInputError: it cannot.
+        StepFlowInputError: They cannot.
     """
     answer, kind = problem.answer, problem.kind
-    for name in ("id", "question", "answer"):
-        value = getattr(problem, name)
-        if not isinstance(value, str) or not value.strip():
+    texts = {name: getattr(problem, name) for name in ("id", "question", "answer", "tests", "trace")}
+    texts |= {f"choice {letter}": choice for letter, choice in zip(LETTERS, problem.choices, strict=False)}
+    for name, text in texts.items():
+        is_missing = text is None and name in ("tests", "trace")
+        if not is_missing and (not isinstance(text, str) or not text.strip()):
             raise StepFlowInputError(
-                f"the {name} of problem {shown(problem.id)} must be a text that is not empty, got {shown(value)}",
-                hint="a number as a text, such as '4'; of a conversation, only the question as one text",
+                f"the {name} of problem {shown(problem.id)} must be a text that is not empty, got {shown(text)}",
+                hint="write a number as a text, such as '4', a conversation as one text, and tests as JSON",
             )
-    others = [*problem.choices, *(text for text in (problem.tests, problem.trace) if text is not None)]
-    if not all(isinstance(text, str) for text in others):
-        raise StepFlowInputError(
-            f"choices, tests and trace of problem {problem.id!r} must be texts, got {shown(others)}",
-            hint="tests of an EvalProblem are JSON",
-        )
     if kind not in KINDS:
         raise StepFlowInputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "number" and as_number(answer) is None:
@@ -128,22 +142,26 @@ def check_problem(problem: EvalProblem) -> EvalProblem:
                 f"the answer {answer!r} is neither a letter nor a text of the choices {list(problem.choices)}"
             )
     if kind == "code":
-        try:
-            pairs = json.loads(problem.tests or "[]")
-        except json.JSONDecodeError as error:
-            raise StepFlowInputError(f"tests are no JSON: {error}") from error
-        is_pairs = isinstance(pairs, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+        _check_tests(problem.tests or "[]")
+
+
+def _check_tests(tests: str) -> None:
+    try:
+        pairs = json.loads(tests)
+    except json.JSONDecodeError as error:
+        raise StepFlowInputError(f"tests are not JSON: {error}") from error
+    is_pairs = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    )
+    if not pairs or not is_pairs:
+        raise StepFlowInputError(
+            "a programming problem needs tests: a list of [input, expected output], both texts",
+            hint='for instance [["2 3\\n", "5\\n"]]',
         )
-        if not pairs or not is_pairs:
-            raise StepFlowInputError(
-                "a programming problem needs tests: a list of [input, expected output], both texts", hint=_TESTS
-            )
-    return problem
 
 
 def as_number(text: str) -> Fraction | None:
-    """A number written in digits (`1,250.5`, `.5`, `$3`, `1/2`, `1e5`), or None; also for exponents beyond reason."""
+    """Reads a number in digits (`1,250.5`, `.5`, `$3`, `1/2`, `1e5`); None for anything else."""
     bare = text.strip().replace("$", "").rstrip("%").rstrip(".")
     if re.fullmatch(NUMBER, bare) is None:
         return None
@@ -161,25 +179,6 @@ def is_words(answer: str) -> bool:
 
 
 def _kind_of(answer: str) -> str:
-    """A plain number is compared as one, words as a text, anything else as mathematics."""
     if as_number(answer) is not None:
         return "number"
     return "text" if is_words(answer) else "math"
-
-
-def check_unique(problems: Iterable[EvalProblem]) -> list[EvalProblem]:
-    """The problems as a list, once it is sure that each can be checked and that no id comes twice.
-
-    Raises:
-        StepFlowInputError: none at all, one that cannot be checked, or an id that comes twice.
-    """
-    found = list(problems)
-    seen: set[str] = set()
-    for problem in found:
-        check_problem(problem)
-        if problem.id in seen:
-            raise StepFlowInputError(f"the id {problem.id!r} comes twice", hint="make ids unique")
-        seen.add(problem.id)
-    if not found:
-        raise StepFlowInputError("there are no problems", hint="give at least one")
-    return found

@@ -1,4 +1,4 @@
-"""EvaluationResult: what a run found, as numbers, as a table, and as one honest sentence for each arm."""
+"""The result of an evaluation, as numbers, as a table, and as one sentence for each arm."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -8,9 +8,12 @@ from typing import Any
 
 from .answers import NO_ANSWER, UNFINISHED
 from .arms import Arm
-from .matched_tokens import ArmCompute, CurvePoint, compute_of, spends_otherwise
+from .matched_tokens import ArmCompute, CurvePoint, compute_of
 from .statistics import Estimate, PairedComparison, adjust, compare, mean, proportion, ratio
 from .store import read_results
+
+# Results of one arm, by problem and sample.
+Results = dict[tuple[str, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,13 @@ class ArmSummary:
     """One arm by itself.
 
     Attributes:
-        name: of the arm.
-        accuracy: share of right responses: Wilson's interval, or a bootstrap over problems where each was answered
-            more than once.
-        outcomes: number of responses by outcome.
-        tokens: mean tokens of a response.
-        steps: mean thinking steps of a response.
-        seconds: time of all batches.
+        name: The name of the arm.
+        accuracy: The share of right responses, with Wilson's interval, or a bootstrap over problems if each was
+            answered more than once.
+        outcomes: The number of responses by outcome.
+        tokens: The mean tokens of a response.
+        steps: The mean thinking steps of a response.
+        seconds: The time of all batches.
     """
 
     name: str
@@ -37,15 +40,15 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class ArmComparison:
-    """One arm held against the first.
+    """One arm compared with the first.
 
     Attributes:
-        name: of the arm.
-        paired: the comparison of what was right.
-        adjusted_p_value: after Holm's adjustment for the number of arms.
-        tokens_ratio: tokens, relative to the first arm's.
-        seconds_ratio: time, relative to the first arm's, over batches.
-        changed: share of the responses whose text differs.
+        name: The name of the arm.
+        paired: The paired comparison of right responses.
+        adjusted_p_value: The p-value after Holm's adjustment for the number of arms.
+        tokens_ratio: The tokens, relative to those of the first arm.
+        seconds_ratio: The time, relative to that of the first arm, over batches.
+        changed: The share of responses whose text differs.
     """
 
     name: str
@@ -59,10 +62,16 @@ class ArmComparison:
 class EvaluationResult:
     """The results of a run; `print(result)` gives the table and the verdicts.
 
+    Only problems and samples that every arm has answered count, so an unfinished run can be read too.
+
     Args:
-        run: what was asked for.
-        about: versions and machine.
-        results: one dict a response.
+        run: Everything that was asked for.
+        about: Versions and the machine.
+        results: One dict for each response.
+
+    Example:
+        >>> from hf_stepflow import EvaluationResult
+        >>> print(EvaluationResult.load("results.jsonl"))  # doctest: +SKIP
     """
 
     def __init__(self, run: dict[str, Any], about: dict[str, Any], results: list[dict[str, Any]]):
@@ -72,67 +81,47 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":
-        """Reads a results file, finished or not.
+        """Loads a results file, finished or not.
 
         Raises:
-            StepFlowFileError: it is no results file.
+            StepFlowFileError: The file is not a results file.
         """
         header, results = read_results(path)
         return cls(header["run"], header.get("about", {}), results)
 
     @cached_property
-    def _by_arm(self) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
-        """Results by arm and by (problem, sample), of what every arm has answered."""
-        found: dict[str, dict[tuple[str, int], dict[str, Any]]] = {name: {} for name in self.run["arms"]}
+    def _by_arm(self) -> dict[str, Results]:
+        found: dict[str, Results] = {name: {} for name in self.run["arms"]}
         for result in self.results:
             found[result["arm"]][result["problem"], result["sample"]] = result
-        shared = set.intersection(*(set(own) for own in found.values()))
-        return {name: {key: own[key] for key in sorted(shared)} for name, own in found.items()}
+        shared = sorted(set.intersection(*(set(own) for own in found.values())))
+        return {name: {key: own[key] for key in shared} for name, own in found.items()}
 
-    def responses(self, arm: str) -> dict[tuple[str, int], dict[str, Any]]:
-        """The results of an arm by problem and sample, where every arm has answered."""
+    def responses(self, arm: str) -> Results:
+        """The results of an arm by problem and sample."""
         return self._by_arm[arm]
 
     @property
     def is_complete(self) -> bool:
         """Whether every arm has answered everything."""
-        asked = self.run["n_problems"] * self.run["n_samples"]
-        return all(len(own) == asked for own in self._by_arm.values())
+        return len(self._by_arm[self.reference]) == self.run["n_problems"] * self.run["n_samples"]
 
     @property
     def reference(self) -> str:
-        """The arm that the others are held against: the first."""
+        """The arm with which the others are compared: the first."""
         return next(iter(self.run["arms"]))
 
     def arms(self) -> list[ArmSummary]:
-        """Each arm by itself, over what every arm has answered."""
-        summaries = []
-        for name, own in self._by_arm.items():
-            rows = list(own.values())
-            if not rows:
-                continue
-            if self.run["n_samples"] == 1:
-                accuracy = proportion(sum(row["right"] for row in rows), len(rows))
-            else:
-                accuracy = mean([sum(group) / len(group) for group in _right(own)], self.run["seed"])
-            summaries.append(
-                ArmSummary(
-                    name,
-                    accuracy,
-                    dict(Counter(row["outcome"] for row in rows)),
-                    sum(row["tokens"] for row in rows) / len(rows),
-                    sum(row["steps"] for row in rows) / len(rows),
-                    sum(row["seconds"] for row in rows),
-                )
-            )
-        return summaries
+        """Summarizes each arm by itself."""
+        return [_summary(name, list(own.values()), self.run) for name, own in self._by_arm.items() if own]
 
     @cached_property
     def comparisons(self) -> list[ArmComparison]:
-        """The other arms held against the first."""
+        """The comparisons of the other arms with the first."""
         first, seed = self._by_arm[self.reference], self.run["seed"]
         others = {name: own for name, own in self._by_arm.items() if name != self.reference and own}
-        paired = {name: compare(_right(first), _right(own), seed, len(others)) for name, own in others.items()}
+        right = {name: _right(list(own.values())) for name, own in self._by_arm.items()}
+        paired = {name: compare(right[self.reference], right[name], seed, len(others)) for name in others}
         adjusted = adjust([one.p_value for one in paired.values()])
         return [
             ArmComparison(
@@ -148,12 +137,12 @@ class EvaluationResult:
 
     @cached_property
     def compute(self) -> "tuple[list[CurvePoint], list[ArmCompute]] | None":
-        """Accuracy against generated tokens: the first arm's curve, and every arm beside it.
+        """Accuracy against generated tokens: the first arm's curve, and every arm compared with it.
 
-        None where no arm has a method beside StepFlow, or nothing has been answered by every arm.
+        None if no arm has a method beside StepFlow, or if the arms share no answered problem.
         """
         arms = {name: Arm(**arm) for name, arm in self.run["arms"].items()}
-        if not spends_otherwise(arms) or not self._by_arm[self.reference]:
+        if all(arm.method == Arm() for arm in arms.values()) or not self._by_arm[self.reference]:
             return None
         return compute_of(arms, self._by_arm, self.run["seed"])
 
@@ -163,6 +152,14 @@ class EvaluationResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON-ready data; the responses stay in the results file."""
+        compute = None
+        if self.compute is not None:
+            curve, arms = self.compute
+            compute = {
+                "unit": "generated tokens of a problem, all samples of a vote together",
+                "curve": [asdict(one) for one in curve],
+                "arms": [asdict(one) for one in arms],
+            }
         return {
             "run": self.run,
             "about": self.about,
@@ -170,14 +167,14 @@ class EvaluationResult:
             "arms": [asdict(one) for one in self.arms()],
             "comparisons": [asdict(one) for one in self.comparisons],
             "verdicts": self.verdicts(),
-            "compute": None if self.compute is None else _compute_dict(*self.compute),
+            "compute": compute,
         }
 
     def __str__(self) -> str:
         lines = []
         if not self.is_complete:
             asked = self.run["n_problems"] * self.run["n_samples"]
-            shared = len(next(iter(self._by_arm.values())))
+            shared = len(self._by_arm[self.reference])
             lines.append(f"Not finished: {shared} of {asked} responses are there for every arm.")
         width = max(20, *map(len, self.run["arms"]))
         head = f"{'arm':<{width}} {'right':>5} {'95 %':>13} {'no ans.':>7} {'unfin.':>6} "
@@ -194,16 +191,23 @@ class EvaluationResult:
         return "\n".join([*lines, "", *self.verdicts()])
 
 
-def _compute_dict(curve: list[CurvePoint], arms: list[ArmCompute]) -> dict[str, Any]:
-    return {
-        "unit": "generated tokens of a problem, all samples of a vote together",
-        "curve": [asdict(one) for one in curve],
-        "arms": [asdict(one) for one in arms],
-    }
+def _summary(name: str, rows: list[dict[str, Any]], run: dict[str, Any]) -> ArmSummary:
+    if run["n_samples"] == 1:
+        accuracy = proportion(sum(row["right"] for row in rows), len(rows))
+    else:
+        accuracy = mean([sum(group) / len(group) for group in _right(rows)], run["seed"])
+    return ArmSummary(
+        name,
+        accuracy,
+        dict(Counter(row["outcome"] for row in rows)),
+        sum(row["tokens"] for row in rows) / len(rows),
+        sum(row["steps"] for row in rows) / len(rows),
+        sum(row["seconds"] for row in rows),
+    )
 
 
 def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: str, width: int) -> list[str]:
-    """Accuracy against tokens as a table: differences in points."""
+    """Accuracy against tokens as a table, with differences in points."""
     heads = [f"to {reference}", "to the method alone", f"to {reference}, same tokens"]
     head = f"{'Generated tokens':<{width}} {'tokens':>7} {'95 %':>18} " + " ".join(f"{text:>21}" for text in heads)
     lines = [head, "-" * len(head)]
@@ -213,42 +217,41 @@ def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: s
         interval = amount(one.tokens).partition(" ")[2]
         lines.append(f"{one.name:<{width}} {one.tokens.value:>7.1f} {interval:>18} {cells}")
     if len(curve) == 1:
-        return [*lines, f"No arm is {reference} voting, so that its tokens end with one response."]
+        return [*lines, f"No arm is a vote of {reference}, so its tokens end with one response."]
     points = [f"{one.samples} at {one.tokens.value:.0f} tokens {100 * one.accuracy.value:.1f} %" for one in curve]
     return [*lines, f"{reference} with more samples: {'; '.join(points)}."]
 
 
-def amount(one: Estimate, digits: int = 1) -> str:
-    """An estimate of an amount or a ratio, with its interval."""
-    interval = "" if one.low is None or one.high is None else f" [{one.low:.{digits}f}, {one.high:.{digits}f}]"
-    return f"{one.value:.{digits}f}{interval}"
-
-
-def _right(own: dict[tuple[str, int], dict[str, Any]]) -> list[list[bool]]:
+def _right(rows: list[dict[str, Any]]) -> list[list[bool]]:
     """Whether each sample was right, grouped by problem."""
     groups: dict[str, list[bool]] = defaultdict(list)
-    for (problem, _), result in own.items():
-        groups[problem].append(result["right"])
+    for row in rows:
+        groups[row["problem"]].append(row["right"])
     return list(groups.values())
 
 
-def _sums(own: dict[tuple[str, int], dict[str, Any]], unit: str, amount: str) -> list[float]:
+def _sums(own: Results, unit: str, amount: str) -> list[float]:
     sums: dict[Any, float] = defaultdict(float)
     for result in own.values():
         sums[result[unit]] += result[amount]
     return [sums[key] for key in sorted(sums)]
 
 
+def amount(one: Estimate, digits: int = 1) -> str:
+    """Formats an amount or a ratio with its interval."""
+    interval = "" if one.low is None or one.high is None else f" [{one.low:.{digits}f}, {one.high:.{digits}f}]"
+    return f"{one.value:.{digits}f}{interval}"
+
+
 def percent(one: Estimate, sign: str = "") -> str:
-    """An estimate in points, with its interval."""
+    """Formats a share in percent, or a difference in points, with its interval."""
     if one.low is None or one.high is None:
         return f"{100 * one.value:{sign}.1f}"
     return f"{100 * one.value:{sign}.1f} [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}]"
 
 
 def _verdict(one: ArmComparison, reference: str, dtype: str) -> str:
-    paired, delta = one.paired, one.paired.delta
-    p_value = one.adjusted_p_value
+    paired, delta, p_value = one.paired, one.paired.delta, one.adjusted_p_value
     if p_value < 0.05:
         found = f"measurably {'better' if delta.value > 0 else 'worse'} than {reference}"
     elif paired.smallest_delta is None:
@@ -258,12 +261,9 @@ def _verdict(one: ArmComparison, reference: str, dtype: str) -> str:
         found = f"no measurable difference from {reference}; {could}"
     harm = "" if paired.harm_rate is None else f", breaks {paired.harm_rate.value:.1%} of what {reference} solves"
     rounding = "" if dtype in ("float32", "float64") else f" ({dtype}: rounding alone flips results too)"
+    p_text = f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.1e}"
     return (
         f"{one.name}: {percent(delta, '+')} points, n = {paired.problems}, gained {paired.gained}, "
-        f"lost {paired.lost}{harm}, p = {_p_text(p_value)}: {found}{rounding}. "
+        f"lost {paired.lost}{harm}, p = {p_text}: {found}{rounding}. "
         f"Tokens x{one.tokens_ratio.value:.2f}, time x{one.seconds_ratio.value:.2f}."
     )
-
-
-def _p_text(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"

@@ -1,8 +1,7 @@
-"""evaluate: the same problems, seeds and batches for every arm, resumable, with a verdict."""
+"""Runs an evaluation: every arm gets the same problems, seeds and batches, and a stopped run can be continued."""
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from hf_stepflow.runtime.step_detector import StepVocabulary
 from .answers import check_may_run
 from .arms import Arm, make_arms
 from .checkers import demand_math_verify
-from .problem import EvalProblem, check_unique, problem_of
+from .problem import EvalProblem, as_problems
 from .result import EvaluationResult
 from .sampler import Sampler, check_generation
 from .store import ResultStore, digest, machine, model_digest
@@ -43,44 +42,47 @@ def evaluate(
     keep_ids: bool = False,
     **generation: Any,
 ) -> EvaluationResult:
-    """Runs every arm on the same problems and compares them with the first.
+    """Runs every arm on the same problems and compares it with the first.
 
     Args:
-        model: a causal language model, StepFlow attached or not; left as it was. Judge in float32 on a CPU: rounding
-            to bfloat16 alone flips results.
-        problems: `EvalProblem`s, or dicts with `id`, `question`, `answer` (see `load_problems`).
-        arms: {name: False | True | dict of StepFlow settings | `Arm`}; None for base against the model's own settings.
-        tokenizer: the model's tokenizer; None takes that of an attached model, or loads it from the model's path.
-        n_samples: responses to each problem; more than one asks for `do_sample=True`.
-        seed: of sampling and of resampling.
-        batch_size: responses generated together, padded on the left, of like length.
-        max_new_tokens: tokens that a response may have.
-        out: JSONL file that results are appended to after each batch; a run that was stopped is continued.
-        progress: show a progress bar with the running accuracies.
-        run_code: allow running programs that the model wrote, for problems with tests.
-        template: further arguments of the chat template, such as `enable_thinking`.
-        keep_ids: keep the token ids of the responses too.
-        **generation: further arguments of `generate`, such as `do_sample`, `temperature`, `top_p`.
+        model: A causal language model, with or without StepFlow attached; it is left as it was. On a CPU, judge in
+            float32: rounding to bfloat16 alone changes results.
+        problems: `EvalProblem`s, or dicts with `id`, `question` and `answer` (see `load_problems`).
+        arms: {name: False | True | dict of StepFlow settings | `Arm`}; None compares the base with the model's own
+            settings.
+        tokenizer: The model's tokenizer; None takes that of an attached model, or loads it from the model's path.
+        n_samples: The number of responses to each problem; more than one needs `do_sample=True`.
+        seed: The seed of sampling and resampling.
+        batch_size: The number of responses generated together; prompts of similar length are padded on the left.
+        max_new_tokens: The number of tokens that a response may have.
+        out: A JSONL file to which each batch appends its results; if it holds a part of this run, the run continues.
+        progress: Whether to show a progress bar with the running accuracies.
+        run_code: Whether programs that the model wrote may be run, for problems with tests.
+        template: Further arguments of the chat template, such as `enable_thinking`.
+        keep_ids: Whether to keep the token ids of the responses.
+        **generation: Further arguments of `generate`, such as `do_sample`, `temperature`, `top_p`.
 
     Raises:
-        StepFlowInputError: arguments that make no sense, prompts too long for the model, another run's file.
-        StepFlowError: settings that do not fit the model.
+        StepFlowInputError: An argument makes no sense, a prompt is too long for the model, or `out` holds another run.
+        StepFlowError: Settings do not fit the model.
+
+    Example:
+        >>> from hf_stepflow import evaluate, load_problems, load_reasoner
+        >>> model, problems = load_reasoner()[0], load_problems("reasoner:chains-2", 2)
+        >>> result = evaluate(model, problems, {"base": False, "flow": {"tau_max": 0.15}}, progress=False)
+        >>> [arm.name for arm in result.arms()]
+        ['base', 'flow']
     """
     chosen = make_arms({"base": False, "stepflow": True} if arms is None else arms)
-    asked = check_unique(one if isinstance(one, EvalProblem) else problem_of(one) for one in problems)
-    check_generation(
-        {"n_samples": n_samples, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
-        seed,
-        generation.get("temperature"),
-    )
+    asked = as_problems(problems)
+    counts = {"n_samples": n_samples, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    check_generation(counts, seed, generation.get("temperature"))
     if n_samples > 1 and not generation.get("do_sample"):
         raise StepFlowInputError(
             f"n_samples={n_samples} greedy responses would all be the same", hint="pass do_sample=True, or n_samples=1"
         )
     if generation.get("num_return_sequences", 1) != 1:
-        raise StepFlowInputError(
-            "num_return_sequences is not for the runner", hint="use n_samples or Arm(samples=...)"
-        )
+        raise StepFlowInputError("evaluate takes no num_return_sequences", hint="use n_samples or Arm(samples=...)")
     for problem in asked:
         check_may_run(problem, run_code)
     demand_math_verify(problem.kind for problem in asked)
@@ -92,7 +94,6 @@ def evaluate(
         }
         prompts = {name: encoded[arm.instruction] for name, arm in chosen.items()}
         _check_lengths(model, asked, prompts, max_new_tokens, chosen)
-        items = _sorted_by_length(asked, prompts, n_samples)
         runtime = getattr(model, "stepflow_runtime", None)
         header = {
             "problems": digest([problem.asked() for problem in asked]),
@@ -105,30 +106,28 @@ def evaluate(
             "attention": model.config._attn_implementation,
             "device": model.device.type,
             "arms": {name: arm.to_dict() for name, arm in chosen.items()},
-            "n_samples": n_samples,
+            **counts,
             "seed": seed,
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
             "generation": {**generation, **(template or {})},
         }
         try:
             json.dumps(header)
         except TypeError as error:
             raise StepFlowInputError(
-                f"arguments of generate must be JSON-ready here, since runs are told apart by them: {error}"
+                f"arguments of generate must be JSON-ready here, because they identify the run: {error}"
             ) from error
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         store = ResultStore(out, header, about)
-        _run(sampler, chosen, items, store, seed, batch_size, progress)
+        _answer(sampler, chosen, _sorted_by_length(asked, prompts, n_samples), store, seed, batch_size, progress)
         _warn_of_idle_budgets(chosen, store.results)
     return EvaluationResult(header, about, store.results)
 
 
-# A problem, which of its samples, and the prompt of each arm.
+# A problem, the number of its sample, and the prompt of each arm.
 Item = tuple[EvalProblem, int, dict[str, list[int]]]
 
 
-def _run(
+def _answer(
     sampler: Sampler,
     arms: dict[str, Arm],
     items: list[Item],
@@ -137,60 +136,55 @@ def _run(
     batch_size: int,
     progress: bool,
 ) -> None:
+    """Generates and stores the results that the store lacks, batch by batch."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from tqdm import tqdm
 
     done = {(result["arm"], result["problem"], result["sample"]) for result in store.results}
-    tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for result in store.results:
-        _count(tally, [result])
     bar = tqdm(
         total=len(items) * len(arms),
         initial=len(done),
         disable=not progress or are_progress_bars_disabled(),
         unit="response",
     )
-    _show(bar, arms, tally)
+    bar.set_postfix_str(_accuracies(arms, store.results))
     for number, start in enumerate(range(0, len(items), batch_size)):
         batch = items[start : start + batch_size]
-        names = list(arms)
-        for name in names if number % 2 == 0 else reversed(names):  # no arm is always the one that warms up
+        for name in list(arms) if number % 2 == 0 else reversed(arms):  # no arm is always the one that warms up
             if all((name, problem.id, sample) in done for problem, sample, _ in batch):
                 continue
             made = sampler.run(
                 arms[name], [item[0] for item in batch], [item[2][name] for item in batch], batch_seed(seed, number)
             )
-            results = [
-                {"arm": name, "problem": problem.id, "sample": sample, "batch": number, "of": len(batch), **result}
-                for (problem, sample, _), result in zip(batch, made, strict=True)
-            ]
-            store.append(results)
-            _count(tally, results)
-            bar.update(len(results))
-            _show(bar, arms, tally)
+            store.append(
+                [
+                    {"arm": name, "problem": problem.id, "sample": sample, "batch": number, "of": len(batch), **result}
+                    for (problem, sample, _), result in zip(batch, made, strict=True)
+                ]
+            )
+            bar.set_postfix_str(_accuracies(arms, store.results), refresh=False)
+            bar.update(len(batch))
     bar.close()
 
 
-def _count(tally: dict[str, list[int]], results: list[dict[str, Any]]) -> None:
+def _accuracies(arms: dict[str, Arm], results: list[dict[str, Any]]) -> str:
+    """The running accuracy of the first arm, and the points by which the others differ from it."""
+    right: dict[str, list[bool]] = {name: [] for name in arms}
     for result in results:
-        tally[result["arm"]][0] += result["right"]
-        tally[result["arm"]][1] += 1
-
-
-def _show(bar: Any, arms: dict[str, Arm], tally: dict[str, list[int]]) -> None:
-    """The running accuracy of the first arm, and how far the others are from it."""
-    first, *others = arms
-    if not tally[first][1]:
-        return
-    base = tally[first][0] / tally[first][1]
-    texts = [f"{first} {base:.1%}"]
-    texts += [f"{name} {100 * (tally[name][0] / tally[name][1] - base):+.1f}" for name in others if tally[name][1]]
-    bar.set_postfix_str(", ".join(texts))
+        right[result["arm"]].append(result["right"])
+    shares = {name: sum(own) / len(own) for name, own in right.items() if own}
+    first = next(iter(arms))
+    if first not in shares:
+        return ""
+    base = shares.pop(first)
+    return ", ".join(
+        [f"{first} {base:.1%}", *(f"{name} {100 * (share - base):+.1f}" for name, share in shares.items())]
+    )
 
 
 @contextmanager
 def _ready(model: Any, tokenizer: Any, arms: dict[str, Arm]) -> Iterator[tuple[StepVocabulary, Any]]:
-    """The model in evaluation mode, with StepFlow if an arm needs it; as it was afterwards."""
+    """The model in evaluation mode, with StepFlow if an arm needs it; restores the model afterwards."""
     runtime = getattr(model, "stepflow_runtime", None)
     if runtime is not None and runtime.is_overridden:
         raise StepFlowInputError(
@@ -228,12 +222,11 @@ def _load_tokenizer(model: Any) -> Any:
 
 
 def _sorted_by_length(problems: list[EvalProblem], prompts: dict[str, list[list[int]]], n_samples: int) -> list[Item]:
-    """The problems by the length of the first arm's prompts: every arm gets the same batches."""
+    """The items by the length of the first arm's prompts, so that every arm gets the same batches."""
     first = next(iter(prompts.values()))
-    order = sorted(range(len(problems)), key=lambda index: len(first[index]))
     return [
         (problems[index], sample, {name: own[index] for name, own in prompts.items()})
-        for index in order
+        for index in sorted(range(len(problems)), key=lambda index: len(first[index]))
         for sample in range(n_samples)
     ]
 
@@ -245,7 +238,7 @@ def _check_lengths(
     max_new_tokens: int,
     arms: dict[str, Arm],
 ) -> None:
-    """Refuses what the model has no positions for, before anything is generated."""
+    """Refuses prompts for which the model lacks positions, before anything is generated."""
     room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for name, arm in arms.items():
         longest = max(range(len(problems)), key=lambda index: len(prompts[name][index]))
@@ -261,10 +254,10 @@ def _check_lengths(
 
 
 def _generation_config(model: Any) -> dict[str, Any]:
-    """What the model's own generation config changes: it holds where a run asks for nothing else."""
-    return {
-        key: value for key, value in model.generation_config.to_diff_dict().items() if key != "transformers_version"
-    }
+    """The changes that the model's generation config makes; they apply wherever a run asks for nothing else."""
+    changes = model.generation_config.to_diff_dict()
+    changes.pop("transformers_version", None)
+    return changes
 
 
 def _warn_of_idle_budgets(arms: dict[str, Arm], results: list[dict[str, Any]]) -> None:

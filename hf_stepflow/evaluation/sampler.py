@@ -1,4 +1,4 @@
-"""One batch of one arm: prompts in, judged responses out."""
+"""Generates the responses of one batch under one arm with transformers, and judges them."""
 
 import math
 import time
@@ -20,15 +20,15 @@ from .problem import EvalProblem
 
 
 def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> None:
-    """Refuses what generation, or the statistics after all of it, would stumble over.
+    """Refuses arguments at which generation, or the statistics after it, would fail.
 
     Args:
-        counts: whole numbers of at least one, by the names of their arguments.
-        seed: a whole number of at least zero.
-        temperature: of the sampling, above zero; None where it is left to the model.
+        counts: Whole numbers of at least one, by the names of their arguments.
+        seed: A whole number of at least zero.
+        temperature: The temperature of the sampling, above zero; None leaves it to the model.
 
     Raises:
-        StepFlowInputError: one of them is something else.
+        StepFlowInputError: An argument is something else.
     """
     for name, count in counts.items():
         if type(count) is not int or count < 1:
@@ -45,15 +45,15 @@ def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model wrote for one problem.
+    """One response to one prompt.
 
     Attributes:
-        ids: its token ids, the end-of-turn token included.
-        text: the whole of it, special tokens included.
-        summary: what stands after the thinking, special tokens left out.
-        steps: number of thinking steps.
-        is_finished: the turn was ended, and not in the middle of thinking.
-        report: what StepFlow did, where it was on.
+        ids: Its token ids, including the end of the turn.
+        text: Its text, including special tokens.
+        summary: The text after the thinking, without special tokens.
+        steps: The number of thinking steps.
+        is_finished: Whether the turn was ended, and not in the middle of thinking.
+        report: The effect of StepFlow, if it was on.
     """
 
     ids: list[int]
@@ -66,17 +66,17 @@ class Response:
 
 @dataclass
 class Sampler:
-    """Generates for one model under any arm.
+    """Generates with one model under any arm.
 
     Attributes:
-        model: the model, StepFlow attached if any arm needs it.
-        tokenizer: its tokenizer.
-        vocabulary: its step rules, where an arm brings none of its own.
-        max_new_tokens: tokens that a response may have.
-        generation: further arguments of `generate`.
-        template: further arguments of the chat template.
-        run_code: whether programs may be run to judge them.
-        keep_ids: whether results hold the token ids of their responses.
+        model: The model, with StepFlow attached if an arm needs it.
+        tokenizer: The model's tokenizer.
+        vocabulary: The step rules of the model, for arms that do not change them.
+        max_new_tokens: The number of tokens that a response may have.
+        generation: Further arguments of `generate`.
+        template: Further arguments of the chat template.
+        run_code: Whether programs may be run to judge them.
+        keep_ids: Whether results hold the token ids of their responses.
     """
 
     model: Any
@@ -89,11 +89,11 @@ class Sampler:
     keep_ids: bool = False
 
     def encode(self, problem: EvalProblem, instruction: str | None = None) -> list[int]:
-        """Token ids of a prompt: in the chat template if there is one, else the plain text.
+        """Encodes a prompt, in the chat template if there is one.
 
         Args:
-            problem: what is asked.
-            instruction: what the user's message ends with.
+            problem: The problem to ask.
+            instruction: A text that ends the user's message.
         """
         prompt = problem.prompt if instruction is None else f"{problem.prompt}\n\n{instruction}"
         ids = encode_prompt(self.tokenizer, prompt, **self.template)
@@ -101,30 +101,19 @@ class Sampler:
             raise StepFlowInputError(f"the prompt of problem {problem.id!r} has no tokens")
         return ids
 
-    def vocabulary_of(self, arm: Arm) -> StepVocabulary:
-        """The step rules of an arm: its own settings may change them.
-
-        Raises:
-            StepFlowConfigError: settings that do not fit the model.
-        """
-        if not isinstance(arm.stepflow, dict):
-            return self.vocabulary
-        runtime = self.model.stepflow_runtime
-        return runtime.rules_for(runtime.settings.replace(**arm.stepflow)).vocabulary
-
     def run(self, arm: Arm, problems: Sequence[EvalProblem], prompts: Sequence[list[int]], seed: int) -> list[dict]:
-        """Results of one batch.
+        """Answers one batch.
 
         Args:
-            arm: how to answer.
-            problems: the batch.
-            prompts: their token ids.
-            seed: of this batch, the same for every arm.
+            arm: The arm.
+            problems: The problems of the batch.
+            prompts: Their token ids.
+            seed: The seed of the batch, the same for every arm.
 
         Returns:
-            For each problem: outcome, answer, right, tokens (of all samples), seconds (its share of the batch), steps,
-            text, (several samples) tokens, answer and outcome of each and whether the vote up to it is right, and
-            (StepFlow) what it did.
+            For each problem its outcome, answer, right, tokens (of all samples), seconds (its share of the batch),
+            steps and text; `votes` if there are several samples: for each its tokens, answer and outcome, and whether
+            the vote up to it is right; and `stepflow` if StepFlow was on: its mean effect.
         """
         responses, seconds = self.respond(arm, prompts, seed)
         results = []
@@ -132,15 +121,15 @@ class Sampler:
             own = responses[index * arm.samples : (index + 1) * arm.samples]
             verdicts = [judge(problem, one.summary, one.is_finished, run_code=self.run_code) for one in own]
             voted = votes(problem, verdicts)
-            verdict, chosen = voted[-1].verdict, voted[-1].chosen
+            verdict, chosen = voted[-1].verdict, own[voted[-1].chosen]
             result: dict[str, Any] = {
                 "outcome": verdict.outcome,
                 "right": verdict.outcome == CORRECT,
                 "answer": verdict.answer,
                 "tokens": sum(len(one.ids) for one in own),
                 "seconds": round(seconds / len(problems), 4),
-                "steps": own[chosen].steps,
-                "text": own[chosen].text,
+                "steps": chosen.steps,
+                "text": chosen.text,
             }
             if arm.samples > 1:
                 result["votes"] = [
@@ -153,22 +142,31 @@ class Sampler:
                     for one, its, vote in zip(own, verdicts, voted, strict=True)
                 ]
             if self.keep_ids:
-                result["ids"] = own[chosen].ids
-            report = own[chosen].report
-            if report is not None:
-                result["stepflow"] = _condense(report)
+                result["ids"] = chosen.ids
+            if chosen.report is not None:
+                result["stepflow"] = _mean_effect(chosen.report)
             results.append(result)
         return results
 
     @torch.no_grad()
     def respond(self, arm: Arm, prompts: Sequence[list[int]], seed: int) -> tuple[list[Response], float]:
-        """Responses to prompts of any lengths, `arm.samples` each, and the seconds that generation took."""
+        """Generates `arm.samples` responses to each prompt.
+
+        Args:
+            arm: The arm.
+            prompts: Token ids, of any lengths.
+            seed: The seed of the sampling; the caller's random state is kept.
+
+        Returns:
+            The responses, those of one prompt together, and the seconds that generation took.
+        """
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
+        vocabulary = self._vocabulary_of(arm)
         device = self.model.device.type
         devices = [self.model.device] if device != "cpu" else []
         with torch.random.fork_rng(devices, device_type=device if devices else "cuda"):
@@ -177,22 +175,29 @@ class Sampler:
             made = self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
-                **self._arguments(arm),
+                **self._arguments(arm, vocabulary),
             )
             rows = made[:, width:].tolist()  # waits for the device
             seconds = time.perf_counter() - start
-        report = None
+        reports: Sequence[RowReport | None] = [None] * len(rows)
         beams = self.generation.get("num_beams") or self.model.generation_config.num_beams or 1
+        # Beams change rows, so their report cannot be split into responses.
         if arm.stepflow is not False and self.model.stepflow_runtime.last is not None and beams == 1:
-            report = self.model.stepflow_report()  # of beams, nothing says which row became which response
-        vocabulary = self.vocabulary_of(arm)
-        responses = []
-        for row, ids in enumerate(rows):
-            prompt = prompts[row // arm.samples]
-            responses.append(self._response(vocabulary, prompt, ids, None if report is None else report.rows[row]))
+            reports = self.model.stepflow_report().rows
+        responses = [
+            self._response(vocabulary, prompts[row // arm.samples], ids, report)
+            for row, (ids, report) in enumerate(zip(rows, reports, strict=True))
+        ]
         return responses, seconds
 
-    def _arguments(self, arm: Arm) -> dict[str, Any]:
+    def _vocabulary_of(self, arm: Arm) -> StepVocabulary:
+        """The step rules of an arm, whose settings may change those of the model."""
+        if not isinstance(arm.stepflow, dict):
+            return self.vocabulary
+        runtime = self.model.stepflow_runtime
+        return runtime.rules_for(runtime.settings.replace(**arm.stepflow)).vocabulary
+
+    def _arguments(self, arm: Arm, vocabulary: StepVocabulary) -> dict[str, Any]:
         arguments = {
             "max_new_tokens": int(self.max_new_tokens * arm.length_factor),
             "do_sample": False,
@@ -206,9 +211,8 @@ class Sampler:
         if not arguments["do_sample"]:
             arguments |= dict.fromkeys(("temperature", "top_p", "top_k"))
         if arm.min_steps or arm.max_steps is not None:
-            arguments["logits_processor"] = [
-                StepBudgetLogitsProcessor(self.vocabulary_of(arm), min_steps=arm.min_steps, max_steps=arm.max_steps)
-            ]
+            budget = StepBudgetLogitsProcessor(vocabulary, min_steps=arm.min_steps, max_steps=arm.max_steps)
+            arguments["logits_processor"] = [budget]
         if getattr(self.model, "stepflow_runtime", None) is not None:
             arguments["stepflow"] = {} if arm.stepflow is True else arm.stepflow
         return arguments
@@ -224,7 +228,7 @@ class Sampler:
         if settings.implicit_thinking and settings.summary_start is None:
             summary, is_closed = own, True
         else:
-            # What thinks in no step is a question throughout, and its whole response the answer.
+            # Without any thinking step every label is "question", and the whole response is the answer.
             after = thought[-1] + 1 if thought else 0
             is_closed = not records or records[-1][Field.SEGMENT] != THINKING
             summary = [
@@ -243,7 +247,7 @@ class Sampler:
 
     @property
     def _pad(self) -> int:
-        """What stands where nothing is; many models have no token of their own for it."""
+        """The token for padding; many models have none of their own."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self._ends), 0)
         return next(token for token in known if token is not None)
 
@@ -254,18 +258,14 @@ class Sampler:
         return {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
 
 
-def _condense(report: RowReport) -> dict[str, Any]:
-    """What StepFlow did to one response, over all layers."""
+def _mean_effect(report: RowReport) -> dict[str, Any]:
+    """The effect of StepFlow on one response: means over the bridge queries of all layers, and injections."""
     layers = [layer for layer in report.layers if layer.bridge_queries]
     queries = sum(layer.bridge_queries for layer in layers)
-
-    def mean(name: str) -> float | None:
-        amounts = [getattr(layer, name) * layer.bridge_queries for layer in layers]
-        return round(sum(amounts) / queries, 5) if queries else None
-
-    return {
-        "bridged_share": mean("bridged_share"),
-        "mass_before": mean("mass_before"),
-        "mass_after": mean("mass_after"),
-        "injections": sum(layer.injections for layer in report.layers),
+    effect: dict[str, Any] = {
+        name: round(sum(getattr(layer, name) * layer.bridge_queries for layer in layers) / queries, 5)
+        if queries
+        else None
+        for name in ("bridged_share", "mass_before", "mass_after")
     }
+    return effect | {"injections": sum(layer.injections for layer in report.layers)}

@@ -1,7 +1,7 @@
-"""Teacher-forced scoring: one forward pass tells whether greedy decoding would write a given trace, token by token."""
+"""Teacher-forced scoring: whether greedy decoding would write a given trace, token by token, in one forward pass."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +10,23 @@ import torch
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-# Positions, over all rows of a batch, whose probabilities are held at once.
+# Positions, over all rows of a batch, whose probabilities exist at once.
 _PIECE = 512
+
+# The token ids of a prompt and of its response.
+Row = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
 class TraceScore:
-    """How a model takes one given response.
+    """The score of one given response.
 
     Attributes:
-        exact: every token was the likeliest, so that greedy decoding writes this very response.
-        first_error: place of the first token in the response that was not, or None.
-        errors: number of tokens that were not.
-        tokens: length of the response.
-        log_likelihood: of the whole response, in nats.
+        exact: Whether every token was the likeliest, so that greedy decoding writes this very response.
+        first_error: The index in the response of the first token that was not, or None.
+        errors: The number of tokens that were not.
+        tokens: The length of the response.
+        log_likelihood: The log likelihood of the whole response, in nats.
     """
 
     exact: bool
@@ -36,56 +39,63 @@ class TraceScore:
 @torch.no_grad()
 def score_traces(
     model: Any,
-    rows: Sequence[tuple[list[int], list[int]]],
+    rows: Sequence[Row],
     stepflow: Any = False,
     *,
     batch_tokens: int = 8192,
-    progress: Any = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> list[TraceScore]:
     """Scores given responses under one setting of StepFlow.
 
     Args:
-        model: the model; StepFlow must be attached unless `stepflow` is False.
-        rows: token ids of each prompt and of its response.
-        stepflow: as for `generate`.
-        batch_tokens: tokens of a batch, padding included; at least one row goes into each.
-        progress: called with the number of rows done after each batch.
+        model: The model; StepFlow must be attached unless `stepflow` is False.
+        rows: The token ids of each prompt and of its response.
+        stepflow: The StepFlow settings, as for `generate`.
+        batch_tokens: The number of tokens of a batch, including padding; a batch has at least one row.
+        progress: A function that is called after each batch with the number of its rows.
+
+    Returns:
+        The score of each row.
 
     Raises:
-        StepFlowInputError: settings for a model without StepFlow, or a row without prompt or response.
+        StepFlowInputError: The settings need StepFlow, which is not attached; or a row has no prompt or no response.
+
+    Example:
+        >>> from hf_stepflow import load_reasoner, score_traces
+        >>> model, tokenizer = load_reasoner()
+        >>> score_traces(model, [(tokenizer.encode("Ann has"), tokenizer.encode(" 3 points."))])[0].tokens > 1
+        True
     """
     attached = getattr(model, "stepflow_runtime", None) is not None
     if not attached and stepflow is not False:
         raise StepFlowInputError(
-            f"StepFlow is not attached to this model, so that stepflow={stepflow!r} would do nothing",
+            f"StepFlow is not attached to this model, so stepflow={stepflow!r} would do nothing",
             hint="attach it first: StepFlowModelForCausalLM.attach(model, tokenizer=tokenizer)",
         )
     empty = [index for index, row in enumerate(rows) if not all(row)]
     if empty:
         raise StepFlowInputError(
-            f"rows {empty[:10]} have no prompt or no response", hint="each needs a token at least"
+            f"rows {empty[:10]} have no prompt or no response", hint="give each at least one token"
         )
-    scores: list[TraceScore | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index])))
+    scores: dict[int, TraceScore] = {}
     was_training = model.training
     model.eval()
     try:
         with model.use_stepflow(stepflow) if attached else nullcontext():
-            for batch in _batches(order, rows, batch_tokens):
-                for index, score in zip(batch, _score(model, [rows[index] for index in batch], attached), strict=True):
-                    scores[index] = score
+            for batch in _batches(rows, batch_tokens):
+                made = _score(model, [rows[index] for index in batch], attached)
+                scores.update(zip(batch, made, strict=True))
                 if progress is not None:
                     progress(len(batch))
     finally:
         model.train(was_training)
-    return [score for score in scores if score is not None]
+    return [scores[index] for index in range(len(rows))]
 
 
-def _batches(
-    order: Iterable[int], rows: Sequence[tuple[list[int], list[int]]], batch_tokens: int
-) -> Iterable[list[int]]:
+def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterable[list[int]]:
+    """The indices of rows that go through the model together, shortest rows first."""
     batch: list[int] = []
-    for index in order:
+    for index in sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index]))):
         if batch and (len(batch) + 1) * sum(_widths([rows[one] for one in [*batch, index]])) > batch_tokens:
             yield batch
             batch = []
@@ -94,12 +104,12 @@ def _batches(
         yield batch
 
 
-def _widths(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[int, int]:
-    """Tokens of the longest prompt and of the longest response."""
+def _widths(rows: Sequence[Row]) -> tuple[int, int]:
+    """The number of tokens of the longest prompt and of the longest response."""
     return max(len(prompt) for prompt, _ in rows), max(len(response) for _, response in rows)
 
 
-def _score(model: Any, rows: list[tuple[list[int], list[int]]], attached: bool) -> list[TraceScore]:
+def _score(model: Any, rows: list[Row], attached: bool) -> list[TraceScore]:
     # Prompts are padded on the left and responses on the right: all responses start in one column.
     before, after = _widths(rows)
     ids = torch.zeros(len(rows), before + after, dtype=torch.long)
@@ -116,8 +126,7 @@ def _score(model: Any, rows: list[tuple[list[int], list[int]]], attached: bool) 
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         extra["logits_to_keep"] = after + 1
     output = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
-    logits, targets = output.logits[:, -after - 1 : -1], ids[:, before:]
-    right, likelihood = (part.cpu() for part in _compare(logits, targets))
+    right, likelihood = (part.cpu() for part in _compare(output.logits[:, -after - 1 : -1], ids[:, before:]))
     found = []
     for row, (_, response) in enumerate(rows):
         part = slice(0, len(response))
@@ -132,8 +141,8 @@ def _score(model: Any, rows: list[tuple[list[int], list[int]]], attached: bool) 
 def _compare(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether each token is the likeliest, and its log likelihood.
 
-    A piece of the response at a time: probabilities in float32 of all of it would take several times the memory of
-    the logits.
+    Works on a piece of the response at a time: float32 probabilities of the whole would take several times the memory
+    of the logits.
 
     Args:
         logits: [rows, tokens, vocabulary], in the model's precision.

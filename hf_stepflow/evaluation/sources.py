@@ -1,4 +1,4 @@
-"""The paper's six benchmarks, as the `datasets` library fetches them from the Hub (it keeps what it fetched)."""
+"""Sources of problems: JSONL files, and the paper's six benchmarks from the Hub."""
 
 import base64
 import json
@@ -7,6 +7,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ logger = logging.get_logger(__name__)
 
 
 def read_problems(path: Path) -> list[EvalProblem]:
-    """The problems of a JSONL file.
+    """Reads the problems of a JSONL file.
 
     Raises:
-        StepFlowFileError: a line that is no problem, or an id that comes twice.
+        StepFlowFileError: A line is not a problem, or repeats an id.
     """
     problems: dict[str, EvalProblem] = {}
     try:
@@ -60,15 +61,15 @@ _CODE = (
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lies and how a row of it becomes a problem.
+    """A data set on the Hub, and how its rows become problems.
 
     Attributes:
-        path: id of the data set.
-        split: of the data set.
-        convert: makes a problem of the row's number, the row and the seed, or None of one that cannot be checked.
-        name: configuration of the data set.
-        data_files: the files to read, where the data set would come with a script of its own.
-        note: what a user must know first.
+        path: The id of the data set.
+        split: The split of the data set.
+        convert: Makes a problem of a row's number, the row and the seed; None if the row cannot be checked.
+        name: The configuration of the data set.
+        data_files: The files to read, where the data set would otherwise run a script.
+        hint: What to do if it cannot be loaded.
     """
 
     path: str
@@ -76,15 +77,11 @@ class Benchmark:
     convert: Callable[[int, dict[str, Any], int], EvalProblem | None]
     name: str | None = None
     data_files: str | None = None
-    note: str = ""
+    hint: str = "check the connection, or pass the path of a JSONL file"
 
 
-def _mathematics(question: str, answer: str) -> Callable[[int, dict[str, Any], int], EvalProblem]:
-    def convert(number: int, row: dict[str, Any], seed: int) -> EvalProblem:
-        text = str(row[answer])
-        return EvalProblem(str(number), _MATH.format(row[question]), text, kind="math")
-
-    return convert
+def _mathematics(number: int, row: dict[str, Any], seed: int, question: str = "problem") -> EvalProblem:
+    return EvalProblem(str(number), _MATH.format(row[question]), str(row["answer"]), kind="math")
 
 
 def _gpqa(number: int, row: dict[str, Any], seed: int) -> EvalProblem:
@@ -99,14 +96,12 @@ def _live_code(number: int, row: dict[str, Any], seed: int) -> EvalProblem | Non
     tests = json.loads(row["public_test_cases"]) + _private_tests(row["private_test_cases"])
     if any(test["testtype"] != "stdin" for test in tests):
         return None  # asks for a function to be called, which the checker does not do
-    pairs = [[test["input"], test["output"]] for test in tests]
-    return EvalProblem(
-        str(row["question_id"]), _CODE.format(row["question_content"]), "-", tests=json.dumps(pairs), kind="code"
-    )
+    pairs = json.dumps([[test["input"], test["output"]] for test in tests])
+    return EvalProblem(str(row["question_id"]), _CODE.format(row["question_content"]), "-", tests=pairs, kind="code")
 
 
 def _private_tests(text: str) -> list[dict[str, str]]:
-    """The hidden tests: JSON, or a JSON text that was pickled, compressed and encoded."""
+    """Reads the hidden tests: JSON, or a JSON text that was pickled, compressed and encoded."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -116,36 +111,36 @@ def _private_tests(text: str) -> list[dict[str, str]]:
 
 
 BENCHMARKS = {
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", _mathematics("problem", "answer")),
-    "aime25": Benchmark("math-ai/aime25", "test", _mathematics("problem", "answer")),
-    "amc23": Benchmark("math-ai/amc23", "test", _mathematics("question", "answer")),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", _mathematics("problem", "answer")),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", _mathematics),
+    "aime25": Benchmark("math-ai/aime25", "test", _mathematics),
+    "amc23": Benchmark("math-ai/amc23", "test", partial(_mathematics, question="question")),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", _mathematics),
     "gpqa-diamond": Benchmark(
         "Idavidrein/gpqa",
         "train",
         _gpqa,
         "gpqa_diamond",
-        note="accept its terms on the Hub, then log in (hf auth login)",
+        hint="accept its terms on the Hub, then log in (hf auth login)",
     ),
     "livecodebench": Benchmark(
         "json",
         "train",
         _live_code,
         data_files="hf://datasets/livecodebench/code_generation_lite/test.jsonl",
-        note="check the connection; its answers are programs, which are run to be checked (--run-code)",
+        hint="check the connection; its answers are programs, which are run to be checked (--run-code)",
     ),
 }
 
 
 def load_benchmark(name: str, seed: int = 0) -> list[EvalProblem]:
-    """All problems of a benchmark.
+    """Loads all problems of a benchmark; the `datasets` library downloads and caches it.
 
     Args:
-        name: a key of `BENCHMARKS`.
-        seed: shuffles the choices of a multiple choice.
+        name: A key of `BENCHMARKS`.
+        seed: The seed that shuffles the choices of a multiple choice.
 
     Raises:
-        StepFlowFileError: it could not be fetched or read.
+        StepFlowFileError: The benchmark could not be downloaded or read.
     """
     import datasets
 
@@ -155,17 +150,11 @@ def load_benchmark(name: str, seed: int = 0) -> list[EvalProblem]:
             benchmark.path, benchmark.name, split=benchmark.split, data_files=benchmark.data_files
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise StepFlowFileError(
-            f"{name} ({benchmark.data_files or benchmark.path}) could not be loaded: {error}",
-            hint=benchmark.note or "check the connection, or pass the path of a JSONL file",
-        ) from error
+        source = benchmark.data_files or benchmark.path
+        raise StepFlowFileError(f"{name} ({source}) could not be loaded: {error}", hint=benchmark.hint) from error
     problems = [benchmark.convert(number, row, seed) for number, row in enumerate(rows)]
     kept = [problem for problem in problems if problem is not None]
     if len(kept) < len(problems):
-        logger.warning(
-            "%s: %d of %d problems are left out: they cannot be checked here",
-            name,
-            len(problems) - len(kept),
-            len(problems),
-        )
+        left_out = len(problems) - len(kept)
+        logger.warning("%s: left out %d of %d problems, which cannot be checked", name, left_out, len(problems))
     return kept

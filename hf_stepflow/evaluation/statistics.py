@@ -1,4 +1,4 @@
-"""Statistics of a paired comparison, by scipy and statsmodels: intervals, exact tests, and what n could have shown."""
+"""Statistics of paired comparisons, by scipy and statsmodels: intervals, exact tests, and the power of a test."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its interval at `CONFIDENCE`, which is None where there is too little to tell."""
+    """A number and its interval at `CONFIDENCE`, which is None if there are too few values for one."""
 
     value: float
     low: float | None
@@ -23,18 +23,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """One arm held against another on the same problems.
+    """One arm compared with another on the same problems.
 
     Attributes:
-        problems: n.
-        delta: difference in accuracy (second minus first), with a bootstrap interval over problems.
-        p_value: exact McNemar test where each problem was answered once, else an exact or resampled sign-flip test.
-        gained: results that only the second arm has right.
-        lost: results that only the first arm has right.
-        harm_rate: share of the problems that the first arm solves and the second does not, Wilson's interval; None
-            where the first solves none, and where responses were sampled: chance alone breaks some then.
-        smallest_delta: the true difference that this n would have shown with `POWER`, given how often the arms differ;
-            None where n could have shown none at all.
+        problems: The number of problems, n.
+        delta: The difference in accuracy (second minus first), with a bootstrap interval over problems.
+        p_value: McNemar's exact test if each problem was answered once, else an exact or resampled sign-flip test.
+        gained: The number of results that only the second arm has right.
+        lost: The number of results that only the first arm has right.
+        harm_rate: The share of the problems solved by the first arm that the second one breaks, with Wilson's
+            interval; None if the first solves none, and for sampled responses, some of which break by chance.
+        smallest_delta: The true difference that this n would have shown with `POWER`, given how often the arms
+            differ; None if n could not have shown any.
     """
 
     problems: int
@@ -53,24 +53,24 @@ def proportion(hits: int, n: int) -> Estimate:
 
 
 def mean(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
-    """A mean of shares over problems with its bootstrap interval."""
+    """A mean of shares over problems, with its bootstrap interval."""
     return _bounded_mean(np.asarray(values, float), 0.0, 1.0, seed)
 
 
 def mean_difference(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
-    """A mean of differences between two accuracies over problems with its bootstrap interval."""
+    """A mean of differences between two accuracies over problems, with its bootstrap interval."""
     return _bounded_mean(np.asarray(values, float), -1.0, 1.0, seed)
 
 
 def mean_amount(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
-    """A mean of amounts over problems with its bootstrap interval; one problem tells none."""
+    """A mean of amounts over problems, with its bootstrap interval if there is more than one problem."""
     return ratio(values, [1.0] * len(values), seed)
 
 
 def ratio(
     numerator: "Sequence[float] | np.ndarray", denominator: "Sequence[float] | np.ndarray", seed: int = 0
 ) -> Estimate:
-    """Ratio of two sums over the same units, with its bootstrap interval; one unit tells none."""
+    """A ratio of two sums over the same units, with its bootstrap interval if there is more than one unit."""
     pairs = np.asarray(numerator, float), np.asarray(denominator, float)
     if len(pairs[0]) < 2:
         return Estimate(float(pairs[0].sum() / pairs[1].sum()), None, None)
@@ -80,24 +80,21 @@ def ratio(
 def compare(
     first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], seed: int = 0, comparisons: int = 1
 ) -> PairedComparison:
-    """Compares two arms.
+    """Compares two arms; resampling draws problems, so that the samples of one problem stay together.
 
     Args:
-        first: for each problem, whether each of its samples was right, in the arm that is held against.
-        second: the same problems and samples in the other arm.
-        seed: of the resampling.
-        comparisons: how many are made at once, which `smallest_delta` allows for.
-
-    Problems are the units that are drawn again: samples of one problem stay together.
+        first: For each problem, whether each of its samples was right in the reference arm.
+        second: The same problems and samples in the other arm.
+        seed: The seed of the resampling.
+        comparisons: The number of comparisons made at once, for which `smallest_delta` allows.
     """
     one, other = ([np.asarray(row, float) for row in rows] for rows in (first, second))
     differences = np.array([b.mean() - a.mean() for a, b in zip(one, other, strict=True)])
-    n = len(differences)
     flat_one, flat_other = np.concatenate(one), np.concatenate(other)
     gained, lost = int((flat_other > flat_one).sum()), int((flat_other < flat_one).sum())
     right, is_single = int(flat_one.sum()), all(len(row) == 1 for row in one)
     return PairedComparison(
-        problems=n,
+        problems=len(differences),
         delta=mean_difference(differences, seed),
         p_value=paired_p_value(differences, is_single, seed),
         gained=gained,
@@ -117,12 +114,12 @@ def adjust(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_p_value(differences: np.ndarray, is_single: bool, seed: int = 0) -> float:
-    """Two-sided test that neither arm is better.
+    """A two-sided test that neither arm is better.
 
     Args:
-        differences: of the arms' accuracies, one for each problem.
-        is_single: each problem was answered once, so that McNemar's exact test serves; else signs are flipped.
-        seed: of the resampling, where there are too many sign patterns to try all.
+        differences: The difference of the arms' accuracies on each problem.
+        is_single: Whether each problem was answered once: then McNemar's exact test, else a sign-flip test.
+        seed: The seed of the resampling, if there are too many sign patterns to try all.
     """
     up, down = int((differences > 0).sum()), int((differences < 0).sum())
     if up + down == 0:
@@ -130,7 +127,7 @@ def paired_p_value(differences: np.ndarray, is_single: bool, seed: int = 0) -> f
     if is_single:
         return float(stats.binomtest(up, up + down, 0.5).pvalue)
     if up + down == 1:
-        return 1.0  # both signs are as extreme, and permutation_test takes no single observation
+        return 1.0  # both signs are as extreme, and permutation_test refuses a single observation
     test = stats.permutation_test(
         (differences[differences != 0],),
         np.mean,
@@ -143,21 +140,17 @@ def paired_p_value(differences: np.ndarray, is_single: bool, seed: int = 0) -> f
 
 
 def smallest_delta(differences: np.ndarray, is_single: bool, level: float = 1 - CONFIDENCE) -> float | None:
-    """The true difference that would have been found with `POWER`, given how often the arms differ.
+    """The true difference that would have been found with `POWER`, or None; given how often the arms differ.
 
     Args:
-        differences: of the arms' accuracies, one for each problem.
-        is_single: each problem was answered once: by the exact power of McNemar's test. Else by the normal
-            approximation, from the spread of the differences.
-        level: of the test.
-
-    Returns:
-        None where no difference would have been.
+        differences: The difference of the arms' accuracies on each problem.
+        is_single: Whether each problem was answered once: then by the exact power of McNemar's test, else by the
+            normal approximation from the spread of the differences.
+        level: The level of the test.
     """
     n = len(differences)
     if is_single:
-        often = float(np.mean(differences != 0))
-        return _smallest_by_power(n, often, level)
+        return _smallest_by_power(n, float(np.mean(differences != 0)), level)
     spread = float(np.sqrt(np.mean(differences**2))) or math.sqrt(1 / n)
     delta = float((stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER)) * spread / math.sqrt(n))
     return delta if delta <= 1 else None
@@ -166,15 +159,14 @@ def smallest_delta(differences: np.ndarray, is_single: bool, level: float = 1 - 
 def _smallest_by_power(n: int, often: float, level: float) -> float | None:
     """By bisection; the arms differ on a share `often` of the problems, or on `delta` of them if that is more."""
     counts = np.arange(n + 1)
-    # Up to so many of m differing problems may go the other way for the test to see it: -1 for none.
+    # For each number of differing problems: how many may go the other way at this level, -1 for none.
     critical = stats.binom.ppf(level / 2, counts, 0.5) - 1
     critical = np.where(stats.binom.cdf(critical + 1, counts, 0.5) <= level / 2, critical + 1, critical)
 
     def power(delta: float) -> float:
         share = max(often, delta)
-        return float(
-            np.sum(stats.binom.pmf(counts, n, share) * stats.binom.cdf(critical, counts, (1 - delta / share) / 2))
-        )
+        seen = stats.binom.cdf(critical, counts, (1 - delta / share) / 2)
+        return float(np.sum(stats.binom.pmf(counts, n, share) * seen))
 
     if power(1.0) < POWER:
         return None
@@ -186,7 +178,7 @@ def _smallest_by_power(n: int, often: float, level: float) -> float | None:
 
 
 def _bounded_mean(values: np.ndarray, lowest: float, highest: float, seed: int) -> Estimate:
-    """A mean with its bootstrap interval, or, where all values are equal, what n says of those that could differ."""
+    """A mean with its bootstrap interval, or with an exact bound if all values are equal."""
     if np.ptp(values) > 0:
         return _bootstrap((values,), lambda x, axis: np.mean(x, axis=axis), seed)
     share = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(values))
@@ -196,7 +188,7 @@ def _bounded_mean(values: np.ndarray, lowest: float, highest: float, seed: int) 
 
 def _bootstrap(samples: tuple[np.ndarray, ...], statistic: object, seed: int) -> Estimate:
     value = float(statistic(*samples, axis=-1))  # type: ignore[operator]
-    result = stats.bootstrap(
+    interval = stats.bootstrap(
         samples,
         statistic,
         paired=True,
@@ -206,5 +198,5 @@ def _bootstrap(samples: tuple[np.ndarray, ...], statistic: object, seed: int) ->
         batch=500,
         method="percentile",
         rng=np.random.default_rng(seed),
-    )
-    return Estimate(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))

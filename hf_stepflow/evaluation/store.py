@@ -1,4 +1,4 @@
-"""The results file: a header that says what was run, then one line a result, written batch by batch and never lost."""
+"""The results file, written batch by batch, and everything by which one run is distinguished from another."""
 
 import hashlib
 import json
@@ -16,22 +16,22 @@ FORMAT = "hf-stepflow-results/1"
 
 
 class ResultStore:
-    """Results in a JSONL file, or in memory where there is no path.
+    """Results in a JSONL file, or in memory if there is no path.
 
-    The file is created with its header; a file that is there already is continued if its header asks for the same run.
-    What a crash left of a batch is dropped. Results are appended a batch at a time and forced to the disk.
+    A new file starts with its header. A file that exists is continued if its header asks for the same run; a batch
+    that a crash left incomplete is dropped. Each batch is forced to the disk.
 
     Args:
-        path: the file, or None.
-        header: what was asked for, JSON-ready; two runs may share a file only if these are equal.
-        about: what is worth knowing but may differ: versions, machine.
+        path: The file, or None.
+        header: Everything that was asked for, JSON-ready; two runs may share a file only if these are equal.
+        about: Versions and the machine, which may differ.
 
     Attributes:
-        results: what has been stored so far, oldest first.
+        results: The results stored so far, oldest first.
 
     Raises:
-        StepFlowInputError: the file holds another run; the settings that differ are named.
-        StepFlowFileError: the file is no results file.
+        StepFlowInputError: The file holds another run; the error names the differences.
+        StepFlowFileError: The file is not a results file.
     """
 
     def __init__(self, path: str | Path | None, header: dict[str, Any], about: dict[str, Any] | None = None):
@@ -41,8 +41,10 @@ class ResultStore:
             return
         if self.path.exists() and self.path.stat().st_size:
             known, self.results, end = _read(self.path)
-            _check_same(self.path, known["run"], header)
-            with open(self.path, "r+b") as file:  # what a crash left of a line goes
+            changes = changes_of_run(known["run"], header)
+            if changes or list(known["run"]["arms"]) != list(header["arms"]):
+                raise another_run(self.path, changes or ["arms in another order"])
+            with open(self.path, "r+b") as file:
                 file.truncate(end)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,17 +66,17 @@ class ResultStore:
 
 
 def read_results(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and results of a file.
+    """Reads the header and the results of a file.
 
     Raises:
-        StepFlowFileError: it is no results file.
+        StepFlowFileError: The file is not a results file.
     """
     header, results, _ = _read(Path(path))
     return header, results
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """Header, results of whole batches, and where they end."""
+    """The header, the results of whole batches, and the number of bytes up to their end."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -87,30 +89,23 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
         except ValueError as error:
             raise StepFlowFileError(
                 f"{path}, line {number} is not JSON: {error}",
-                hint="it was changed by hand; move it away to start anew",
+                hint="it was edited; move it away to start anew",
             ) from error
     if not lines or not isinstance(lines[0], dict) or lines[0].get("format") != FORMAT:
         raise StepFlowFileError(f"{path} is not a results file of hf-stepflow ({FORMAT})", hint="choose another path")
     header, results = lines[0], lines[1:]
-    kept = len(results)
     if results:
-        last = results[-1]["arm"], results[-1]["batch"]
-        first = kept
-        while first and (results[first - 1]["arm"], results[first - 1]["batch"]) == last:
+        arm, batch = results[-1]["arm"], results[-1]["batch"]
+        first = len(results)
+        while first and (results[first - 1]["arm"], results[first - 1]["batch"]) == (arm, batch):
             first -= 1
-        if kept - first < results[-1]["of"]:
-            kept = first
-    return header, results[:kept], sum(len(text) + 1 for text in texts[: kept + 1])
-
-
-def _check_same(path: Path, known: dict[str, Any], asked: dict[str, Any]) -> None:
-    changes = changes_of_run(known, asked)
-    if changes or list(known["arms"]) != list(asked["arms"]):
-        raise another_run(path, changes or ["arms in another order"])
+        if len(results) - first < results[-1]["of"]:
+            del results[first:]
+    return header, results, sum(len(text) + 1 for text in texts[: len(results) + 1])
 
 
 def changes_of_run(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What differs between two runs, in words; the first five differences by name."""
+    """Describes how two runs differ; names the first five differences."""
     there, now = _flatten(known), _flatten(json.loads(json.dumps(asked)))
     differing = sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key))
     changes = [f"{key}: {_short(there, key)} there, {_short(now, key)} now" for key in differing[:5]]
@@ -118,7 +113,7 @@ def changes_of_run(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def another_run(path: Path, changes: list[str]) -> StepFlowInputError:
-    """The error for a place that holds the results of another run."""
+    """Makes the error for a path that holds the results of another run."""
     return StepFlowInputError(
         f"{path} holds another run ({'; '.join(changes)}), and results of different runs are not mixed",
         hint="choose another path, or ask for the same run to continue it",
@@ -146,7 +141,7 @@ def digest(data: Any) -> str:
 
 
 def model_digest(model: Any) -> str:
-    """What tells this model from another: names, shapes and first weights of all its parameters."""
+    """A short hash of a model: the names, shapes and first weights of its parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -157,8 +152,12 @@ def model_digest(model: Any) -> str:
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, threads and versions, as JSON-ready data; with a device, it too and an accelerator's name."""
-    told: dict[str, Any] = {
+    """Describes the machine and the versions, on which a measurement depends.
+
+    Args:
+        device: A device to name too, with its accelerator.
+    """
+    facts: dict[str, Any] = {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -167,14 +166,14 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "transformers": transformers.__version__,
     }
     if device is not None:
-        told["device"] = str(device)
+        facts["device"] = str(device)
         if device.type == "cuda":
-            told["accelerator"] = torch.cuda.get_device_name(device)
-    return told
+            facts["accelerator"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def _processor() -> str:
-    """The processor's name; `platform` knows it on some systems only."""
+    """The processor's name, which `platform` knows on some systems only."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -10,7 +10,7 @@ import pytest
 
 from hf_stepflow.evaluation import checkers
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, judge
-from hf_stepflow.evaluation.problem import EvalProblem, as_number, check_unique, problem_of
+from hf_stepflow.evaluation.problem import EvalProblem, as_number, as_problems, problem_of
 from hf_stepflow.evaluation.sources import BENCHMARKS, read_problems
 from hf_stepflow.problems import load_problems
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
@@ -285,10 +285,10 @@ def test_problems_are_checked_one_by_one() -> None:
     assert problem_of({"id": 1.5, "question": "?", "answer": 0}) == EvalProblem("1.5", "?", "0", kind="number")
     for wrong in (4, None, ["4"], " "):
         with pytest.raises(StepFlowInputError, match="the answer of problem '7' must be a text"):
-            check_unique([EvalProblem("7", "?", wrong)])
+            as_problems([EvalProblem("7", "?", wrong)])
     with pytest.raises(StepFlowInputError, match="the question of problem '7' must be a text"):
-        check_unique([EvalProblem("7", [{"role": "user", "content": "?"}], "4")])
-    with pytest.raises(StepFlowInputError, match="choices, tests and trace of problem '7' must be texts"):
-        check_unique([EvalProblem("7", "?", "A", choices=(1, 2), kind="choice")])
+        as_problems([EvalProblem("7", [{"role": "user", "content": "?"}], "4")])
+    with pytest.raises(StepFlowInputError, match="the choice A of problem '7' must be a text"):
+        as_problems([EvalProblem("7", "?", "A", choices=(1, 2), kind="choice")])
     with pytest.raises(StepFlowInputError, match="at most 26"):
         problem_of({"id": 1, "question": "?", "answer": "A", "choices": ["x"] * 27})

@@ -247,15 +247,15 @@ def test_an_instruction_ends_the_question(reasoner, combined: EvaluationResult) 
     assert response.text == text
 
 
-def test_what_is_told(combined: EvaluationResult) -> None:
+def test_the_table_and_the_summary(combined: EvaluationResult) -> None:
     lines = str(combined).splitlines()
     (head,) = (line for line in lines if line.startswith("Generated tokens"))
     assert head.endswith("to base   to the method alone  to base, same tokens")
     assert any(line.startswith("base with more samples: 1 at ") for line in lines)
-    told = json.loads(json.dumps(combined.to_dict()))["compute"]
-    assert told["unit"] == "generated tokens of a problem, all samples of a vote together"
-    assert [one["samples"] for one in told["curve"]] == [1, 2, 3]
-    assert [one["method"] for one in told["arms"]] == [None, None, None, "vote", None, "plan"]
+    summary = json.loads(json.dumps(combined.to_dict()))["compute"]
+    assert summary["unit"] == "generated tokens of a problem, all samples of a vote together"
+    assert [one["samples"] for one in summary["curve"]] == [1, 2, 3]
+    assert [one["method"] for one in summary["arms"]] == [None, None, None, "vote", None, "plan"]
     plain = EvaluationResult(
         combined.run | {"arms": {name: combined.run["arms"][name] for name in ("base", "stepflow")}},
         {},
@@ -268,7 +268,7 @@ def test_what_is_told(combined: EvaluationResult) -> None:
     assert empty.compute is None
     no_vote = {name: arm for name, arm in combined.run["arms"].items() if "vote" not in name}
     kept = [one for one in combined.results if one["arm"] in no_vote]
-    assert "No arm is base voting" in str(EvaluationResult(combined.run | {"arms": no_vote}, {}, kept))
+    assert "No arm is a vote of base" in str(EvaluationResult(combined.run | {"arms": no_vote}, {}, kept))
 
 
 def test_the_chart() -> None:
@@ -299,8 +299,8 @@ def test_the_command_with_methods(tmp_path: Path, capsys: pytest.CaptureFixture[
     words = "eval --model reasoner --problems reasoner:chains-2 --limit 3 --max-new-tokens 60".split()
     methods = "--with vote=self-consistency:samples=2 --with budget-forcing:max_steps=2 --with longer".split()
     assert main([*words, *methods, "--out", str(out), "--report", str(report), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in told["arms"]] == [
+    summary = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in summary["arms"]] == [
         "base",
         "stepflow",
         "vote",
@@ -310,7 +310,7 @@ def test_the_command_with_methods(tmp_path: Path, capsys: pytest.CaptureFixture[
         "longer",
         "stepflow + longer",
     ]
-    assert len(told["compute"]["arms"]) == 8
+    assert len(summary["compute"]["arms"]) == 8
     page = report.read_text()
     assert "Accuracy against generated tokens" in page
     assert 'class="dashed"' in page

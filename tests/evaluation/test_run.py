@@ -41,8 +41,8 @@ def run(reasoner, **options) -> EvaluationResult:
     return evaluate(reasoner[0], **options)
 
 
-def told(result: EvaluationResult) -> list[dict]:
-    """The results without what depends on the clock, the batches, or the last digits of sums."""
+def responses_of(result: EvaluationResult) -> list[dict]:
+    """The results without fields that depend on the clock, the batches, or the last digits of sums."""
     ordered = sorted(result.results, key=lambda one: (one["arm"], one["problem"], one["sample"]))
     return [
         {key: value for key, value in one.items() if key not in ("seconds", "batch", "of", "stepflow")}
@@ -71,9 +71,9 @@ def test_arms_run_on_the_same_problems(reasoner) -> None:
 
 
 def test_batches_and_padding_change_nothing(reasoner) -> None:
-    expected = told(run(reasoner, batch_size=1))
-    assert told(run(reasoner, batch_size=5)) == expected
-    assert told(run(reasoner, batch_size=12, problems=PROBLEMS[::-1])) == expected
+    expected = responses_of(run(reasoner, batch_size=1))
+    assert responses_of(run(reasoner, batch_size=5)) == expected
+    assert responses_of(run(reasoner, batch_size=12, problems=PROBLEMS[::-1])) == expected
 
 
 def test_it_answers_as_generate_does(reasoner) -> None:
@@ -90,14 +90,14 @@ def test_samples_are_drawn_by_the_seed(reasoner) -> None:
     options = {"do_sample": True, "temperature": 1.5, "n_samples": 3, "problems": PROBLEMS[:4], "batch_size": 5}
     first = run(reasoner, seed=1, **options)
     state = torch.get_rng_state()
-    assert told(run(reasoner, seed=1, **options)) == told(first)
+    assert responses_of(run(reasoner, seed=1, **options)) == responses_of(first)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's randomness is not used up
     other = run(reasoner, seed=2, **options)
     assert [one["text"] for one in other.results] != [one["text"] for one in first.results]
     assert len(first.results) == 2 * 4 * 3
     # Arms that do the same draw the same: seeds are shared, which is what makes them pairs.
     twins = run(reasoner, arms={"one": False, "two": False}, seed=1, **options)
-    texts = {name: [row["text"] for row in told(twins) if row["arm"] == name] for name in ("one", "two")}
+    texts = {name: [row["text"] for row in responses_of(twins) if row["arm"] == name] for name in ("one", "two")}
     assert texts["one"] == texts["two"]
 
 
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on(reasoner, tmp_path: Path) -> None:
     assert whole.is_complete
     assert read_results(out)[1][: len(kept)] == kept
     assert len(read_results(out)[1]) == 24
-    assert told(EvaluationResult.load(out)) == told(run(reasoner, batch_size=2))
+    assert responses_of(EvaluationResult.load(out)) == responses_of(run(reasoner, batch_size=2))
 
 
 def test_a_budget_follows_the_steps_of_its_arm() -> None:
@@ -366,7 +366,7 @@ def test_right_responses_come_with_problems_and_are_never_shown(reasoner, tmp_pa
     assert "So 4" not in json.dumps(problem.asked())
     assert all(one.trace.endswith(f"The answer is {one.answer}.") for one in PROBLEMS)
     path.write_text(json.dumps({"id": 1, "question": "2 + 2?", "answer": 4, "trace": ["So 4."]}))
-    with pytest.raises(StepFlowFileError, match="trace must be"):
+    with pytest.raises(StepFlowFileError, match="trace of problem '1' must be"):
         load_problems(path)
 
 
@@ -378,7 +378,7 @@ def test_token_ids_are_kept_where_asked_for(reasoner) -> None:
 
 
 def test_inside_a_block_that_says_when_stepflow_is_on_it_is_refused(reasoner) -> None:
-    """Arms with StepFlow would run without it, and be told as if they had."""
+    """Arms with StepFlow would run without it, and be reported as if they had."""
     model, _ = reasoner
     for block in (model.disable_stepflow(), model.use_stepflow({"tau_max": 0.3})):
         with block, pytest.raises(StepFlowInputError, match=r"disable_stepflow or use_stepflow\n.*outside"):
