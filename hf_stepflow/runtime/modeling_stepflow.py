@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -23,17 +23,6 @@ from .forward import FlowRules, FlowRuntime
 from .report import FlowReport
 from .repository import find_preset, load, push_preset_of, save_model, settings_on
 from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_thinking
-
-# Of a folder on this machine, transformers 5.8 copies the files that this one names, not those that they name.
-if TYPE_CHECKING:
-    from .base_model import read_repository_file
-    from .bridge import DecodeGroups
-    from .flow_state import FlowState
-    from .momentum import mean_of_members
-    from .step_detector import Field
-    from .step_rules import RuleTable
-    from .token_text import MarkerTable
-    from .trace import TraceStep
 
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
