@@ -136,13 +136,11 @@ def _maps(model: Any, tokenizer: Any, rows: list[tuple[list[int], int | None]], 
 
 
 def _single(args: argparse.Namespace, maps: Any) -> int:
-    from hf_stepflow.saliency.summary import summary_of
-
     if args.out is not None:
         {".html": maps.to_html, ".safetensors": maps.save}.get(
             args.out.suffix.lower(), lambda path: maps.plot(path=path)
         )(args.out)
-    print(json.dumps(summary_of(maps), indent=2) if args.json else maps)
+    print(json.dumps(maps.to_dict(), indent=2) if args.json else maps)
     return 0
 
 

@@ -1,22 +1,30 @@
 """step_saliency: the maps of one trace or of many."""
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from transformers.utils import logging
 
+from hf_stepflow.runtime.attention import AttentionCall, Output
 from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.configuration_stepflow import Layers, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace, segment_trace
 
-from .capture import Watch
-from .loss import check_loss
-from .pooling import pair_counts
+from .capture import Capture
+from .kernel import salient_attention
+from .loss import check_loss, decoder_output, hidden_gradient, loss_weights
+from .maps import BatchSums, pair_counts
+from .memory import Budget
 from .result import StepSaliency
-from .session import Session
 
-# Tokens, padding included, that are put into one batch.
+# Tokens of a batch, padding included.
 _BATCH_TOKENS = 4096
 
 
@@ -37,51 +45,58 @@ def step_saliency(
     checkpoints: bool | None = None,
     progress: bool = True,
 ) -> "StepSaliency | list[StepSaliency]":
-    """Step-Saliency: how much each step of a trace draws on each other, layer by layer (paper; METHOD section 2).
+    """Measures how much each step of a trace draws on each other step, layer by layer (paper; METHOD section 2).
 
-    At the level of tokens I = mean over heads of |A * dL/dA|, with A the attention weights of a layer and L the loss;
-    at the level of steps the mean of I over the token pairs of two steps. Exact, in memory linear in the trace. With
-    StepFlow attached and on, A are the weights after the bridge. Nobody else may call the model meanwhile; calls of
-    step_saliency in other threads wait.
+    The saliency of a pair of tokens is I = mean over heads of |A * dL/dA|, where A are the attention weights of a
+    layer and L is the loss; the saliency of a pair of steps is the mean of I over their token pairs. The result is
+    exact and takes memory linear in the trace. With StepFlow attached and on, A are the weights after the bridge. No
+    other thread may call the model meanwhile; calls of step_saliency in other threads wait.
 
     Args:
-        model: a causal language model that StepFlow supports, with StepFlow attached or not, quantised or with
-            adapters. Its modes, hooks, configs and gradients are as before afterwards.
-        input_ids: token ids of one trace, [T] or [1, T]; or several: a list of such, or [B, T] with `attention_mask`.
-        trace: the steps, one `Trace` for each; None cuts them by the tokenizer.
-        tokenizer: the model's tokenizer; needed where `trace` is None and StepFlow is not attached.
+        model: A causal language model that StepFlow supports, with StepFlow attached or not, quantised or with
+            adapters. Its modes, hooks, configs and gradients are restored afterwards.
+        input_ids: Token ids of one trace, [T] or [1, T]; or of several, as a list or as [B, T] with `attention_mask`.
+        trace: The steps, a `Trace` for each row; None cuts them by the tokenizer.
+        tokenizer: The model's tokenizer; needed where `trace` is None and StepFlow is not attached.
         loss: "trace", the mean next-token cross-entropy; "summary", that of the summary's tokens; or (position,
             token_id), the logit of a token at a position.
-        layers: the layers to look at: a list, "bottom:F", "top:F", or None for all with softmax attention.
-        pooling: "causal", means over pairs of a token and an earlier one; "block", over all pairs as published.
-        chunk_size: queries of a tile; None chooses. It changes memory and time, not the result.
-        per_head: keep the heads apart.
-        attention_mask: [B, T], zeros where rows are padded.
-        prompt_length: for implicit thinking, where the prompt ends in each trace, padding not counted.
-        config: step settings for the tokenizer; None takes those of StepFlow that are in force, or the defaults.
-        checkpoints: compute layers a second time instead of keeping them; None does from 4096 tokens on.
-        progress: show a bar over traces and layers, if there is more than a moment to wait.
+        layers: The layers to measure: a list, "bottom:F", "top:F", or None for all with softmax attention.
+        pooling: "causal", means over pairs of a token and an earlier one or itself; "block", over all pairs, as
+            published.
+        chunk_size: Queries that are worked on at a time; None chooses. It changes memory and time, not the result.
+        per_head: Whether to keep the heads apart.
+        attention_mask: Which tokens are not padding, [B, T]; 0 for padding.
+        prompt_length: For implicit thinking, the length of the prompt in each trace, padding not counted.
+        config: Step settings for the tokenizer; None takes StepFlow's settings in force, or the defaults.
+        checkpoints: Whether to compute layers a second time instead of keeping them; None does from 4096 tokens on.
+        progress: Whether to show a bar over traces and layers after two seconds.
 
     Returns:
         A `StepSaliency`, or a list where several traces were given.
 
     Raises:
-        StepFlowInputError: an argument that does not fit.
-        StepFlowUnsupportedError: a model that StepFlow cannot reach.
-        StepFlowMemoryError: a trace that does not fit into memory, before any of it is taken.
+        StepFlowInputError: If an argument does not fit.
+        StepFlowUnsupportedError: If StepFlow cannot reach the model's attention.
+        StepFlowMemoryError: If a trace does not fit into memory, before any trace is computed.
+
+    Example:
+        >>> from hf_stepflow import load_reasoner, step_saliency
+        >>> model, tokenizer = load_reasoner()
+        >>> print(step_saliency(model, tokenizer.encode("Any trace."), tokenizer=tokenizer))  # doctest: +SKIP
     """
     model = _plain_model(model)
     rows, is_single = _rows(input_ids, attention_mask)
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise StepFlowInputError(f"chunk_size must be a positive number of queries, got {chunk_size!r}")
     lengths = _prompt_lengths(prompt_length, rows)
-    traces = _traces(model, rows, trace, tokenizer, config, lengths)
     modules = attention_modules(model)
+    capture = Capture(model, modules)
+    traces = _traces(capture, rows, trace, tokenizer, config, lengths)
     if isinstance(layers, int):
         raise StepFlowInputError(f"layers must be a list or a band, got {layers}", hint=f"layers=[{layers}]")
     wanted = sorted(set(resolve_layers("layers", "all" if layers is None else layers, list(modules))))
     if not wanted:
-        raise StepFlowInputError(f"layers={layers!r} names none", hint="leave it out to look at all layers")
+        raise StepFlowInputError(f"layers={layers!r} names none", hint="leave it out to measure all layers")
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     for row, one in zip(rows, traces, strict=True):
         pair_counts(one, pooling)
@@ -92,24 +107,115 @@ def step_saliency(
             )
     if checkpoints not in (None, True, False):
         raise StepFlowInputError(f"checkpoints must be True, False or None, got {checkpoints!r}")
-    session = Session(Watch(model, modules), wanted, loss, pooling, chunk_size, per_head, checkpoints, progress)
-    results: list[StepSaliency | None] = [None] * len(rows)
-    with torch.inference_mode(False), session:
-        for batch in session.plan(_batches(rows, lengths), rows):
-            found = session.run([rows[i] for i in batch], [traces[i] for i in batch], lengths[batch[0]])
-            for index, maps in zip(batch, found, strict=True):
-                results[index] = maps
-    done = [one for one in results if one is not None]
-    return done[0] if is_single else done
+    results: dict[int, StepSaliency] = {}
+    with torch.inference_mode(False), capture.exclusive(), _progress_bar(progress) as bar:
+        budget = Budget(capture, wanted, chunk_size, checkpoints)
+        call = _Call(capture, budget, wanted, loss, pooling, per_head, bar)
+        for batch in budget.plan(_batches(rows, lengths), rows):
+            found = call.maps([rows[i] for i in batch], [traces[i] for i in batch], lengths[batch[0]])
+            results.update(zip(batch, found, strict=True))
+    return results[0] if is_single else [results[index] for index in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The part of a call that all batches share: the arguments of `step_saliency`, checked.
+
+    Attributes:
+        bar: The progress bar, or None.
+    """
+
+    capture: Capture
+    budget: Budget
+    layers: list[int]
+    loss: "str | tuple[int, int]"
+    pooling: str
+    per_head: bool
+    bar: Any
+
+    def maps(self, rows: list[torch.Tensor], traces: list[Trace], prompt_length: int | None) -> list[StepSaliency]:
+        """Computes the maps of one batch.
+
+        Args:
+            rows: Token ids, long [T] each.
+            traces: Their steps.
+            prompt_length: The length of each row's prompt.
+
+        Raises:
+            StepFlowMemoryError: If the batch does not fit.
+            StepFlowInputError: If the loss is not a finite number.
+        """
+        capture, model, device = self.capture, self.capture.model, self.capture.device
+        # Padding stands on the right, where no token of a trace sees it.
+        ids = torch.nn.utils.rnn.pad_sequence([row.cpu() for row in rows], batch_first=True).to(device)
+        mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).long().to(device)
+        chunk_size = self.budget.chunk(*ids.shape)
+        # A mean over a long trace leaves half precision few digits.
+        scale = 2.0 ** math.ceil(math.log2(ids.shape[1])) if model.dtype == torch.float16 else 1.0
+        sums = BatchSums(traces, self.layers, self.per_head, lambda: self.bar is None or self.bar.update())
+        losses = [self.loss if isinstance(self.loss, tuple) else loss_weights(self.loss, one) for one in traces]
+        for_stepflow = {} if capture.rules is None else {"attention_mask": mask, "prompt_length": prompt_length}
+        decoder = capture.decoder
+
+        def attend(call: AttentionCall) -> Output:
+            collect = sums.collector(call.layer, call.query) if call.layer in self.layers else None
+            return salient_attention(call, chunk_size, collect)
+
+        def run() -> Any:
+            return decoder_output(
+                decoder, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1, **for_stepflow)
+            )
+
+        with capture.running(run, attend, checkpoints=self.budget.checkpoints(ids.shape[1])) as decoded:
+            with capture.stepflow_off():
+                gradient, values = hidden_gradient(model, decoder, decoded, ids, losses, scale)
+            if not torch.isfinite(gradient).all():
+                raise StepFlowInputError(
+                    f"the model's loss or its gradient is not a number on this trace (losses {values})",
+                    hint="look at the model's weights, or load it in another dtype",
+                )
+            torch.autograd.backward(decoded[0], gradient)
+        about = self._about()
+        return [
+            StepSaliency(part / scale, list(self.layers), trace, self.pooling, about | {"loss_value": value})
+            for part, trace, value in zip(sums.finished(), traces, values, strict=True)
+        ]
+
+    def _about(self) -> dict[str, Any]:
+        """The origin of the maps, for their file."""
+        import hf_stepflow
+
+        model, rules = self.capture.model, self.capture.rules
+        return {
+            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "architecture": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "loss": self.loss if isinstance(self.loss, str) else list(self.loss),
+            "stepflow": None if rules is None else rules.plan.settings.to_dict(),
+            "hf_stepflow": hf_stepflow.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+@contextmanager
+def _progress_bar(wanted: bool) -> Iterator[Any]:
+    """A bar that appears after two seconds; None where it is not wanted or tqdm is not installed."""
+    if not wanted or not logging.is_progress_bar_enabled():
+        yield None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield None
+        return
+    with tqdm(unit="layer", desc="Step-Saliency", delay=2, file=sys.stderr, leave=False) as bar:
+        yield bar
 
 
 def _plain_model(model: Any) -> Any:
-    """The causal language model inside a PEFT model.
-
-    Raises:
-        StepFlowInputError: no model at all.
-        StepFlowUnsupportedError: adapters that are virtual tokens.
-    """
+    """The causal language model inside a PEFT model."""
     if not isinstance(model, torch.nn.Module):
         raise StepFlowInputError(f"model must be a loaded causal language model, got {type(model).__name__}")
     adapters: Any = getattr(model, "peft_config", None)
@@ -119,14 +225,14 @@ def _plain_model(model: Any) -> Any:
     if learned:
         raise StepFlowUnsupportedError(
             f"the adapters {', '.join(learned)} put virtual tokens before the trace, which belong to no step",
-            hint="look at the model without them",
+            hint="measure the model without them",
         )
     inner: Any = model
     return inner.get_base_model()
 
 
 def _rows(input_ids: Any, attention_mask: Any) -> tuple[list[torch.Tensor], bool]:
-    """The traces' token ids without padding, and whether one trace was given and not a list."""
+    """The traces' token ids without padding, and whether one trace was given rather than a list."""
     try:
         if isinstance(input_ids, str | dict) or hasattr(input_ids, "keys"):
             raise TypeError(f"got {type(input_ids).__name__}")
@@ -170,9 +276,9 @@ def _prompt_lengths(prompt_length: Any, rows: list[torch.Tensor]) -> list[int | 
 
 
 def _traces(
-    model: Any, rows: list[torch.Tensor], trace: Any, tokenizer: Any, config: Any, lengths: list[int | None]
+    capture: Capture, rows: list[torch.Tensor], trace: Any, tokenizer: Any, config: Any, lengths: list[int | None]
 ) -> list[Trace]:
-    """The trace of each row: those given, or cut by the tokenizer."""
+    """The trace of each row, as given or cut by the tokenizer."""
     if trace is not None:
         traces = [trace] if isinstance(trace, Trace) else list(trace)
         if not all(isinstance(one, Trace) for one in traces):
@@ -184,18 +290,18 @@ def _traces(
                 hint="segment_trace(tokenizer, ids) makes one",
             )
         return traces
-    runtime = getattr(model, "stepflow_runtime", None)
+    runtime = getattr(capture.model, "stepflow_runtime", None)
     if runtime is not None:
         tokenizer = runtime.tokenizer if tokenizer is None else tokenizer
-        # Steps end where they do in the pass: inside a block of other settings, by those.
-        config = (runtime.effective or runtime.rules).vocabulary if config is None else config
+        # The settings in force cut the pass, also inside a block of other settings.
+        config = (capture.rules or runtime.rules).vocabulary if config is None else config
     if tokenizer is None:
         raise StepFlowInputError("the steps are not known", hint="pass trace=segment_trace(...), or tokenizer=...")
     return [segment_trace(tokenizer, row.cpu(), config, length) for row, length in zip(rows, lengths, strict=True)]
 
 
 def _batches(rows: list[torch.Tensor], lengths: list[int | None]) -> list[list[int]]:
-    """Traces of about one length and one prompt length together."""
+    """Groups traces of similar length and equal prompt length."""
     batches: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda one: (lengths[one] or 0, len(rows[one]))):
         last = batches[-1] if batches else []

@@ -1,11 +1,13 @@
-"""Puts Step-Saliency's attention on a model for the time of one pass, and leaves the model exactly as it was."""
+"""Puts Step-Saliency's attention on a model for one pass, and restores the model exactly."""
 
 import copy
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,80 +18,54 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_stepflow.runtime.attention import AttentionCall, AttentionLink, Output, make_flow_attention
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
-from hf_stepflow.runtime.forward import FlowPass
-
-from .row_mask import RowMask
+from hf_stepflow.runtime.forward import FlowPass, FlowRules
 
 Attend = Callable[[AttentionCall], Output]
+Result = TypeVar("Result")
+
+# One call at a time has a model.
+_LOCKS: "weakref.WeakKeyDictionary[Any, threading.Lock]" = weakref.WeakKeyDictionary()
 
 
-@dataclass
-class _Recall:
-    """Gives a layer its pass again where it is computed a second time, after the pass is over.
-
-    Attributes:
-        current: asks for the pass of this thread.
-        is_over: the pass is over, and what it was is given.
-        flow: the pass.
-    """
-
-    current: Callable[[], FlowPass | None]
-    is_over: bool = False
-    flow: FlowPass | None = None
-
-    def __call__(self) -> FlowPass | None:
-        if not self.is_over:
-            self.flow = self.current()
-        return self.flow
-
-
-class Watch:
-    """A model under observation.
+class Capture:
+    """A model whose attention can be replaced for one pass.
 
     Args:
-        model: a causal language model, StepFlow attached or not.
-        modules: its self-attention modules by layer.
+        model: A causal language model, StepFlow attached or not.
+        modules: Its self-attention modules by layer.
     """
 
     def __init__(self, model: Any, modules: dict[int, Any]):
         self.model = model
         self.modules = modules
-        # Some models work on their masks before attention gets them, and need tensors.
-        self.masks_by_row = True
-        self.is_over = False
-        self._recalls: list[_Recall] = []
+        # Some models calculate with their masks before attention gets them, and need tensors.
+        self._masks_by_row = True
+        self._is_over = False
+        self._runtime: Any = getattr(model, "stepflow_runtime", None)
 
-    @contextmanager
-    def attending(self, attend: Attend, *, checkpoints: bool) -> Iterator[None]:
-        """Within the block all self-attention goes through `attend`, gradients flow to activations alone.
+    @property
+    def rules(self) -> FlowRules | None:
+        """The StepFlow settings in force; None where StepFlow is off or not attached."""
+        return None if self._runtime is None else self._runtime.effective
 
-        Args:
-            attend: computes attention.
-            checkpoints: keep only the inputs of each layer for the backward pass and compute the layer again there.
-        """
-        self._recalls, self.is_over = [], False
-        with ExitStack() as undo:
-            for module in self.model.modules():
-                if module.training:
-                    undo.callback(setattr, module, "training", True)
-                    module.training = False
-            self._freeze(undo)
-            for layer, module in self.modules.items():
-                self._take_attention(undo, layer, module, attend)
-            self._take_masks(undo)
-            undo.callback(_put_back, [(module.__dict__, _tensors(module)) for module in self.model.modules()])
-            if checkpoints:
-                self._checkpoint(undo)
-            undo.enter_context(torch.inference_mode(False))
-            undo.enter_context(torch.enable_grad())
-            yield
+    def stepflow_off(self) -> AbstractContextManager[Any]:
+        """Switches StepFlow off inside the block."""
+        return nullcontext() if self._runtime is None else self.model.disable_stepflow()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids go to."""
+        embedding = self.model.get_input_embeddings()
+        if embedding.weight.device.type != "meta":
+            return embedding.weight.device
+        return torch.device(embedding._hf_hook.execution_device)  # offloaded by accelerate
 
     @property
     def decoder(self) -> Any:
-        """The module that makes hidden states of tokens: the one that holds the list of layers.
+        """The module that turns tokens into hidden states: the one with the list of layers.
 
         Raises:
-            StepFlowUnsupportedError: it is the model itself.
+            StepFlowUnsupportedError: If that is the model itself.
         """
         first = next(iter(self.modules.values()))
         (path,) = (name for name, module in self.model.named_modules() if module is first)
@@ -101,57 +77,111 @@ class Watch:
             found = inner
         if found is self.model or found is first:
             raise StepFlowUnsupportedError(
-                f"{type(self.model).__name__} makes hidden states and logits in one module, and Step-Saliency needs "
-                "them apart",
+                f"{type(self.model).__name__} makes hidden states and logits in one module; Step-Saliency needs them "
+                "apart",
                 hint="see docs/architectures.md for the model types that StepFlow runs on",
             )
         return found
 
-    def forward_is_over(self) -> None:
-        """From here on layers are computed for the backward pass."""
-        self.is_over = True
-        for recall in self._recalls:
-            recall.is_over = True
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Waits for other calls on this model, and keeps StepFlow's last report as it is.
 
-    def _freeze(self, undo: ExitStack) -> None:
-        """Gives no parameter a gradient. Names are kept, not objects: offloading makes new ones."""
+        Raises:
+            StepFlowUnsupportedError: If gradients cannot pass through the model.
+        """
+        if any(one.is_inference() for one in self.model.parameters()):
+            raise StepFlowUnsupportedError(
+                "the model was made inside torch.inference_mode(), so that no gradient can pass through it",
+                hint="load it outside of that block",
+            )
+        with _LOCKS.setdefault(self.model, threading.Lock()), ExitStack() as undo:
+            if self._runtime is not None:
+                for name in ("last", "hands_down"):
+                    undo.callback(setattr, self._runtime, name, getattr(self._runtime, name))
+            yield
+
+    @contextmanager
+    def running(self, run: Callable[[], Result], attend: Attend, *, checkpoints: bool) -> Iterator[Result]:
+        """Yields the result of `run`; all self-attention goes through `attend` until the block ends.
+
+        Gradients flow to activations only. Layers that are computed again in the block see the pass of `run`.
+
+        Args:
+            run: Calls the model.
+            attend: Computes attention.
+            checkpoints: Whether each layer keeps only its inputs for the backward pass and is computed again there.
+        """
+        with ExitStack() as undo:
+            self._take(undo, attend, checkpoints)
+            try:
+                result = run()
+            except NotATensorError:
+                undo.close()
+                self._masks_by_row = False
+                self._take(undo, attend, checkpoints)
+                result = run()
+            self._is_over = True
+            yield result
+
+    def _take(self, undo: ExitStack, attend: Attend, checkpoints: bool) -> None:
+        self._is_over = False
+        owner = threading.get_ident()
+
+        def attend_in_thread(call: AttentionCall) -> Output:
+            # On devices other than the CPU, autograd computes layers again in threads of its own.
+            if threading.get_ident() != owner and (call.query.device.type == "cpu" or not self._is_over):
+                raise StepFlowUnsupportedError(
+                    "the model was called in another thread while step_saliency uses it",
+                    hint="call it afterwards, or give each thread its own model",
+                )
+            return attend(call)
+
         for module in self.model.modules():
+            if module.training:
+                undo.callback(setattr, module, "training", True)
+                module.training = False
+            # Names are kept, not parameters: offloading makes new ones.
             names = [name for name, one in module._parameters.items() if one is not None and one.requires_grad]
             if names:
                 undo.callback(_require_grad, module, names, True)
                 _require_grad(module, names, False)
+        for layer, module in self.modules.items():
+            self._take_attention(undo, layer, module, attend_in_thread)
+        self._take_masks(undo)
+        undo.callback(_put_back, [(module.__dict__, _tensors(module)) for module in self.model.modules()])
+        if checkpoints:
+            self._checkpoint(undo)
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(torch.enable_grad())
 
     def _take_attention(self, undo: ExitStack, layer: int, module: Any, attend: Attend) -> None:
         link: AttentionLink | None = module.__dict__.get("stepflow_link")
-        recall = _Recall((lambda: None) if link is None else link.current)
-        self._recalls.append(recall)
-        if link is None:
-            undo.callback(module.__dict__.pop, "stepflow_link", None)
-        else:
-            undo.callback(setattr, module, "stepflow_link", link)
-        undo.callback(module.__dict__.pop, "saliency_attend", None)
-        module.stepflow_link = AttentionLink(layer, recall)
-        module.saliency_attend = attend
+        flow: FlowPass | None = None
+
+        def current() -> FlowPass | None:
+            nonlocal flow
+            if not self._is_over and link is not None:
+                flow = link.current()
+            return flow
+
+        _replace(undo, module, "stepflow_link", AttentionLink(layer, current))
+        _replace(undo, module, "saliency_attend", attend)
 
     def _take_masks(self, undo: ExitStack) -> None:
-        """Has the model make masks for this attention. Configs are copied: others may hold them too."""
+        """Makes the model build masks for this attention. Configs are copied: others may hold them too."""
         text = type(self.model.config.get_text_config(decoder=True))
         attention = set(self.modules.values())
-        base = self._base()
+        if self._runtime is not None:
+            base = self._runtime.base_implementation
+        else:
+            base = next(iter(self.modules.values())).config._attn_implementation or "eager"
         for module in self.model.modules():
             config = module.__dict__.get("config")
             is_text = isinstance(config, PretrainedConfig) and (isinstance(config, text) or module is self.model)
             if is_text or module in attention:
-                undo.callback(setattr, module, "config", config)
-                module.config = copy.copy(config)
-                module.config._attn_implementation_internal = _register(base, self.masks_by_row)
-
-    def _base(self) -> str:
-        """The attention implementation underneath."""
-        runtime = getattr(self.model, "stepflow_runtime", None)
-        if runtime is not None:
-            return runtime.base_implementation
-        return next(iter(self.modules.values())).config._attn_implementation or "eager"
+                _replace(undo, module, "config", copy.copy(config))
+                module.config._attn_implementation_internal = _register(base, self._masks_by_row)
 
     def _checkpoint(self, undo: ExitStack) -> None:
         blocks = [
@@ -166,12 +196,17 @@ class Watch:
                 hint="pass checkpoints=False",
             )
         for block in blocks:
-            own = block.__dict__.get("forward")
-            if own is None:
-                undo.callback(block.__dict__.pop, "forward", None)
-            else:
-                undo.callback(setattr, block, "forward", own)
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            _replace(undo, block, "forward", again)
+
+
+def _replace(undo: ExitStack, module: Any, name: str, value: Any) -> None:
+    """Sets an attribute of the instance until `undo` closes."""
+    if name in module.__dict__:
+        undo.callback(setattr, module, name, module.__dict__[name])
+    else:
+        undo.callback(module.__dict__.pop, name, None)
+    setattr(module, name, value)
 
 
 def _require_grad(module: torch.nn.Module, names: list[str], required: bool) -> None:
@@ -182,12 +217,12 @@ def _require_grad(module: torch.nn.Module, names: list[str], required: bool) -> 
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, Any]:
-    """What a module keeps outside of its buffers that is a tensor, or may become one."""
+    """The attributes of a module, its buffers aside, that are tensors or may become some."""
     return {name: one for name, one in module.__dict__.items() if one is None or isinstance(one, torch.Tensor)}
 
 
 def _put_back(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Takes tensors that a recurrent layer left on itself off again: they hold the graph."""
+    """Removes tensors that a recurrent layer left on itself: they hold the graph."""
     for attributes, before in kept:
         for name, one in before.items():
             if attributes.get(name) is not one:
@@ -202,3 +237,46 @@ def _register(base: str, masks_by_row: bool) -> str:
         AttentionInterface.register(name, make_flow_attention(base, lambda module, call: module.saliency_attend(call)))
         AttentionMaskInterface.register(name, RowMask.make if masks_by_row else sdpa_mask)
     return name
+
+
+class NotATensorError(AttributeError):
+    """A model used a `RowMask` as it uses masks that are tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowMask:
+    """A mask that holds the arguments it is made from, so that no [q, K] tensor exists.
+
+    It serves models that hand their masks to attention unchanged; others raise `NotATensorError`.
+    """
+
+    arguments: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotATensorError(f"a mask by row has no {name!r}")
+
+    def _refuse(self, *operands: Any) -> Any:
+        raise NotATensorError("a mask by row cannot be indexed or calculated with")
+
+    __getitem__ = __invert__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __ror__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    @classmethod
+    def make(cls, **arguments: Any) -> "RowMask | None":
+        """Makes the mask for Transformers' mask interface; None where attention is plainly causal."""
+        # Asked with a mask function of one element, sdpa_mask decides without writing the mask out.
+        if sdpa_mask(**arguments | {"mask_function": _everything, "use_vmap": False}) is None:
+            return None
+        return cls(arguments | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    def rows(self, start: int, end: int) -> torch.Tensor:
+        """Which keys queries [start, end) see, bool [B, 1, c, K]."""
+        first = self.arguments.get("q_offset", 0) + start
+        rows = sdpa_mask(**self.arguments | {"q_length": end - start, "q_offset": first})
+        assert rows is not None
+        return rows
+
+
+def _everything(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)

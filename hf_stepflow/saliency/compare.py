@@ -1,11 +1,11 @@
-"""Correct traces held against wrong ones: in which layers the indices of Step-Saliency tell them apart.
+"""Compares correct traces with wrong ones: the layers in which the indices of Step-Saliency separate them.
 
 Shapes: L layers, n traces.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,15 @@ from scipy import special, stats
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .indices import INDICES
-from .result import StepSaliency
+from .maps import INDICES, StepMaps
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 
-# Values that are resampled at once in each layer: large enough for numpy, small enough for the cache.
+# Values that are resampled at once in a layer: large enough for numpy, small enough for the cache.
 _BATCH = 2**16
 
-# Layers of each index that the table shows.
+# Layers of each index in the table.
 _SHOWN = 3
 
 
@@ -31,16 +30,15 @@ class LayerDifference:
     """One index in one layer.
 
     Attributes:
-        layer: its index in the model.
-        n_correct, n_wrong: traces in which the index is a number; of pairs, those in which it is one in both.
-        mean_correct, mean_wrong: means of these traces.
-        difference: wrong minus correct.
-        low, high: its bootstrap interval at `CONFIDENCE`, by percentiles.
-        effect: the difference in standard deviations, see `SaliencyComparison.effect_name`; NaN where values do not
-            spread.
-        p_value: of the two-sided permutation test; 1 where all values are equal, NaN where they are too few.
-        adjusted: the same, adjusted over the layers of the index.
-        separates: whether it is at most the level.
+        layer: The index of the layer in the model.
+        n_correct, n_wrong: Traces in which the index is a number; with pairs, traces in which it is one in both.
+        mean_correct, mean_wrong: The means over these traces.
+        difference: Wrong minus correct.
+        low, high: The bootstrap interval of the difference at `CONFIDENCE`, by percentiles.
+        effect: The difference in standard deviations, see `SaliencyComparison.effect_name`; NaN without a spread.
+        p_value: The p-value of the two-sided permutation test; 1 where all values are equal, NaN for too few values.
+        adjusted: The p-value, adjusted over the layers of the index.
+        separates: Whether the adjusted p-value is at most the level.
     """
 
     layer: int
@@ -59,17 +57,17 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class SaliencyComparison:
-    """What `compare` found.
+    """The result of `compare`; `str()` gives a table.
 
     Attributes:
-        layers: the index in the model of each of the L layers.
+        layers: The index in the model of each of the L layers.
         indices: {name: L differences}, by the names of `INDICES`.
-        traces: number of correct and of wrong traces.
-        paired: whether the i-th traces of both groups belong together.
-        level: adjusted p-values of at most so much separate.
-        resamples: of each permutation test and each bootstrap; where there are fewer permutations, all are tried.
-        seed: of the resampling.
-        about: model, loss and pooling, the same in all traces.
+        traces: The numbers of correct and of wrong traces.
+        paired: Whether the i-th traces of both groups belong together.
+        level: The adjusted p-value up to which groups count as separate.
+        resamples: Resamples of each permutation test and bootstrap; all permutations are tried if there are fewer.
+        seed: The seed of the resampling.
+        about: The model, loss and pooling that all traces share.
     """
 
     layers: list[int]
@@ -83,25 +81,24 @@ class SaliencyComparison:
 
     @property
     def effect_name(self) -> str:
-        """What `LayerDifference.effect` is."""
+        """The name of the effect size in `LayerDifference.effect`."""
         return "Cohen's d_z, corrected for small samples" if self.paired else "Hedges' g"
 
     def separating(self, index: str) -> list[int]:
-        """The model's layers in which an index separates the groups.
+        """Returns the layers in which an index separates the groups.
 
         Raises:
-            StepFlowInputError: an index of another name.
+            StepFlowInputError: If there is no such index.
         """
         return [one.layer for one in self._of(index) if one.separates]
 
     def bands(self, index: str) -> list[tuple[int, int]]:
-        """Runs of separating layers in which the difference has one sign, as (first, last), both included.
+        """Returns runs of separating layers in which the difference keeps its sign, as (first, last), both included.
 
-        Layers are neighbours if no other layer that was looked at lies between them: in a model that has softmax
-        attention in some layers only, a band runs over the others.
+        Layers are neighbours if the maps have no layer between them: a band spans layers without softmax attention.
 
         Raises:
-            StepFlowInputError: an index of another name.
+            StepFlowInputError: If there is no such index.
         """
         found: list[tuple[int, int]] = []
         before = None
@@ -113,7 +110,7 @@ class SaliencyComparison:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON; numbers that are none become None."""
+        """Returns the comparison, ready for JSON; NaN becomes None."""
         return {
             "layers": self.layers,
             "traces": {"correct": self.traces[0], "wrong": self.traces[1]},
@@ -170,8 +167,8 @@ class SaliencyComparison:
 
 
 def compare(
-    correct: Sequence[StepSaliency],
-    wrong: Sequence[StepSaliency],
+    correct: Sequence[StepMaps],
+    wrong: Sequence[StepMaps],
     *,
     paired: bool = False,
     seed: int = 0,
@@ -180,20 +177,32 @@ def compare(
 ) -> SaliencyComparison:
     """Compares the indices of two groups of traces, layer by layer.
 
-    Traces in which an index is no number (one without a summary has no decay) are left out of that index; of pairs,
-    both.
+    An index leaves out the traces in which it is not a number (a trace without a summary has no decay); with pairs,
+    the whole pair.
 
     Args:
-        correct: maps of traces that reached the right answer.
-        wrong: maps of traces that did not.
-        paired: the i-th traces of both belong together, as two answers to one problem.
-        seed: of the resampling.
-        level: adjusted p-values of at most so much separate the groups.
-        resamples: of each permutation test and each bootstrap.
+        correct: The maps of traces with the right answer, a list of `StepSaliency`.
+        wrong: The maps of traces with a wrong answer.
+        paired: Whether the i-th traces of both belong together, as two answers to one problem.
+        seed: The seed of the resampling.
+        level: The adjusted p-value up to which groups count as separate, in (0, 1).
+        resamples: The number of resamples of each permutation test and each bootstrap.
+
+    Returns:
+        Differences, intervals, effect sizes and p-values by index and layer; `print` shows a table.
 
     Raises:
-        StepFlowInputError: fewer than two traces in a group, pairs that do not match, traces of different models,
-            losses, layers or poolings, or a level or number of resamples that is none.
+        StepFlowInputError: If a group has fewer than two traces, pairs do not match, the traces differ in model, loss,
+            layers or pooling, or `level` or `resamples` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from hf_stepflow import StepSaliency, Trace
+        >>> from hf_stepflow.saliency.compare import compare
+        >>> trace = Trace([0, 1], [0, 1])
+        >>> maps = [StepSaliency(torch.tensor([[[1.0, 0.0], [a, 1.0]]]), [0], trace) for a in (1, 2, 3, 4, 5, 6, 7, 8)]
+        >>> compare(maps[:4], maps[4:]).separating("question")
+        [0]
     """
     groups = {"correct": list(_sequence(correct, "correct")), "wrong": list(_sequence(wrong, "wrong"))}
     for name, group in groups.items():
@@ -211,16 +220,15 @@ def compare(
         raise StepFlowInputError(f"level must lie between 0 and 1, got {level}")
     if resamples < 1:
         raise StepFlowInputError(f"resamples must be 1 or more, got {resamples}")
-    demand_alike([*groups["correct"], *groups["wrong"]])
+    check_comparable([*groups["correct"], *groups["wrong"]])
     values = [index_values(group) for group in groups.values()]
     first = groups["correct"][0]
-    found = {}
-    for name in INDICES:
-        rows = _layers(values[0][name], values[1][name], first.layers, paired, resamples, seed)
-        found[name] = _adjusted(rows, level)
     return SaliencyComparison(
         layers=list(first.layers),
-        indices=found,
+        indices={
+            name: _adjusted(_layers(values[0][name], values[1][name], first.layers, paired, resamples, seed), level)
+            for name in INDICES
+        },
         traces=(len(correct), len(wrong)),
         paired=paired,
         level=level,
@@ -230,14 +238,14 @@ def compare(
     )
 
 
-def demand_alike(group: Sequence[StepSaliency]) -> None:
-    """Checks that traces can be held against one another.
+def check_comparable(group: Sequence[StepMaps]) -> None:
+    """Checks that all are maps, of the same layers, pooling, model and loss.
 
     Raises:
-        StepFlowInputError: they differ in layers, pooling, model or loss, or are no maps at all.
+        StepFlowInputError: If they are not.
     """
     for one in group:
-        if not isinstance(one, StepSaliency):
+        if not isinstance(one, StepMaps):
             raise StepFlowInputError(f"traces must be given as StepSaliency, got {type(one).__name__}")
     first = group[0]
     for other in group[1:]:
@@ -254,32 +262,32 @@ def demand_alike(group: Sequence[StepSaliency]) -> None:
                 )
 
 
-def index_values(group: Sequence[StepSaliency]) -> dict[str, np.ndarray]:
-    """The indices of a group of traces, {name: float64 [L, n]}; NaN where an index is no number."""
+def index_values(group: Sequence[StepMaps]) -> dict[str, np.ndarray]:
+    """The indices of a group of traces, {name: float64 [L, n]}; NaN where an index is not a number."""
     each = [one.indices for one in group]
     found = {name: np.stack([one[name].numpy() for one in each], axis=1) for name in INDICES}
     return {name: np.where(np.isfinite(values), values, np.nan) for name, values in found.items()}
 
 
-def _sequence(group: Any, name: str) -> Sequence[StepSaliency]:
-    if isinstance(group, StepSaliency) or not isinstance(group, Sequence):
+def _sequence(group: Any, name: str) -> Sequence[StepMaps]:
+    if isinstance(group, StepMaps) or not isinstance(group, Sequence):
         raise StepFlowInputError(f"{name} must be a list of StepSaliency, got {type(group).__name__}")
     return group
 
 
-def _loss(saliency: StepSaliency) -> Any:
-    """What the loss is; a file gives the pair of one logit as a list."""
+def _loss(saliency: StepMaps) -> Any:
+    """The loss; a file gives the pair (position, token) as a list."""
     loss = saliency.about.get("loss")
     return list(loss) if isinstance(loss, tuple) else loss
 
 
 def _strength(one: LayerDifference) -> tuple[float, float]:
-    """Orders layers: what separates best comes first."""
+    """Sorts layers, the best separation first."""
     return one.adjusted, -abs(one.effect) if not math.isnan(one.effect) else 0.0
 
 
 def _line(one: LayerDifference) -> str:
-    """One line of the table, without the index."""
+    """A line of the table, without the index."""
     interval = f"[{one.low:+.4g}, {one.high:+.4g}]"
     effect = "-" if math.isnan(one.effect) else f"{one.effect:+.2f}"
     return (
@@ -291,7 +299,7 @@ def _line(one: LayerDifference) -> str:
 def _layers(
     correct: np.ndarray, wrong: np.ndarray, layers: list[int], paired: bool, resamples: int, seed: int
 ) -> list[LayerDifference]:
-    """One index, [L, n] in both groups, without the adjustment."""
+    """Compares one index, [L, n] in both groups, without the adjustment."""
     here, there = ~np.isnan(correct), ~np.isnan(wrong)
     if paired:
         here = there = here & there
@@ -311,7 +319,7 @@ def _layers(
 
 
 def _alike_rows(here: np.ndarray, there: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Layers in which the same traces have a number, which are resampled together: rows, traces of either group."""
+    """Groups layers in which the same traces have a number, to resample them together: rows, traces of each group."""
     patterns: dict[bytes, list[int]] = {}
     for row, both in enumerate(np.concatenate([here, there], axis=1)):
         patterns.setdefault(both.tobytes(), []).append(row)
@@ -320,11 +328,11 @@ def _alike_rows(here: np.ndarray, there: np.ndarray) -> Iterator[tuple[list[int]
 
 
 def _tested(x: np.ndarray, y: np.ndarray, paired: bool, resamples: int, seed: int) -> np.ndarray:
-    """Difference, interval, effect and p-value of correct x and wrong y, [L, n] each: [5, L]."""
+    """The difference, interval, effect and p-value of correct x and wrong y, [L, n] each, as [5, L]."""
     data = (y - x,) if paired else (x, y)
     found = np.zeros((5, len(x)))
     found[3:] = np.array([[0.0], [1.0]])
-    # Equal values tell nothing, and their means would be compared down to rounding.
+    # Equal values have nothing to compare but the rounding of their means.
     least, most = np.minimum(x.min(-1), y.min(-1)), np.maximum(x.max(-1), y.max(-1))
     spread = most - least > 1e-12 * np.maximum(np.abs(least), np.abs(most))
     if paired:
@@ -332,12 +340,8 @@ def _tested(x: np.ndarray, y: np.ndarray, paired: bool, resamples: int, seed: in
     if not spread.any():
         return found
     data = tuple(one[spread] for one in data)
-    options: dict[str, Any] = {
-        "vectorized": True,
-        "n_resamples": resamples,
-        "batch": max(1, _BATCH // sum(one.shape[1] for one in data)),
-        "axis": -1,
-    }
+    batch = max(1, _BATCH // sum(one.shape[1] for one in data))
+    options: dict[str, Any] = {"vectorized": True, "n_resamples": resamples, "batch": batch, "axis": -1}
     interval = stats.bootstrap(
         data,
         _difference,
@@ -346,24 +350,19 @@ def _tested(x: np.ndarray, y: np.ndarray, paired: bool, resamples: int, seed: in
         rng=np.random.default_rng(seed),
         **options,
     ).confidence_interval
-    test = stats.permutation_test(
-        data,
-        _difference,
-        permutation_type="samples" if paired else "independent",
-        rng=np.random.default_rng(seed),
-        **options,
-    )
+    kind = "samples" if paired else "independent"
+    test = stats.permutation_test(data, _difference, permutation_type=kind, rng=np.random.default_rng(seed), **options)
     found[:, spread] = test.statistic, interval.low, interval.high, _effect(*data), test.pvalue
     return found
 
 
 def _difference(*data: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of pairs' differences, or the mean of the second group minus that of the first."""
+    """The mean of the pairs' differences, or the mean of the second group minus that of the first."""
     return data[-1].mean(axis) - data[0].mean(axis) if len(data) == 2 else data[0].mean(axis)
 
 
 def _effect(*data: np.ndarray) -> np.ndarray:
-    """Hedges' g of two groups, [L]; of pairs' differences Cohen's d_z with the same correction, exactly."""
+    """Hedges' g for two groups, Cohen's d_z with the same exact correction for the pairs' differences, [L]."""
     freedom = sum(one.shape[1] - 1 for one in data)
     squares = sum(((one - one.mean(-1, keepdims=True)) ** 2).sum(-1) for one in data)
     spread = np.sqrt(squares / freedom)
@@ -378,12 +377,12 @@ def _effect(*data: np.ndarray) -> np.ndarray:
 
 
 def _adjusted(rows: list[LayerDifference], level: float) -> list[LayerDifference]:
-    """With the p-values adjusted over the layers that have one."""
+    """Adjusts the p-values over the layers that have one."""
     p_values = np.array([one.p_value for one in rows])
     adjusted, some = np.full(len(rows), np.nan), ~np.isnan(p_values)
     if some.any():
         adjusted[some] = stats.false_discovery_control(p_values[some], method="bh")
     return [
-        LayerDifference(**{**asdict(one), "adjusted": float(p_value), "separates": bool(p_value <= level)})
+        replace(one, adjusted=float(p_value), separates=bool(p_value <= level))
         for one, p_value in zip(rows, adjusted, strict=True)
     ]

@@ -16,7 +16,7 @@ import torch
 from hf_stepflow.runtime.attention import AttentionCall, BridgedCall, Output, visible_keys
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 
-from .row_mask import RowMask
+from .capture import RowMask
 
 # Elements of the logits of a tile where nobody said how many queries it holds: on a CPU what its caches hold, on
 # other devices what keeps them busy. Chunks of fewer queries make poor products of matrices.

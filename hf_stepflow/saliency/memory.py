@@ -1,21 +1,32 @@
-"""How much memory a trace will take, asked before it is taken."""
+"""Estimates the memory of a pass, so that a trace that would not fit is refused before it starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_stepflow.runtime.attention import AttentionCall, Output
+from hf_stepflow.runtime.attention_interface import query_heads
 from hf_stepflow.runtime.errors import StepFlowError
+
+from .capture import Capture
+from .kernel import chunk_length, salient_attention, tile_heads
+from .loss import LOGITS, decoder_output
+
+# Traces of at least this many tokens have their layers computed a second time instead of being kept whole.
+CHECKPOINTS_FROM = 4096
+
+# Tokens of the trial that measures the memory of a token.
+_TRIAL = 16
 
 # Tensors of the size of a tile's logits that are alive at once in the backward pass of a plain and of a bridged layer.
 _TILES_PLAIN, _TILES_BRIDGED = 5, 14
 
-# The same for the logits, and, of what autograd keeps of a layer, that which its computation holds beside it.
+# The same for the vocabulary's logits, and, in units of what autograd keeps of a layer, for the gradients inside it.
 _TENSORS_OF_LOGITS, _INSIDE_LAYER = 4, 4
 
-# Left for what is not counted: workspaces of kernels, fragmentation, the loss.
+# The share of the free memory that may be used; workspaces of kernels, fragmentation and the loss take the rest.
 _SHARE = 0.8
 
 
@@ -23,25 +34,120 @@ class StepFlowMemoryError(StepFlowError, MemoryError):
     """A trace would not fit into memory."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one pass needs at least, in bytes.
+class Budget:
+    """Chooses how much is computed at a time, and refuses what does not fit.
 
-    Attributes:
-        graph: kept for the backward pass, and what a layer needs while it is computed again.
-        tile: one query of a tile.
+    Args:
+        capture: The model.
+        layers: The layers whose saliency is wanted.
+        chunk_size: Queries of a tile; None chooses.
+        checkpoints: Whether layers are computed a second time; None does for long traces.
     """
 
-    graph: int
-    tile: int
+    def __init__(self, capture: Capture, layers: list[int], chunk_size: int | None, checkpoints: bool | None):
+        self._capture = capture
+        self._layers = layers
+        self._chunk_size = chunk_size
+        self._checkpoints = checkpoints
+        self._bytes_per_token = 0.0
+        self._tile_heads = 1
 
-    def largest_chunk(self, free: int) -> int:
-        """Queries of a tile that fit into so many free bytes; 0 or less if none does."""
-        return (int(free * _SHARE) - self.graph) // self.tile
+    def plan(self, batches: list[list[int]], rows: list[torch.Tensor]) -> list[list[int]]:
+        """Splits batches that do not fit, before any is computed.
+
+        Args:
+            batches: The rows of each batch, by number.
+            rows: Token ids, long [T] each.
+
+        Raises:
+            StepFlowMemoryError: If a row does not fit by itself.
+        """
+        self._try(rows[batches[0][0]])
+        planned: list[list[int]] = []
+        for batch in batches:
+            try:
+                self.chunk(len(batch), max(len(rows[index]) for index in batch))
+                planned.append(batch)
+            except StepFlowMemoryError:
+                for index in batch:
+                    self.chunk(1, len(rows[index]))
+                planned += [[index] for index in batch]
+        return planned
+
+    def checkpoints(self, tokens: int) -> bool:
+        """Whether the layers of a trace of this length are computed a second time."""
+        return tokens >= CHECKPOINTS_FROM if self._checkpoints is None else self._checkpoints
+
+    def chunk(self, batch: int, tokens: int) -> int:
+        """Chooses the queries of a tile: `chunk_size`, or a number that is fast and fits.
+
+        Raises:
+            StepFlowMemoryError: If the batch does not fit; the hint names a chunk size that does, if there is one.
+        """
+        capture, model = self._capture, self._capture.model
+        text = model.config.get_text_config(decoder=True)
+        size = torch.promote_types(model.dtype, torch.float32).itemsize
+        hidden = text.hidden_size * model.dtype.itemsize
+        layers = text.num_hidden_layers - self._layers[0]  # those below are not in the graph
+        layer = self._bytes_per_token / layers
+        # Kept for the backward pass, the gradients inside one layer, and hidden states with their gradient.
+        graph = self._bytes_per_token + _INSIDE_LAYER * layer + 3 * hidden
+        if self.checkpoints(tokens):
+            graph = (1 + _INSIDE_LAYER) * layer + (layers + 3) * hidden
+        fixed = int(graph * batch * tokens) + _TENSORS_OF_LOGITS * min(LOGITS, tokens * text.vocab_size) * size
+
+        rules = capture.rules
+        bridged = rules is not None and bool(rules.plan.tau)
+        heads = self._tile_heads
+        if bridged:
+            heads = max(query_heads(model, module) for module in capture.modules.values())
+        tile = batch * heads * tokens * size * (_TILES_BRIDGED if bridged else _TILES_PLAIN)  # of one query
+        chunk = self._chunk_size or chunk_length(batch, heads, tokens, capture.device)
+        free = free_bytes(capture.device)
+        if free is None:
+            return chunk
+        usable = int(free * _SHARE)
+        largest = (usable - fixed) // tile
+        if self._chunk_size is None:
+            chunk = max(1, min(chunk, largest))
+        if largest >= chunk:
+            return chunk
+        hint = f"pass chunk_size={largest} or less"
+        if largest < 1:
+            longest = max(0, int(tokens * free * _SHARE / (fixed + tile)))
+            hint = f"about {longest} tokens would fit; take a shorter trace, another device or half precision"
+        raise StepFlowMemoryError(
+            f"a trace of {tokens} tokens needs about {_size(fixed + chunk * tile)} with chunk_size={chunk}, and "
+            f"{_size(usable)} of the free memory may be used",
+            hint=hint,
+        )
+
+    def _try(self, row: torch.Tensor) -> None:
+        """Measures the bytes that autograd keeps of a token, and the heads of a tile, in a short pass."""
+        capture = self._capture
+        trial = row[None, :_TRIAL].to(capture.device)
+
+        def attend(call: AttentionCall) -> Output:
+            heads = tile_heads(call.query.shape[1], call.key.shape[1], call.query.device, bridged=False)
+            self._tile_heads = max(self._tile_heads, heads)
+            return salient_attention(call, _TRIAL, _ignore if call.layer in self._layers else None)
+
+        def run() -> Any:
+            return decoder_output(capture.decoder, lambda: capture.model(input_ids=trial, use_cache=False))
+
+        def measure() -> int:
+            return saved_bytes(capture.model, run)
+
+        with capture.stepflow_off(), capture.running(measure, attend, checkpoints=False) as saved:
+            self._bytes_per_token = saved / trial.shape[1]
+
+
+def _ignore(query: int, key: int, heads: slice, tile: torch.Tensor) -> None:
+    """Collects nothing."""
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device, or None where that cannot be told."""
+    """Memory that a device still has, or None where that is unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -61,7 +167,7 @@ def _available() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """What the control group of this process leaves, where it has a limit."""
+    """Memory that the control group of this process has left, where it has a limit."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
@@ -71,9 +177,9 @@ def _left_in_group() -> int | None:
 
 
 def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass of what `run` returns, each storage counted once.
+    """Counts the bytes that autograd keeps for the backward pass of the result of `run`, each storage once.
 
-    Weights do not count: they are there already, and do not grow with the trace.
+    Weights do not count: they exist already and do not grow with the trace.
     """
     kept_anyway = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
     seen: dict[int, int] = {}
@@ -88,60 +194,6 @@ def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
         kept = run()
     del kept
     return sum(seen.values())
-
-
-def cost_of(
-    per_token: float,
-    layers: int,
-    hidden_bytes: int,
-    shape: tuple[int, int, int],
-    *,
-    logits: int,
-    checkpoints: bool,
-    bridged: bool,
-    size: int,
-) -> Cost:
-    """What a pass needs.
-
-    Args:
-        per_token: bytes that autograd keeps for one token of a short trace, over all layers and without checkpoints.
-        layers: number of layers.
-        hidden_bytes: of one token's hidden state.
-        shape: batch, heads and tokens.
-        logits: elements of the vocabulary's logits that are held at a time.
-        checkpoints: whether layers are computed again for the backward pass.
-        bridged: whether StepFlow's bridge is in force in any layer.
-        size: bytes of an element of a tile or of a logit.
-    """
-    batch, heads, tokens = shape
-    layer = per_token / layers
-    # What is kept, the gradients inside one layer, and hidden states with their gradient.
-    graph = per_token + _INSIDE_LAYER * layer + 3 * hidden_bytes
-    if checkpoints:
-        graph = (1 + _INSIDE_LAYER) * layer + (layers + 3) * hidden_bytes
-    tile = batch * heads * tokens * size * (_TILES_BRIDGED if bridged else _TILES_PLAIN)
-    return Cost(int(graph * batch * tokens) + _TENSORS_OF_LOGITS * logits * size, tile)
-
-
-def demand_fit(cost: Cost, chunk: int, free: int | None, tokens: int) -> None:
-    """Refuses a pass that would run out of memory.
-
-    Raises:
-        StepFlowMemoryError: with the chunk size that fits, if one does.
-    """
-    if free is None or cost.largest_chunk(free) >= chunk:
-        return
-    needed, largest = cost.graph + chunk * cost.tile, cost.largest_chunk(free)
-    if largest >= 1:
-        hint = f"pass chunk_size={largest} or less"
-    else:
-        longest = max(0, int(tokens * free * _SHARE / (cost.graph + cost.tile)))
-        hint = f"about {longest} tokens would fit; take a shorter trace, another device or half precision"
-    raise StepFlowMemoryError(
-        f"a trace of {tokens} tokens needs about {_size(needed)} with chunk_size={chunk}, and "
-        f"{_size(int(free * _SHARE))} of the free memory may be used",
-        hint=hint,
-    )
 
 
 def _size(count: int) -> str:

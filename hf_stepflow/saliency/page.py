@@ -1,12 +1,13 @@
-"""The HTML report of Step-Saliency: one interactive page, no network, light and dark."""
+"""The HTML page of Step-Saliency: interactive, self-contained, in light and dark."""
 
 import base64
 import hashlib
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,48 +15,44 @@ from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.trace import TraceStep
 
-from .indices import INDICES
-from .pooling import step_of_token
+from .maps import INDICES, StepMaps, step_of_token
 
-if TYPE_CHECKING:
-    from .result import StepSaliency
-
-# In the order of the data's way: numbers, map, charts, the selected step, the page.
+# In the order in which data flows: numbers, map, charts, the selected step, the page.
 _SCRIPTS = ("data", "map", "charts", "panel", "page")
 
-# Up to so many map entries are packed in two bytes each, more in one.
+# The most map entries that are packed in two bytes each; more take one byte each.
 _WIDE_UP_TO = 500_000
 
-# {bytes of an entry: largest relative error of what the page holds}
+# {bytes of an entry: largest relative error of an entry on the page}
 PRECISION = {2: 0.001, 1: 0.03}
 
-# Characters of a step's text that the page holds.
+# The most characters of a step's text on the page.
 _TEXT_LENGTH = 4000
 
-# The settings that the facts line names even where they are the defaults.
+# The settings that the facts name even where they are the defaults.
 _NAMED = ("oeb_layers", "tau_max", "smi_layers", "alpha")
 
 
-def write_report(saliency: "StepSaliency", path: str | Path) -> None:
+def write_report(saliency: StepMaps, path: str | Path) -> None:
     """Writes the page.
 
-    The page holds map entries within 0.1 % of their value, or within 3 % where the maps hold more than 500 000
-    entries (at 300 steps and 64 layers the page then takes 4.2 MB). Entries some millions of times smaller than the
-    largest of their row are then shown as "below" a bound, and count as nothing in shares. Indices are those of the
-    exact maps. Texts are cut after 4000 characters; heads that were kept apart are averaged.
+    Map entries are within 0.1 % of their value, or within 3 % where the maps have more than 500,000 entries (300 steps
+    and 64 layers then take 4.2 MB); there, entries some millions of times smaller than the largest of their row appear
+    as "below" a bound and count as zero in shares. Indices are those of the exact maps. Texts are cut after 4,000
+    characters, and heads are averaged.
 
     Args:
-        saliency: the maps.
-        path: the file to write.
+        saliency: The maps.
+        path: The file to write.
 
     Raises:
-        StepFlowInputError: maps without steps, or with entries that are negative or no numbers.
-        StepFlowFileError: a path that cannot be written.
+        StepFlowInputError: If the maps have no steps, or entries that are negative or not finite.
+        StepFlowFileError: If the file cannot be written.
     """
     folder = Path(__file__).parent / "assets"
     style = (folder / "page.css").read_text(encoding="utf-8")
     script = "".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
-    # Nothing but this script and this style may act, whatever the texts of a trace hold.
+    # Only this script and this style may run, whatever the texts of a trace contain.
     policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'"
     page = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
         policy=policy, style=style, script=script, data=_json(_content(saliency))
@@ -69,21 +66,20 @@ def write_report(saliency: "StepSaliency", path: str | Path) -> None:
 
 
 def _digest(source: str) -> str:
-    """What a content security policy calls an inline script or style."""
+    """The name of an inline script or style in a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
 def _json(content: dict[str, Any]) -> str:
-    """JSON that cannot end the script element that holds it."""
+    """JSON that cannot close the script element around it."""
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _content(saliency: "StepSaliency") -> dict[str, Any]:
-    """All that the page shows."""
-    steps, maps = saliency.steps, saliency.maps
+def _content(saliency: StepMaps) -> dict[str, Any]:
+    """All data of the page."""
+    steps, maps = saliency.steps, saliency.mean_maps
     if not steps:
         raise StepFlowInputError("the trace has no steps to show", hint="give a trace with at least one token")
-    maps = maps.mean(1) if maps.ndim == 4 else maps
     rows, columns = torch.tril_indices(len(steps), len(steps))
     entries = maps.double()[:, rows, columns]
     if not (torch.isfinite(entries) & (entries >= 0)).all():
@@ -109,7 +105,7 @@ def _content(saliency: "StepSaliency") -> dict[str, Any]:
 
 
 def pack_maps(maps: torch.Tensor) -> dict[str, Any]:
-    """Packs the lower triangles of [L, S, S] on logarithmic grids, one for each row.
+    """Packs the lower triangles of [L, S, S] on logarithmic grids, one a row.
 
     Returns:
         `bytes` of an entry; `step`, the natural log of the ratio of neighbouring grid values; `codes`, base64 of the
@@ -139,7 +135,7 @@ def _base64(values: torch.Tensor, kind: str) -> str:
 
 
 def _scale(entries: torch.Tensor) -> dict[str, float]:
-    """Ends of the colour scales of all layers: few entries lie below the log scale or above the linear one."""
+    """The ends of the colour scales of all layers; few entries lie below the log or above the linear one."""
     some = entries[entries > 0].sort().values
     if len(some) == 0:
         return {"low": 0.0, "high": 0.0, "linear": 0.0}
@@ -151,8 +147,7 @@ def _step(step: TraceStep, tokens: int) -> dict[str, Any]:
     text = step.text
     if text is not None and len(text) > _TEXT_LENGTH:
         text = f"{text[:_TEXT_LENGTH]}… ({len(text) - _TEXT_LENGTH} more characters)"
-    kept = {"label": step.label, "round": step.round, "index": step.index, "start": step.start, "end": step.end}
-    return kept | {"tokens": tokens, "text": text}
+    return asdict(step) | {"tokens": tokens, "text": text}
 
 
 def _number(value: float) -> float | None:
@@ -163,8 +158,8 @@ def _words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _facts(saliency: "StepSaliency") -> list[str]:
-    """Where the maps come from, in a few words each."""
+def _facts(saliency: StepMaps) -> list[str]:
+    """The origin of the maps, a few words each."""
     about = saliency.about
     revision = about.get("revision")
     facts = [
@@ -186,22 +181,16 @@ def _loss(about: dict[str, Any]) -> str | None:
     loss, value = about.get("loss"), about.get("loss_value")
     if loss is None:
         return None
-    if isinstance(loss, str):
-        name = f"loss: cross-entropy of the {loss}"
-    else:
-        name = f"loss: logit of token {loss[1]} at position {loss[0]}"
-    return name if value is None else f"{name}, {value:.4g}"
+    is_logit = not isinstance(loss, str)
+    name = f"logit of token {loss[1]} at position {loss[0]}" if is_logit else f"cross-entropy of the {loss}"
+    return f"loss: {name}" if value is None else f"loss: {name}, {value:.4g}"
 
 
 def _stepflow(settings: dict[str, Any] | None) -> str:
-    """Whether StepFlow was on, and how: what it always has, and what is not as it is by default."""
+    """Whether StepFlow was on, with its main settings and those that differ from the defaults."""
     if settings is None:
         return "StepFlow off"
     defaults = StepFlowSettings().to_dict()
     own = ("base_model_name_or_path", "base_model_revision")
-    told = [
-        f"{name} {_words(value)}"
-        for name, value in settings.items()
-        if name in _NAMED or (name not in own and value != defaults.get(name))
-    ]
-    return "StepFlow on: " + ", ".join(told)
+    named = [name for name in settings if name in _NAMED or (name not in own and settings[name] != defaults.get(name))]
+    return "StepFlow on: " + ", ".join(f"{name} {_words(settings[name])}" for name in named)

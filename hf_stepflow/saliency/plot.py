@@ -1,40 +1,34 @@
-"""Pictures of Step-Saliency: the maps of some layers, and the indices over depth.
+"""Figures of Step-Saliency: the maps of some layers, and the indices over depth.
 
-Figures are made without pyplot: nothing global is touched, no window is opened, and what is drawn is freed with the
-figure. Shapes: L layers, S steps, n traces.
+Figures are made without pyplot: nothing global is touched, no window opens, and the drawing is freed with its figure.
+Shapes: L layers, S steps, n traces.
 """
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
-from .figure import (
-    BLOCK_COLOURS,
-    BLOCK_INKS,
-    GROUP_COLOURS,
-    INK,
-    LINES,
-    demand_extra,
-    draw_legend,
-    draw_title,
-    dress,
-    saved,
-)
-from .indices import INDICES
-from .result import StepSaliency
+from .maps import INDICES, StepMaps
 
 if TYPE_CHECKING:
     from .compare import SaliencyComparison
 
+# Colours of Okabe and Ito, which colour-blind readers can tell apart.
+BLOCK_COLOURS = {"question": "#0072B2", "thinking": "#E69F00", "summary": "#009E73"}
+_BLOCK_INKS = {"question": "#005A8F", "thinking": "#8F5E00", "summary": "#00664B"}
+_GROUP_COLOURS = ("#0072B2", "#D55E00")
+_LINES: tuple[Any, ...] = ("-", (0, (4, 1.2)))
+_INK = "#333333"
 _SEPARATING = "#e6e6e6"
 _NOTHING = "#d0d0d0"
 
-# Saliency so far below the strongest cell that its colour could not be told from that of the weakest.
+# Decades that a log scale of colours covers at most.
 _DECADES = 5
 
 # Title and unit of each index in a profile.
@@ -51,7 +45,7 @@ _PANELS = {
 
 
 def plot_maps(
-    saliency: StepSaliency,
+    saliency: StepMaps,
     layer: "int | str" = "bands",
     *,
     scale: str = "log",
@@ -61,24 +55,25 @@ def plot_maps(
 ) -> Any:
     """Draws step maps: rows are the steps that read, columns the steps drawn on; heads are averaged.
 
-    All panels share one colour scale. Cells without any saliency, as outside a sliding window, are grey.
+    All panels share one colour scale. Cells without any saliency, for instance outside a sliding window, are grey.
 
     Args:
-        saliency: the maps of one trace.
-        layer: a layer's index in the model; "bands" for the mean maps of the bottom quarter, the middle half and the
-            top quarter of the layers looked at; "grid" for each of them.
-        scale: of the colours, "log" or "linear"; a log scale covers five decades at most.
-        path: where to write the figure, by its suffix as png, pdf or svg.
-        title: above the panels; None for the model and the loss.
-        colormap: matplotlib's name of one, perceptually uniform if it is to be read.
+        saliency: The maps of one trace.
+        layer: The index of a layer in the model; "bands" for the mean maps of the bottom quarter, the middle half and
+            the top quarter of the layers; "grid" for every layer.
+        scale: The scale of the colours, "log" or "linear"; a log scale covers five decades at most.
+        path: The file to write, as png, pdf or svg by its suffix; None writes none.
+        title: The title above the panels; None takes the model and the loss.
+        colormap: The name of a matplotlib colormap, best a perceptually uniform one.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        StepFlowInputError: a layer that was not looked at, another scale, or matplotlib is not installed.
+        StepFlowInputError: If the maps lack the layer, the scale is unknown, or matplotlib is not installed.
+        StepFlowFileError: If the file cannot be written.
     """
-    demand_extra()
+    _check_extra()
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
@@ -89,7 +84,7 @@ def plot_maps(
     is_grid = layer == "grid"
     columns = _columns(len(panels)) if is_grid else len(panels)
     rows = -(-len(panels) // columns)
-    # Inches. A layout that measures what it places takes seconds for the maps of many layers.
+    # In inches: a layout engine that measures the panels takes seconds for many layers.
     side = 4.2 if len(panels) == 1 else (1.3 if len(panels) > 6 else 2.2) if is_grid else 2.9
     left, right, above, gap = (0.35 if is_grid else 0.8), 1.0, 0.5, 0.2
     keys = _keys(saliency, side, with_blocks=is_grid, with_nothing=bool((values == 0).any()))
@@ -104,60 +99,60 @@ def plot_maps(
         _draw_blocks(axes, saliency, side)
         if not is_grid:
             _name_blocks(axes, saliency, side, axis_y=number == 0)
-        axes.set_title(name, fontsize=7 if is_grid else 9, color=INK, pad=3)
+        axes.set_title(name, fontsize=7 if is_grid else 9, color=_INK, pad=3)
     middle = (left + width - right) / 2 / width, (below + height - above) / 2 / height
-    figure.supxlabel("step drawn on", x=middle[0], y=(0.05 + 0.22 * bool(keys)) / height, fontsize=9, color=INK)
-    figure.supylabel("step that reads", x=0.06 / width, y=middle[1], fontsize=9, color=INK)
+    figure.supxlabel("step drawn on", x=middle[0], y=(0.05 + 0.22 * bool(keys)) / height, fontsize=9, color=_INK)
+    figure.supylabel("step that reads", x=0.06 / width, y=middle[1], fontsize=9, color=_INK)
     place = ((width - right + 0.15) / width, below / height, 0.13 / width, 1 - (below + above) / height)
     bar = figure.colorbar(ScalarMappable(norm, colormap), cax=figure.add_axes(place), extend=extend, extendfrac=0.03)
     pairs = "causal token pairs" if saliency.pooling == "causal" else "all token pairs"
-    bar.set_label(f"saliency, mean over {pairs}", fontsize=8, color=INK)
-    bar.ax.tick_params(which="both", labelsize=8, colors=INK)
+    bar.set_label(f"saliency, mean over {pairs}", fontsize=8, color=_INK)
+    bar.ax.tick_params(which="both", labelsize=8, colors=_INK)
     bar.ax.yaxis.get_offset_text().set_fontsize(8)
     bar.outline.set_linewidth(0.6)
-    draw_legend(figure, keys, 1.1, loc="lower center", bbox_to_anchor=(middle[0], 0.02 / height), borderaxespad=0)
-    draw_title(figure, saliency, title, x=middle[0], y=1 - 0.06 / height)
-    return saved(figure, path)
+    _draw_legend(figure, keys, 1.1, loc="lower center", bbox_to_anchor=(middle[0], 0.02 / height), borderaxespad=0)
+    _draw_title(figure, saliency, title, x=middle[0], y=1 - 0.06 / height)
+    return _written(figure, path)
 
 
 def plot_profile(
-    saliency: "StepSaliency | Sequence[StepSaliency]",
-    wrong: "StepSaliency | Sequence[StepSaliency] | None" = None,
+    saliency: "StepMaps | Sequence[StepMaps]",
+    wrong: "StepMaps | Sequence[StepMaps] | None" = None,
     *,
     indices: Sequence[str] | None = None,
     comparison: "SaliencyComparison | None" = None,
     path: "str | Path | None" = None,
     title: str | None = None,
 ) -> Any:
-    """Draws the indices over depth, of one trace or of groups of traces.
+    """Draws the indices over depth, for one trace or for groups of traces.
 
-    Groups are drawn as their mean and its 95 % interval by Student's t, over the traces in which the index is a
-    number.
+    A group is drawn as its mean with a 95 % interval (Student's t), over the traces in which the index is a number.
 
     Args:
-        saliency: the maps of one trace, or of a group; with `wrong`, of the traces that reached the right answer.
-        wrong: those of the traces that did not.
-        indices: names of `INDICES`; None for all.
-        comparison: marks the layers in which it says that the groups differ.
-        path: where to write the figure, by its suffix as png, pdf or svg.
-        title: above the panels; None for the model and the loss.
+        saliency: The maps of one trace or of a group; with `wrong`, those of the traces with the right answer.
+        wrong: The maps of the traces with a wrong answer.
+        indices: Names from `INDICES`; None draws all.
+        comparison: A comparison of the groups, whose separating layers are marked.
+        path: The file to write, as png, pdf or svg by its suffix; None writes none.
+        title: The title above the panels; None takes the model and the loss.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        StepFlowInputError: no traces, traces of different models, losses, layers or poolings, a comparison of other
-            layers, another index, or matplotlib or scipy is not installed.
+        StepFlowInputError: If a group is empty, the traces differ in model, loss, layers or pooling, the comparison
+            has other layers, an index is unknown, or matplotlib or scipy is not installed.
+        StepFlowFileError: If the file cannot be written.
     """
-    demand_extra()
+    _check_extra()
     from matplotlib.figure import Figure
 
-    from .compare import demand_alike, index_values
+    from .compare import check_comparable, index_values
 
-    groups = [[one] if isinstance(one, StepSaliency) else list(one) for one in (saliency, wrong) if one is not None]
+    groups = [[one] if isinstance(one, StepMaps) else list(one) for one in (saliency, wrong) if one is not None]
     if not all(groups):
         raise StepFlowInputError("there must be one trace or more in each group, got none")
-    demand_alike([one for group in groups for one in group])
+    check_comparable([one for group in groups for one in group])
     first = groups[0][0]
     names = list(INDICES) if indices is None else list(indices)
     for name in names:
@@ -184,25 +179,24 @@ def plot_profile(
         ]
         _dress_profile(axes, name, first.layers, any(is_any), is_last=number + columns >= len(names))
     _legend_of_groups(figure, groups, comparison)
-    draw_title(figure, first, title)
-    return saved(figure, path)
+    _draw_title(figure, first, title)
+    return _written(figure, path)
 
 
-def _panels(saliency: StepSaliency, layer: "int | str") -> list[tuple[str, np.ndarray]]:
-    """Title and map, float64 [S, S], of each panel."""
-    every = saliency.maps.double().cpu()
-    maps = (every.mean(1) if every.ndim == 4 else every).numpy()
+def _panels(saliency: StepMaps, layer: "int | str") -> list[tuple[str, np.ndarray]]:
+    """The title and the map of each panel, float64 [S, S]."""
+    maps = saliency.mean_maps.double().cpu().numpy()
     layers = saliency.layers
     if not layers or not saliency.steps:
         raise StepFlowInputError(f"there must be a layer and a step to draw, got {saliency!r}")
     if layer == "grid":
         return [(f"layer {number}", panel) for number, panel in zip(layers, maps, strict=True)]
     if layer == "bands":
+        if len(layers) == 1:
+            return _panels(saliency, layers[0])
         quarter = max(1, len(layers) // 4)
         cuts = [0, quarter, max(quarter, len(layers) - quarter), len(layers)]
         found = []
-        if len(layers) == 1:
-            return _panels(saliency, layers[0])
         for name, start, end in zip(("bottom quarter", "middle half", "top quarter"), cuts, cuts[1:], strict=False):
             if start < end:
                 own = layers[start:end]
@@ -218,13 +212,13 @@ def _panels(saliency: StepSaliency, layer: "int | str") -> list[tuple[str, np.nd
 
 
 def _columns(panels: int) -> int:
-    """Columns of a grid about as wide as high, or wider, with as few empty places as can be."""
+    """The columns of a grid that is as wide as high or a little wider, with the fewest empty places."""
     widths = range(math.ceil(math.sqrt(panels)), math.ceil(math.sqrt(2 * panels)) + 1)
     return min(widths, key=lambda columns: (-panels % columns, columns))
 
 
 def _norm(cells: np.ndarray, scale: str) -> tuple[Any, str]:
-    """One scale of colours for all panels, and at which end it is cut."""
+    """One colour scale for all panels, and the end at which it is cut."""
     from matplotlib.colors import LogNorm, Normalize
 
     if scale not in ("log", "linear"):
@@ -240,7 +234,7 @@ def _norm(cells: np.ndarray, scale: str) -> tuple[Any, str]:
 
 
 def _draw_map(axes: Any, panel: np.ndarray, norm: Any, colormap: str) -> None:
-    """One heat map; what lies above the diagonal stays blank."""
+    """Draws one heat map; the cells above the diagonal stay blank."""
     from matplotlib.colors import ListedColormap
 
     shown = np.tri(len(panel), dtype=bool) & np.isfinite(panel)
@@ -251,15 +245,15 @@ def _draw_map(axes: Any, panel: np.ndarray, norm: Any, colormap: str) -> None:
         spine.set_visible(False)
 
 
-def _draw_blocks(axes: Any, saliency: StepSaliency, side: float) -> None:
-    """Lines where blocks meet, and strips in their colours along the axes; `side` of the map is in inches."""
+def _draw_blocks(axes: Any, saliency: StepMaps, side: float) -> None:
+    """Draws lines where blocks meet and strips in their colours along the axes of a map `side` inches wide."""
     from matplotlib.patches import Rectangle
 
     steps, runs = len(saliency.steps), _blocks(saliency)
-    # A line must not hide a question that is one of hundreds of steps.
+    # Thin where steps are: a line must not hide a question among hundreds of steps.
     line = min(0.8, max(0.35, 0.3 * 72 * side / max(1, steps)))
     for _, start, _ in runs[1:]:
-        for colour, width in (("white", line + 0.6), (INK, line)):
+        for colour, width in (("white", line + 0.6), (_INK, line)):
             edge = start - 0.5
             axes.plot([-0.5, edge, edge], [edge, edge, steps - 0.5], color=colour, linewidth=width, gid="block")
     across, along = axes.get_xaxis_transform(), axes.get_yaxis_transform()
@@ -274,24 +268,24 @@ def _draw_blocks(axes: Any, saliency: StepSaliency, side: float) -> None:
     axes.set_yticks([])
 
 
-def _name_blocks(axes: Any, saliency: StepSaliency, side: float, axis_y: bool) -> None:
-    """Step numbers and the blocks' names, on the vertical axis if asked for."""
+def _name_blocks(axes: Any, saliency: StepMaps, side: float, axis_y: bool) -> None:
+    """Writes step numbers and the blocks' names along the horizontal axis and, with `axis_y`, the vertical one."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if axis_y:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.tick_params(length=0, pad=6.5, labelsize=8, colors=INK)
+    axes.tick_params(length=0, pad=6.5, labelsize=8, colors=_INK)
     across, along = axes.get_xaxis_transform(), axes.get_yaxis_transform()
     for label, place in _name_places(_blocks(saliency), len(saliency.steps) / side):
-        style = {"color": BLOCK_INKS[label], "fontsize": 8, "textcoords": "offset points", "annotation_clip": False}
+        style = {"color": _BLOCK_INKS[label], "fontsize": 8, "textcoords": "offset points", "annotation_clip": False}
         axes.annotate(label, (place, 0), (0, -18), xycoords=across, ha="center", va="top", **style)
         if axis_y:
             axes.annotate(label, (0, place), (-27, 0), xycoords=along, ha="right", va="center", rotation=90, **style)
 
 
-def _blocks(saliency: StepSaliency) -> list[tuple[str, int, int]]:
-    """Runs of steps with one label, as (label, first, behind the last)."""
+def _blocks(saliency: StepMaps) -> list[tuple[str, int, int]]:
+    """Runs of steps with one label, as (label, first, last + 1)."""
     found: list[tuple[str, int, int]] = []
     for place, step in enumerate(saliency.steps):
         if found and found[-1][0] == step.label:
@@ -302,7 +296,7 @@ def _blocks(saliency: StepSaliency) -> list[tuple[str, int, int]]:
 
 
 def _name_places(runs: list[tuple[str, int, int]], steps_per_inch: float) -> list[tuple[str, float]]:
-    """Where the blocks' names stand on an axis: inside it and clear of one another, those of long blocks first."""
+    """Places the blocks' names on an axis, inside it and without overlap, long blocks first."""
     found: list[tuple[str, float, float]] = []
     length = runs[-1][2] if runs else 0
     for label, start, end in sorted(runs, key=lambda run: run[1] - run[2]):
@@ -314,7 +308,7 @@ def _name_places(runs: list[tuple[str, int, int]], steps_per_inch: float) -> lis
 
 
 def _draw_profile(axes: Any, layers: list[int], values: np.ndarray, place: int, groups: int) -> bool:
-    """One group's mean over depth and its interval, [L, n]; whether there is anything."""
+    """Draws a group's mean over depth and its interval, from [L, n]; returns whether any value is a number."""
     n = (~np.isnan(values)).sum(-1)
     mean, half = np.full(len(values), np.nan), np.full(len(values), np.nan)
     some, enough = n > 0, n > 1
@@ -323,8 +317,8 @@ def _draw_profile(axes: Any, layers: list[int], values: np.ndarray, place: int, 
         from scipy import stats
 
         half[enough] = stats.t.ppf(0.975, n[enough] - 1) * np.nanstd(values[enough], -1, ddof=1) / np.sqrt(n[enough])
-    colour = GROUP_COLOURS[place]
-    # Few layers leave room to set the groups apart, and a band between them would be a wedge that means nothing.
+    colour = _GROUP_COLOURS[place]
+    # With few layers there is room to set the groups apart, and a band between them would be a meaningless wedge.
     is_few = len(layers) <= 6
     shift = 0.1 * (place - (groups - 1) / 2) if is_few else 0.0
     x = np.array(layers) + shift
@@ -333,7 +327,7 @@ def _draw_profile(axes: Any, layers: list[int], values: np.ndarray, place: int, 
     else:
         axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.22, linewidth=0)
     style = {"marker": "os"[place], "markersize": 4 if is_few else 2.2, "linewidth": 1.3, "color": colour}
-    axes.plot(x, mean, linestyle=LINES[place], **style)
+    axes.plot(x, mean, linestyle=_LINES[place], **style)
     return bool(some.any())
 
 
@@ -341,36 +335,35 @@ def _dress_profile(axes: Any, name: str, layers: list[int], is_any: bool, is_las
     from matplotlib.ticker import MaxNLocator
 
     title, unit = _PANELS[name]
-    axes.set_title(title, fontsize=9, color=INK, loc="left")
-    axes.set_ylabel(unit, fontsize=8, color=INK)
+    axes.set_title(title, fontsize=9, color=_INK, loc="left")
+    axes.set_ylabel(unit, fontsize=8, color=_INK)
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
     if len(layers) <= 6:
         axes.set_xticks(layers)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if is_last:
-        axes.set_xlabel("layer", fontsize=8, color=INK)
+        axes.set_xlabel("layer", fontsize=8, color=_INK)
     if not is_any:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "no trace has it", transform=axes.transAxes, ha="center", fontsize=8, color=INK)
-    dress(axes)
+        axes.text(0.5, 0.5, "no trace has it", transform=axes.transAxes, ha="center", fontsize=8, color=_INK)
+    _dress(axes)
 
 
-def _keys(saliency: StepSaliency, side: float, with_blocks: bool, with_nothing: bool) -> list[Any]:
-    """What a legend has to explain of maps: blocks that bear no name, and cells without saliency."""
+def _keys(saliency: StepMaps, side: float, with_blocks: bool, with_nothing: bool) -> list[Any]:
+    """The legend's entries for maps: blocks without a name on the axis, and cells without saliency."""
     from matplotlib.patches import Patch
 
     runs = _blocks(saliency)
     with_blocks |= len(_name_places(runs, len(saliency.steps) / side)) < len(runs)
-    labels = [label for label in BLOCK_COLOURS if with_blocks and label in {run[0] for run in runs}]
-    colours = {
-        **{label: BLOCK_COLOURS[label] for label in labels},
-        **({"no saliency": _NOTHING} if with_nothing else {}),
-    }
+    present = {run[0] for run in runs} if with_blocks else set()
+    colours = {label: colour for label, colour in BLOCK_COLOURS.items() if label in present}
+    if with_nothing:
+        colours["no saliency"] = _NOTHING
     return [Patch(color=colour, label=label) for label, colour in colours.items()]
 
 
-def _legend_of_groups(figure: Any, groups: list[list[StepSaliency]], comparison: "SaliencyComparison | None") -> None:
+def _legend_of_groups(figure: Any, groups: list[list[StepMaps]], comparison: "SaliencyComparison | None") -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -378,17 +371,72 @@ def _legend_of_groups(figure: Any, groups: list[list[StepSaliency]], comparison:
     is_mean = any(len(group) > 1 for group in groups)
     for place, group in enumerate(groups):
         name = ("correct", "wrong")[place] if len(groups) == 2 else "mean"
-        style: dict[str, Any] = {
-            "color": GROUP_COLOURS[place],
-            "marker": "os"[place],
-            "markersize": 4,
-            "linewidth": 1.3,
-        }
-        handles.append(Line2D([], [], linestyle=LINES[place], label=f"{name} (n = {len(group)})", **style))
+        style: dict[str, Any] = {"color": _GROUP_COLOURS[place], "marker": "os"[place]}
+        style |= {"markersize": 4, "linewidth": 1.3}
+        handles.append(Line2D([], [], linestyle=_LINES[place], label=f"{name} (n = {len(group)})", **style))
     if is_mean:
-        handles.append(Patch(color=GROUP_COLOURS[0], alpha=0.22, linewidth=0, label="95 % interval of the mean"))
+        handles.append(Patch(color=_GROUP_COLOURS[0], alpha=0.22, linewidth=0, label="95 % interval of the mean"))
     if comparison is not None:
         label = f"groups differ (adjusted p \N{LESS-THAN OR EQUAL TO} {comparison.level:g})"
         handles.append(Patch(color=_SEPARATING, label=label))
     if is_mean or len(groups) > 1 or comparison is not None:
-        draw_legend(figure, handles, 1.9, loc="outside lower center")
+        _draw_legend(figure, handles, 1.9, loc="outside lower center")
+
+
+def _check_extra() -> None:
+    """Checks that matplotlib and scipy are installed."""
+    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
+    if missing:
+        raise StepFlowInputError(
+            f"drawing Step-Saliency needs {' and '.join(missing)}, which is not installed",
+            hint='pip install "hf-stepflow[saliency]"',
+        )
+
+
+def _dress(axes: Any) -> None:
+    """Leaves two thin lines of the axes."""
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_INK)
+        spine.set_linewidth(0.6)
+    axes.tick_params(labelsize=8, colors=_INK, width=0.6)
+
+
+def _draw_legend(figure: Any, handles: list[Any], inches: float, **place: Any) -> None:
+    """Draws a legend, in one row if entries of this many inches fit."""
+    if not handles:
+        return
+    columns = len(handles) if len(handles) * inches <= figure.get_figwidth() else 2
+    figure.legend(
+        handles=handles,
+        ncols=columns,
+        fontsize=8,
+        labelcolor=_INK,
+        frameon=False,
+        handlelength=1.8,
+        columnspacing=1.5,
+        **place,
+    )
+
+
+def _draw_title(figure: Any, saliency: StepMaps, title: str | None, **place: float) -> None:
+    """Writes the title, or the model and the loss as far as they are known."""
+    if title is None:
+        model, loss = saliency.about.get("model"), saliency.about.get("loss")
+        named = f"loss on the {loss}" if isinstance(loss, str) else loss and f"logit of token {loss[1]} at {loss[0]}"
+        title = ", ".join(str(part) for part in (model, named) if part)
+    if title:
+        size = min(10.0, 120 * figure.get_figwidth() / len(title))
+        figure.suptitle(title, fontsize=size, color=_INK, **place)
+
+
+def _written(figure: Any, path: "str | Path | None") -> Any:
+    """Returns the figure, after writing it if there is a path."""
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=200)
+        except (OSError, ValueError) as error:
+            raise StepFlowFileError(
+                f"{str(path)!r} cannot be written: {error}", hint="give a file ending in .png, .pdf or .svg"
+            ) from error
+    return figure

@@ -1,89 +1,90 @@
-"""StepSaliency: the maps of one trace, their indices, and their file."""
+"""StepSaliency: the step maps of one trace with their file, their text and their pictures."""
 
 import json
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+import math
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowFileError
 from hf_stepflow.runtime.trace import Trace, TraceStep
 
-from .indices import saliency_indices
-from .pooling import POOLINGS, pair_counts
-from .summary import summary_text
+from .maps import INDICES, StepMaps
 
 _FORMAT = "stepflow-saliency-1"
 
+# The columns of the table, by index.
+_HEADS = {
+    "lock_in": "lock-in",
+    "current_step": "itself",
+    "previous_step": "previous",
+    "earlier_steps": "earlier",
+    "question": "question",
+    "decay_share": "decay",
+    "decay_slope": "slope",
+    "block_ratio": "ratio",
+}
 
-@dataclass
-class StepSaliency:
+
+class StepSaliency(StepMaps):
     """Step-Saliency of one trace.
 
-    Attributes:
-        sums: [L, S, S], or [L, H, S, S] where heads were kept apart: saliency summed over the token pairs of two
-            steps, float32 or float64. Row i is what step i draws on.
-        layers: the index in the model of each of the L layers.
-        trace: the trace, S steps in order.
-        pooling: "causal" or "block": the pairs over which `maps` averages.
-        about: the model, the loss and the versions behind it.
+    Args:
+        sums: Saliency summed over the token pairs of two steps, float32 or float64, [L, S, S], or [L, H, S, S] where
+            heads are kept apart. Row i shows what step i draws on.
+        layers: The index in the model of each of the L layers.
+        trace: The trace, S steps in order.
+        pooling: The token pairs over which `maps` averages, "causal" or "block".
+        about: The model, the loss and the versions behind the maps.
+
+    Example:
+        >>> import torch
+        >>> from hf_stepflow import StepSaliency, Trace
+        >>> StepSaliency(torch.ones(1, 2, 2), [0], Trace([0, 1], [0, 1])).indices["lock_in"]
+        tensor([0.5000], dtype=torch.float64)
     """
-
-    sums: torch.Tensor
-    layers: list[int]
-    trace: Trace
-    pooling: str = "causal"
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        steps = len(self.trace.steps)
-        if (
-            self.sums.ndim not in (3, 4)
-            or self.sums.shape[0] != len(self.layers)
-            or self.sums.shape[-2:] != (steps, steps)
-        ):
-            raise StepFlowInputError(
-                f"sums must be [{len(self.layers)}, (heads,) {steps}, {steps}] for these layers and steps, got "
-                f"{list(self.sums.shape)}"
-            )
-        if self.pooling not in POOLINGS:
-            raise StepFlowInputError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
 
     def __repr__(self) -> str:
         heads = f" and {self.sums.shape[1]} heads" if self.sums.ndim == 4 else ""
         return f"<StepSaliency of {len(self.trace)} tokens: {len(self.steps)} steps, {len(self.layers)} layers{heads}>"
 
     def __str__(self) -> str:
-        return summary_text(self)
+        """A table of 80 columns with the indices, one line a layer."""
+        labels = Counter(step.label for step in self.steps)
+        steps = ", ".join(f"{labels[name]} {name}" for name in ("question", "thinking", "summary") if labels[name])
+        width = {name: max(len(text), 6) + 2 for name, text in _HEADS.items()}
+        head = "layer " + "".join(f"{text:>{width[name]}}" for name, text in _HEADS.items())
+        lines = [f"{len(self.trace)} tokens; steps: {steps}", "", head]
+        for row, layer in enumerate(self.layers):
+            values = {name: float(self.indices[name][row]) for name in _HEADS}
+            cells = {name: "-" if math.isnan(value) else f"{value:.3f}" for name, value in values.items()}
+            lines.append(f"{layer:5} " + "".join(f"{cell:>{width[name]}}" for name, cell in cells.items()))
+        lines += ["", *(f"{text}: {INDICES[name]}" for name, text in _HEADS.items())]
+        return "\n".join(lines)
 
-    @property
-    def steps(self) -> list[TraceStep]:
-        """The steps, in the order of the maps' rows and columns."""
-        return self.trace.steps
-
-    @cached_property
-    def maps(self) -> torch.Tensor:
-        """Step-level saliency M, [L, S, S] or [L, H, S, S]: mean over the token pairs of two steps, 0 without any."""
-        counts = self._counts
-        return torch.where(counts > 0, self.sums / counts.clamp(min=1).to(self.sums), 0.0)
-
-    @cached_property
-    def indices(self) -> dict[str, torch.Tensor]:
-        """Lock-in, decay and shares, {name: float64 [L]}; what they are, `INDICES` says."""
-        sums = self.sums.mean(1) if self.sums.ndim == 4 else self.sums
-        return saliency_indices(sums, self._counts, self.trace)
-
-    @cached_property
-    def _counts(self) -> torch.Tensor:
-        return pair_counts(self.trace, self.pooling)
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the steps and the indices, ready for JSON; NaN becomes None."""
+        steps = [{key: value for key, value in asdict(step).items() if value is not None} for step in self.steps]
+        return {
+            "tokens": len(self.trace),
+            "steps": steps,
+            "layers": self.layers,
+            "indices": {
+                name: [None if math.isnan(value) else value for value in values.tolist()]
+                for name, values in self.indices.items()
+            },
+            "about": self.about,
+        }
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file with the steps and all that is known of them in its header.
+        """Writes a safetensors file with the maps, and the steps and facts in its header.
+
+        Args:
+            path: The file to write.
 
         Raises:
-            StepFlowFileError: a path that cannot be written.
+            StepFlowFileError: If the file cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -98,7 +99,7 @@ class StepSaliency:
         rounds = self.trace.round_ids
         assert rounds is not None
         ids = {"segment_ids": self.trace.segment_ids, "step_ids": self.trace.step_ids, "round_ids": rounds}
-        # safetensors refuses parts of one tensor, which a trace's ids may be.
+        # safetensors refuses views of one tensor, which a trace's ids may be.
         tensors = {"sums": self.sums.contiguous(), **{name: one.clone().contiguous() for name, one in ids.items()}}
         try:
             save_file(tensors, str(path), metadata={"stepflow": json.dumps(header)})
@@ -109,10 +110,13 @@ class StepSaliency:
 
     @classmethod
     def load(cls, path: str | Path) -> "StepSaliency":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
+
+        Args:
+            path: The file to read.
 
         Raises:
-            StepFlowFileError: a file that is missing, damaged or of another kind.
+            StepFlowFileError: If the file is missing, damaged or of another kind.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -122,12 +126,8 @@ class StepSaliency:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             if header["format"] != _FORMAT:
                 raise ValueError(f"its format is {header['format']!r}, expected {_FORMAT!r}")
-            trace = Trace(
-                tensors["segment_ids"],
-                tensors["step_ids"],
-                tensors["round_ids"],
-                [TraceStep(**step) for step in header["steps"]],
-            )
+            steps = [TraceStep(**step) for step in header["steps"]]
+            trace = Trace(tensors["segment_ids"], tensors["step_ids"], tensors["round_ids"], steps)
             return cls(tensors["sums"], list(header["layers"]), trace, header["pooling"], dict(header["about"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StepFlowFileError(
@@ -135,40 +135,19 @@ class StepSaliency:
             ) from error
 
     def to_html(self, path: str | Path) -> None:
-        """Writes an interactive HTML page of the maps; what it holds, and how exactly, `write_report` says."""
+        """Writes an interactive HTML page of the maps; see `page.write_report` for what it holds."""
         from .page import write_report
 
         write_report(self, path)
 
     def plot(self, layer: "int | str" = "bands", **options: Any) -> Any:
-        """The maps as a matplotlib Figure; what the arguments are, `plot_maps` says."""
+        """Draws the maps as a matplotlib Figure; see `plot.plot_maps` for the arguments."""
         from .plot import plot_maps
 
         return plot_maps(self, layer, **options)
 
     def plot_profile(self, **options: Any) -> Any:
-        """The indices over depth as a matplotlib Figure; what the options are, `plot_profile` says."""
+        """Draws the indices over depth as a matplotlib Figure; see `plot.plot_profile` for the arguments."""
         from .plot import plot_profile
 
         return plot_profile(self, **options)
-
-
-def describe(model: Any, loss: "str | tuple[int, int]") -> dict[str, Any]:
-    """What a saved map has to say of its origin."""
-    import transformers
-
-    import hf_stepflow
-
-    runtime = getattr(model, "stepflow_runtime", None)
-    rules = None if runtime is None else runtime.effective
-    return {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "architecture": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "loss": loss if isinstance(loss, str) else list(loss),
-        "stepflow": None if rules is None else rules.plan.settings.to_dict(),
-        "hf_stepflow": hf_stepflow.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

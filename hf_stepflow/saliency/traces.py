@@ -1,4 +1,4 @@
-"""Traces that were written before, from files: what `diagnose` reads and a comparison of groups is made of."""
+"""Reads finished traces from files."""
 
 import json
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ class WrittenTrace:
     """A trace as text.
 
     Attributes:
-        prompt: the question, which goes through the chat template; None where `response` is the whole trace, markers
-            and all.
-        response: what follows it.
+        prompt: The question, which goes through the chat template; None where `response` is the whole trace, markers
+            included.
+        response: The text after the prompt.
     """
 
     prompt: str | None
     response: str
 
     def encode(self, tokenizer: Any) -> tuple[list[int], int | None]:
-        """Token ids, and where the prompt ends (None where that is not known)."""
+        """Returns the token ids and the length of the prompt (None if unknown)."""
         response = tokenizer.encode(self.response, add_special_tokens=False)
         if self.prompt is None:
             return response, None
@@ -34,8 +34,11 @@ class WrittenTrace:
 def read_traces(path: str | Path) -> list[WrittenTrace]:
     """Reads traces: JSONL with `prompt` and `response`, or `text`, in each line; any other file is one whole trace.
 
+    Args:
+        path: The file to read.
+
     Raises:
-        StepFlowFileError: a file that is missing, empty or not what it should be.
+        StepFlowFileError: If the file is missing or empty, or a line is not a trace.
     """
     path = Path(path)
     try:
@@ -53,16 +56,17 @@ def read_traces(path: str | Path) -> list[WrittenTrace]:
 
 
 def _read_line(path: Path, number: int, line: str) -> WrittenTrace:
+    where = f"line {number} of {str(path)!r}"
     try:
         data = json.loads(line)
     except ValueError as error:
-        raise StepFlowFileError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
+        raise StepFlowFileError(f"{where} is no JSON: {error}") from error
     if not isinstance(data, dict) or not ({"prompt", "response"} if "response" in data else {"text"}) <= data.keys():
         raise StepFlowFileError(
-            f"line {number} of {str(path)!r} must be an object with `prompt` and `response`, or `text`",
+            f"{where} must be an object with `prompt` and `response`, or `text`",
             hint='for instance {"prompt": "How many?", "response": "Two and two.</think>Four."}',
         )
     prompt, response = (data["prompt"], data["response"]) if "response" in data else (None, data["text"])
     if not isinstance(response, str) or not response or not (prompt is None or isinstance(prompt, str)):
-        raise StepFlowFileError(f"line {number} of {str(path)!r} must hold texts that are not empty")
+        raise StepFlowFileError(f"{where} must hold texts that are not empty")
     return WrittenTrace(prompt, response)

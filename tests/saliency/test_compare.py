@@ -10,7 +10,7 @@ from scipy import stats
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.saliency.compare import LayerDifference, SaliencyComparison, compare, index_values
-from hf_stepflow.saliency.indices import INDICES
+from hf_stepflow.saliency.maps import INDICES
 from hf_stepflow.saliency.result import StepSaliency
 from tests.support.synthetic_saliency import ABOUT, random_saliency, simple_trace, with_indices
 

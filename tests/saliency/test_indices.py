@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.trace import Trace
-from hf_stepflow.saliency.indices import INDICES, saliency_indices
-from hf_stepflow.saliency.pooling import pair_counts
+from hf_stepflow.saliency.maps import INDICES, pair_counts, saliency_indices
 from hf_stepflow.saliency.result import StepSaliency
 from tests.support.synthetic_saliency import (
     ABOUT,

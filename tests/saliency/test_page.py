@@ -14,9 +14,8 @@ import torch
 
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.trace import Trace, TraceStep
-from hf_stepflow.saliency.indices import INDICES
+from hf_stepflow.saliency.maps import INDICES, pair_counts
 from hf_stepflow.saliency.page import PRECISION, pack_maps
-from hf_stepflow.saliency.pooling import pair_counts
 from hf_stepflow.saliency.result import StepSaliency
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -13,11 +13,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
-from hf_stepflow.saliency import figure as figure_module
+from hf_stepflow.saliency import plot as plot_module
 from hf_stepflow.saliency.compare import compare
-from hf_stepflow.saliency.figure import BLOCK_COLOURS
-from hf_stepflow.saliency.indices import INDICES
-from hf_stepflow.saliency.plot import plot_maps, plot_profile
+from hf_stepflow.saliency.maps import INDICES
+from hf_stepflow.saliency.plot import BLOCK_COLOURS, plot_maps, plot_profile
 from hf_stepflow.saliency.result import StepSaliency
 from tests.support.synthetic_saliency import (
     ABOUT,
@@ -250,7 +249,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure_module, "find_spec", lambda name: None if name == "matplotlib" else object())
+    monkeypatch.setattr(plot_module, "find_spec", lambda name: None if name == "matplotlib" else object())
     saliency = random_saliency(simple_trace(2, 1))
     for draw in (saliency.plot, saliency.plot_profile):
         with pytest.raises(StepFlowInputError, match="needs matplotlib, which is not installed") as caught:

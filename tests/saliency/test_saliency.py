@@ -18,7 +18,7 @@ from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace, segment_trace
 from hf_stepflow.saliency import memory
-from hf_stepflow.saliency.pooling import StepSums, step_of_token
+from hf_stepflow.saliency.maps import StepSums, step_of_token
 from tests.support.flow import (
     FAMILIES,
     IMPLEMENTATIONS,
@@ -383,13 +383,13 @@ def test_a_trace_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = encode(SHORT) * 4
     trace = Trace([0] * len(ids), [0] * len(ids))
     model = model_of("llama")
-    monkeypatch.setattr("hf_stepflow.saliency.session.free_bytes", lambda device: 60_000_000)
+    monkeypatch.setattr("hf_stepflow.saliency.memory.free_bytes", lambda device: 60_000_000)
     step_saliency(model, ids, trace, chunk_size=2)
     with pytest.raises(memory.StepFlowMemoryError, match=r"chunk_size=10000.*\n.*chunk_size=(\d+)") as caught:
         step_saliency(model, ids, trace, chunk_size=10000)
     fits = int(str(caught.value).rsplit("chunk_size=", 1)[1].split()[0])
     step_saliency(model, ids, trace, chunk_size=fits)
-    monkeypatch.setattr("hf_stepflow.saliency.session.free_bytes", lambda device: 100_000)
+    monkeypatch.setattr("hf_stepflow.saliency.memory.free_bytes", lambda device: 100_000)
     with pytest.raises(memory.StepFlowMemoryError, match="tokens would fit"):
         step_saliency(model, ids, trace)
     assert isinstance(caught.value, MemoryError)
@@ -491,8 +491,8 @@ def test_all_traces_are_weighed_before_any_is_taken(monkeypatch: pytest.MonkeyPa
     ids = encode(SHORT) * 8
     rows = [ids[:50], ids]
     traces = [Trace([0] * len(row), [0] * len(row)) for row in rows]
-    monkeypatch.setattr("hf_stepflow.saliency.session.free_bytes", lambda device: 5_000_000)
-    monkeypatch.setattr("hf_stepflow.saliency.session.Session.run", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr("hf_stepflow.saliency.memory.free_bytes", lambda device: 5_000_000)
+    monkeypatch.setattr("hf_stepflow.saliency.api._Call.maps", lambda *args: pytest.fail("it ran"))
     with pytest.raises(memory.StepFlowMemoryError, match=f"a trace of {len(ids)} tokens"):
         step_saliency(model_of("llama"), rows, traces)
 

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from hf_stepflow.runtime.trace import Trace
-from hf_stepflow.saliency.indices import INDICES
-from hf_stepflow.saliency.pooling import pair_counts
+from hf_stepflow.saliency.maps import INDICES, pair_counts
 from hf_stepflow.saliency.result import StepSaliency
 
 QUESTION, THINKING, SUMMARY, CONTROL = 0, 1, 2, -1
