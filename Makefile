@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 VENV = .venv
 
 .DEFAULT_GOAL = test
-.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest bench calibrations train-seeds clean
+.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest bench calibrations train-seeds release clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp
@@ -59,6 +59,10 @@ calibrations: .venv/.stamp-smollm2
 train-seeds: .venv/.stamp
 	set -e; for seed in $(SEEDS); do \
 		.venv/bin/python -m hf_stepflow.reasoner.train --seed $$seed --out build/reasoner-$$seed; done
+
+# Records the hashes of the code that travels under this version, before the wheel is built.
+release: test
+	.venv/bin/python -m hf_stepflow.hub.verify
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -44,11 +44,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         actions, "validate", "check files before they are contributed", "hf-stepflow presets validate my-model.json"
     )
     validate.add_argument("files", metavar="FILE", nargs="+", type=Path, help="preset file, or folder with one")
+    verify = _action(
+        actions, "verify-code", "compare a repository's code with the releases", "hf-stepflow presets verify-code DIR"
+    )
+    verify.add_argument("source", metavar="DIR|REPO_ID", help="folder, or repository on the Hub")
+    verify.add_argument("--revision", help="branch, tag or commit of the repository")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does what was asked; `validate` returns 2 where a file is wrong."""
-    return {"list": _list, "show": _show, "card": _card, "validate": _validate}[args.action](args)
+    """Runs the action; `validate` and `verify-code` return 2 where a file is wrong."""
+    actions = {"list": _list, "show": _show, "card": _card, "validate": _validate, "verify-code": _verify_code}
+    return actions[args.action](args)
 
 
 def _action(actions: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -152,6 +158,14 @@ def _tell(file: str, problems: list[StepFlowError]) -> None:
     hint = next((problem.hint for problem in problems if problem.hint), "docs/presets.md explains the fields")
     if problems:
         print(f"hint: {hint}", file=sys.stderr)
+
+
+def _verify_code(args: argparse.Namespace) -> int:
+    from hf_stepflow.hub.verify import verify_code
+
+    found = verify_code(args.source, revision=args.revision)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 0 if found.is_released else 2
 
 
 def _as_json(preset: Any) -> dict[str, Any]:
