@@ -60,11 +60,7 @@ class Bands:
 
 
 def quarter_rule(layers: Sequence[int]) -> Proposal:
-    """Returns the paper's bands.
-
-    Args:
-        layers: The layers with softmax attention, ascending.
-    """
+    """Returns the paper's bands among the layers with softmax attention, given in ascending order."""
     return Proposal(
         "quarter",
         resolve_layers("oeb_layers", "bottom:0.25", list(layers)),

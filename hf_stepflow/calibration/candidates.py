@@ -4,42 +4,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import BRIDGE, INJECTION, SETTINGS, TEMPERATURE
+from hf_stepflow.runtime.configuration_stepflow import BRIDGE, INJECTION, SETTINGS, TEMPERATURE, StepFlowSettings
 
 from .bands import Proposal
 
 Settings = dict[str, Any]
+Table = dict[int, list[int]]
 
-# All that acts, off. These settings leave the base as it is, bit for bit.
-EMPTY: Settings = {
-    "oeb_layers": "none",
-    "oeb_heads": None,
-    "tau_max": 0.0,
-    "bridge_scope": "segment",
-    "bridge_floor": "share",
-    "sink_tokens": 0,
-    "oeb_span": None,
-    "smi_layers": "none",
-    "alpha": 0.0,
-    "smi_window": None,
-    "length_temperature": 0.0,
-    "length_temperature_base": None,
-    "length_temperature_layers": "all",
-    "length_temperature_heads": None,
-}
-_GROUPS = {"OEB": BRIDGE, "SMI": INJECTION, "length temperature": TEMPERATURE}
+# {mechanism: its settings}.
 MECHANISMS = {
-    name: tuple(setting for setting, row in SETTINGS.items() if row.group == group) for name, group in _GROUPS.items()
+    mechanism: tuple(name for name, setting in SETTINGS.items() if setting.group == group)
+    for mechanism, group in (("OEB", BRIDGE), ("SMI", INJECTION), ("length temperature", TEMPERATURE))
 }
+_PAPER = {name: getattr(StepFlowSettings(), name) for names in MECHANISMS.values() for name in names}
+
+# Every mechanism off. These settings leave the base as it is, bit for bit.
+EMPTY: Settings = _PAPER | {"oeb_layers": "none", "tau_max": 0.0, "smi_layers": "none", "alpha": 0.0}
 
 OFF = "off"
 ALL, PROPOSED = "all", "proposed"
-# The temperature that stands in where the winner has none.
+
+# The length temperature of the control for a winner without one.
 CONTROL_TEMPERATURE = 1.0
 
 
 def mechanisms(settings: Settings) -> list[str]:
-    """The mechanisms that act under some settings."""
+    """Returns the mechanisms that act under settings."""
     is_on = {
         "OEB": settings["tau_max"] > 0 and settings["oeb_layers"] not in ("none", []),
         "SMI": settings["alpha"] != 0 and settings["smi_layers"] not in ("none", []),
@@ -49,110 +39,89 @@ def mechanisms(settings: Settings) -> list[str]:
 
 
 def only(settings: Settings, *kept: str) -> Settings:
-    """Settings with the other mechanisms off.
-
-    Args:
-        settings: the settings.
-        *kept: keys of `MECHANISMS`.
-    """
+    """Returns the settings with all mechanisms but these off."""
     return EMPTY | {name: settings[name] for mechanism in kept for name in MECHANISMS[mechanism]}
 
 
 def tidied(settings: Settings) -> Settings:
-    """Settings in which all that does not act is as in `EMPTY`: two that do the same are then equal.
-
-    Args:
-        settings: some of those in `EMPTY`.
-    """
+    """Returns the settings with everything that does not act as in `EMPTY`, so that equal effects compare equal."""
     whole = EMPTY | settings
     return only(whole, *mechanisms(whole))
 
 
 @dataclass(frozen=True)
 class Space:
-    """What the search chooses from.
+    """The space of the search.
 
     Attributes:
-        bridges: layers and heads of the bridge by the name of who proposed them: {name: (layers, heads)}.
-        injections: layers of the injection by name.
-        temperatures: heads of the length temperature by name: {name: heads}, None for all.
-        bases: context lengths up to which the length temperature does nothing.
+        bridges: {source: (layers, heads)} of the bridge; None for all heads.
+        injections: {source: layers} of the injection.
+        temperatures: {source: heads} of the length temperature; None for all heads.
+        bases: Context lengths up to which the length temperature does nothing.
     """
 
-    bridges: dict[str, tuple[list[int], dict[int, list[int]] | None]]
+    bridges: dict[str, tuple[list[int], Table | None]]
     injections: dict[str, list[int]]
-    temperatures: dict[str, dict[int, list[int]] | None]
+    temperatures: dict[str, Table | None]
     bases: list[int]
 
     @classmethod
-    def of(
-        cls, proposals: Sequence[Proposal], heads: Mapping[str, dict[int, list[int]]], bases: Sequence[int]
-    ) -> "Space":
-        """The space that proposals span.
+    def of(cls, proposals: Sequence[Proposal], heads: Mapping[str, Table], bases: Sequence[int]) -> "Space":
+        """Returns the space that proposals span.
 
         Args:
-            proposals: bands.
-            heads: {layer: heads} that profit from a mechanism by its name, empty if none do.
-            bases: context lengths.
+            proposals: The bands.
+            heads: The heads that profit from each mechanism, by layer; may be empty.
+            bases: The context lengths.
         """
-        bridges: dict[str, tuple[list[int], dict[int, list[int]] | None]] = {
+        bridges: dict[str, tuple[list[int], Table | None]] = {
             one.name: (one.oeb_layers, None) for one in proposals if one.oeb_layers
         }
         if heads["OEB"]:
             bridges["heads"] = (sorted(heads["OEB"]), heads["OEB"])
         injections = {one.name: one.smi_layers for one in proposals if one.smi_layers}
-        temperatures: dict[str, dict[int, list[int]] | None] = {ALL: None}
+        temperatures: dict[str, Table | None] = {ALL: None}
         if heads["length temperature"]:
             temperatures[PROPOSED] = heads["length temperature"]
         return cls(bridges, injections, temperatures, sorted(set(bases)))
 
     def candidate(self, parameters: dict[str, Any]) -> Settings:
-        """The settings that some parameters stand for.
-
-        Args:
-            parameters: as `suggest` gives them.
-        """
-        settings: Settings = {}
+        """Returns the settings that parameters, as `suggest` returns them, stand for."""
+        settings: Settings = {
+            name: None if SETTINGS[name].optional and parameters[name] == 0 else parameters[name]
+            for name in _searched(*MECHANISMS)
+            if name in parameters
+        }
         if parameters["bridge"] != OFF:
             layers, heads = self.bridges[parameters["bridge"]]
-            settings |= {"oeb_layers": list(layers), "oeb_heads": _written(heads), "tau_max": parameters["tau_max"]}
-            settings |= {"bridge_scope": parameters["bridge_scope"], "sink_tokens": parameters["sink_tokens"]}
+            settings |= {"oeb_layers": list(layers), "oeb_heads": _in_json(heads)}
         if parameters["injection"] != OFF:
-            window = parameters["smi_window"]
-            settings |= {"smi_layers": list(self.injections[parameters["injection"]]), "alpha": parameters["alpha"]}
-            settings |= {"smi_window": None if window == 0 else window}
+            settings["smi_layers"] = list(self.injections[parameters["injection"]])
         if parameters["temperature"]:
-            settings["length_temperature"] = parameters["length_temperature"]
             settings["length_temperature_base"] = parameters["length_temperature_base"]
-            settings["length_temperature_heads"] = _written(self.temperatures[parameters["temperature_heads"]])
+            settings["length_temperature_heads"] = _in_json(self.temperatures[parameters["temperature_heads"]])
         return tidied(settings)
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """Parameters that an optuna trial suggests, in a tree: what is off has no settings."""
+        """Returns the parameters that an optuna trial suggests; a mechanism that is off has none of its own."""
         found: dict[str, Any] = {
             "bridge": trial.suggest_categorical("bridge", [OFF, *self.bridges]),
             "injection": trial.suggest_categorical("injection", [OFF, *self.injections]),
             "temperature": trial.suggest_categorical("temperature", [False, True]),
         }
         if found["bridge"] != OFF:
-            found["tau_max"] = _suggest_float(trial, "tau_max")
-            found["bridge_scope"] = trial.suggest_categorical("bridge_scope", list(SETTINGS["bridge_scope"].search))
-            found["sink_tokens"] = trial.suggest_categorical("sink_tokens", list(SETTINGS["sink_tokens"].search))
+            found |= {name: _suggest(trial, name) for name in _searched("OEB")}
         if found["injection"] != OFF:
-            found["alpha"] = _suggest_float(trial, "alpha")
-            found["smi_window"] = trial.suggest_categorical(
-                "smi_window", [window or 0 for window in SETTINGS["smi_window"].search]
-            )
+            found |= {name: _suggest(trial, name) for name in _searched("SMI")}
         if found["temperature"]:
-            found["length_temperature"] = _suggest_float(trial, "length_temperature")
+            found |= {name: _suggest(trial, name) for name in _searched("length temperature")}
             found["length_temperature_base"] = trial.suggest_categorical("length_temperature_base", self.bases)
             found["temperature_heads"] = trial.suggest_categorical("temperature_heads", list(self.temperatures))
         return found
 
     def firsts(self) -> list[dict[str, Any]]:
-        """What every search begins with: the paper's settings, each mechanism alone, and each proposal."""
-        bridge = {"tau_max": 0.15, "bridge_scope": "segment", "sink_tokens": 0}
-        injection = {"alpha": 0.06, "smi_window": 0}
+        """Returns the trials that every search begins with: the paper's settings, then each proposal alone."""
+        bridge, injection = ({name: _PAPER[name] or 0 for name in _searched(one)} for one in ("OEB", "SMI"))
         off = {"bridge": OFF, "injection": OFF, "temperature": False}
         warm = off | {"temperature": True, "length_temperature_base": self.bases[0]}
         firsts: list[dict[str, Any]] = [off | {"bridge": name} | bridge for name in self.bridges]
@@ -163,16 +132,22 @@ class Space:
             for gamma in (0.5, 1.0)
         ]
         if "quarter" in self.bridges and "quarter" in self.injections:
-            both = {"bridge": "quarter", "injection": "quarter", "temperature": False} | bridge | injection
-            firsts.insert(0, both)
+            firsts.insert(0, off | {"bridge": "quarter", "injection": "quarter"} | bridge | injection)
         return firsts
 
 
-def _suggest_float(trial: Any, name: str) -> float:
-    """A value of a setting from the range that the settings table gives the search, on a log scale."""
-    return trial.suggest_float(name, *SETTINGS[name].search, log=True)
+def _searched(*kept: str) -> list[str]:
+    """The settings of mechanisms for which the settings table has values to search."""
+    return [name for mechanism in kept for name in MECHANISMS[mechanism] if SETTINGS[name].search]
 
 
-def _written(heads: dict[int, list[int]] | None) -> dict[str, list[int]] | None:
-    """Heads as JSON has them."""
+def _suggest(trial: Any, name: str) -> Any:
+    """A value from the settings table: numbers on a log scale; 0 stands for null."""
+    values = SETTINGS[name].search
+    if SETTINGS[name].kind == "number":
+        return trial.suggest_float(name, *values, log=True)
+    return trial.suggest_categorical(name, [0 if value is None else value for value in values])
+
+
+def _in_json(heads: Table | None) -> dict[str, list[int]] | None:
     return None if heads is None else {str(layer): list(chosen) for layer, chosen in heads.items()}

@@ -63,7 +63,6 @@ class Calibration:
         halving: The results of those that answered problems.
         correlation: Spearman's correlation of proxy and generated accuracy over these, and their number.
         points: The number, the proxy and the difference in accuracy on the first rung of each of these.
-        settings: The winner's settings; without a winner, settings that leave the base as it is.
         winner: The winning trial, or None.
         measured: The verdict on the held-out split, or None.
         ablations: The winner's ablations by name.
@@ -82,13 +81,17 @@ class Calibration:
     halving: Halving | None = None
     correlation: tuple[Estimate | None, int] = (None, 0)
     points: list[tuple[int, float, float]] = field(default_factory=list)
-    settings: Settings = field(default_factory=lambda: dict(EMPTY))
     winner: Trial | None = None
     measured: Measured | None = None
     ablations: dict[str, Ablation] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     held_out: int = 0
     seconds: float = 0.0
+
+    @property
+    def settings(self) -> Settings:
+        """The winner's settings; without a winner, settings that leave the base as it is."""
+        return dict(EMPTY) if self.winner is None else self.winner.settings
 
     @property
     def verdict(self) -> str:

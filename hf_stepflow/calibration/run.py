@@ -85,17 +85,7 @@ def parse_budget(text: "str | int | Budget") -> Budget:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are generated.
-
-    Attributes:
-        seed: The seed of all draws.
-        samples: The number of responses to each problem; a single one is greedy.
-        temperature: The temperature of several responses.
-        max_new_tokens: The largest number of tokens in a response.
-        batch_size: The number of problems answered together.
-        run_code: Whether programs that the model wrote may be run.
-        template: Further arguments of the chat template.
-    """
+    """How responses are generated, by the arguments of `calibrate` of the same names."""
 
     seed: int = 0
     samples: int = 1

@@ -16,19 +16,6 @@ _STRETCH = 4
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Both splits, each in an order drawn by the seed: its first n problems are a random sample.
-
-    Attributes:
-        calibration: The problems that everything is chosen on.
-        held_out: The problems that the verdict is given on.
-    """
-
-    calibration: list[EvalProblem]
-    held_out: list[EvalProblem]
-
-
-@dataclass(frozen=True)
 class Batch:
     """Problems that are answered together under any settings.
 
@@ -41,14 +28,14 @@ class Batch:
     problems: tuple[EvalProblem, ...]
 
 
-def split_problems(problems: Sequence[EvalProblem], seed: int) -> Splits:
-    """Splits problems by a hash of their question and the seed.
+def split_problems(problems: Sequence[EvalProblem], seed: int) -> tuple[list[EvalProblem], list[EvalProblem]]:
+    """Splits problems with distinct ids by a hash of their question and the seed.
 
     A question is never in both splits, whatever its id, capitals and white space.
 
-    Args:
-        problems: Problems with distinct ids.
-        seed: The seed; another one gives other splits.
+    Returns:
+        The calibration split and the held-out split. Each has an order drawn by the seed, such that its first n
+        problems are a random sample.
 
     Raises:
         StepFlowInputError: There are too few problems for two splits.
@@ -61,7 +48,7 @@ def split_problems(problems: Sequence[EvalProblem], seed: int) -> Splits:
             f"{len(problems)} problems make splits of {len(calibration)} and {len(held_out)}; each needs {SMALLEST}",
             hint="give more problems; to show a gain of a few points takes some hundreds",
         )
-    return Splits(calibration, held_out)
+    return calibration, held_out
 
 
 def batches_of(problems: Sequence[EvalProblem], size: int, split: str, seed: int) -> list[Batch]:

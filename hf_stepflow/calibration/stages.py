@@ -31,7 +31,7 @@ from .proxy import ProxyScore, proxy_score
 from .result import Ablation, Calibration
 from .run import Budget, CalibrationRun, Sampling, attached, parse_budget
 from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
-from .splits import Batch, Splits, batches_of, split_problems
+from .splits import Batch, batches_of, split_problems
 from .traces import Row, Solved, read_answers, rows_to_score, short_and_easy
 from .verdict import BASE, RANDOM_STEPS, ablations, measure, random_steps
 from .work_folder import Workers, WorkFolder
@@ -134,16 +134,14 @@ def calibrate(
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         workers = Workers.join()
         if workers.count > 1 and work is None:
-            raise StepFlowInputError(
-                "several processes need a common work folder, but work is None", hint="pass work="
-            )
+            raise StepFlowInputError("several processes need a common work folder, got work=None", hint="pass work=")
         if not workers.is_first:
             workers.wait()  # for the first process to create the folder
         folder = WorkFolder(work, header, about, workers.count)
         if workers.is_first:
             workers.wait()
         run = CalibrationRun(model, tokenizer, sampling, folder, workers, spend, progress)
-        return _run_stages(run, splits, scored, header, about, force)
+        return _run_stages(run, *splits, scored, header, about, force)
 
 
 def _check_packages(problems: Sequence[EvalProblem]) -> None:
@@ -162,32 +160,31 @@ def _check_lengths(model: Any, tokenizer: Any, problems: Sequence[EvalProblem], 
         return
     for problem in problems:
         prompt = len(encode_prompt(tokenizer, problem.prompt, **sampling.template))
-        if prompt + sampling.max_new_tokens > room:
-            raise StepFlowInputError(
-                f"the prompt of problem {problem.id!r} has {prompt} tokens, which with a response of "
-                f"max_new_tokens={sampling.max_new_tokens} makes {prompt + sampling.max_new_tokens}; this model has "
-                f"{room} positions",
-                hint=f"max_new_tokens of at most {max(room - prompt, 0)}, or leave this problem out",
-            )
         trace = 0 if problem.trace is None else len(encode_response(tokenizer, problem.trace))
-        if prompt + trace > room:
+        longest = max(sampling.max_new_tokens, trace)
+        if prompt + longest > room:
             raise StepFlowInputError(
-                f"prompt and trace of problem {problem.id!r} have {prompt} and {trace} tokens; this model has {room} "
-                f"positions",
-                hint="leave this problem out, or its trace",
+                f"the prompt of problem {problem.id!r} has {prompt} tokens, its response or trace up to {longest}; "
+                f"this model has {room} positions",
+                hint=f"use max_new_tokens of at most {max(room - prompt, 0)}, or leave out this problem or its trace",
             )
 
 
 def _run_stages(
-    run: CalibrationRun, splits: Splits, scored: int, header: dict[str, Any], about: dict[str, Any], force: bool
+    run: CalibrationRun,
+    calibration: list[EvalProblem],
+    held_out: list[EvalProblem],
+    scored: int,
+    header: dict[str, Any],
+    about: dict[str, Any],
+    force: bool,
 ) -> Calibration:
     """Runs all stages, or those up to the gate if it is closed."""
     seed, size = run.sampling.seed, run.sampling.batch_size
-    solved, batches = _solve(run, splits.calibration, batches_of(splits.calibration, size, "calibration", seed))
+    solved, batches = _solve(run, calibration, batches_of(calibration, size, "calibration", seed))
     measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
     gate = look_for_trend([1 - one.accuracy for one in solved], measures, seed)
-    found = Calibration(header, about, gate, held_out=len(splits.held_out))
-    found.is_forced = _is_forced(run, gate, force)
+    found = Calibration(header, about, gate, _is_forced(run, gate, force), held_out=len(held_out))
     if gate.is_open or found.is_forced:
         rows = rows_to_score(solved, run.tokenizer, run.sampling.template, scored)
         scoring = _Scoring(run, rows, short_and_easy(solved), run.likelihoods(None, rows))
@@ -198,8 +195,7 @@ def _run_stages(
         found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
         _select(found, run, batches, scoring.easy)
         if found.winner is not None:
-            held_out = batches_of(splits.held_out, size, "held-out", seed)
-            _judge(found, found.winner, run, held_out, lengths[0], rows)
+            _judge(found, found.winner, run, batches_of(held_out, size, "held-out", seed), lengths[0], rows)
     found.seconds = run.work.spent()
     return found
 
@@ -372,7 +368,6 @@ def _judge(
     found: Calibration, winner: Trial, run: CalibrationRun, batches: list[Batch], base_length: int, rows: list[Row]
 ) -> None:
     """The verdict: the winner and its ablations on the held-out split."""
-    found.settings = winner.settings
     seed = run.sampling.seed
     compare = partial(measure, samples=run.sampling.samples, seed=seed)
     arms: dict[str, Settings | None] = {BASE: None, STEPFLOW: winner.settings}

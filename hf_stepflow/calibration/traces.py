@@ -61,14 +61,9 @@ def read_answers(
     vocabulary: StepVocabulary,
     template: Mapping[str, Any],
 ) -> list[Solved]:
-    """Groups the base's answers by problem; problems without an answer are left out.
+    """Groups the base's answers, as `evaluate` records them with token ids, by problem.
 
-    Args:
-        problems: The problems of the calibration split.
-        results: Their responses, as `evaluate` records them, with token ids.
-        tokenizer: The model's tokenizer.
-        vocabulary: The step rules for this tokenizer.
-        template: Further arguments of the chat template.
+    Problems without an answer are left out.
     """
     answered: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -110,7 +105,7 @@ def rows_to_score(solved: Sequence[Solved], tokenizer: Any, template: Mapping[st
         solved: The base's answers, in a random order.
         tokenizer: The model's tokenizer.
         template: Further arguments of the chat template.
-        limit: The largest number of problems.
+        limit: The largest number of problems to choose.
     """
     missed = [one for one in solved if one.accuracy < 1]
     known = [one for one in solved if one.accuracy == 1]

@@ -109,7 +109,7 @@ def measure(
 def ablations(
     winner: Settings, heads: dict[int, int], base_length: int, seed: int
 ) -> tuple[dict[str, Settings], dict[str, str]]:
-    """Returns what to run beside the winner, and why other ablations make no sense for it.
+    """Returns the ablations that make sense for the winner, and the reason for leaving out each of the others.
 
     Args:
         winner: The winner's settings.

@@ -77,8 +77,8 @@ class WorkFolder:
             self._known[name] = _read(self.path / name)["found"]
         return self._known.get(name)
 
-    def put(self, kind: str, found: Any, *parts: Any) -> Any:
-        """Keeps a result, JSON-ready and not None, and returns it as it will be read."""
+    def put(self, kind: str, found: Any, *parts: Any) -> None:
+        """Keeps a result, JSON-ready and not None."""
         name, now = self._name(kind, parts), time.monotonic()
         spent, self._marked = (now - self._marked) / self._processes, now
         found = json.loads(json.dumps(found))
@@ -86,7 +86,6 @@ class WorkFolder:
             (self.path / kind).mkdir(exist_ok=True)
             _write(self.path / name, {"seconds": round(spent, 3), "found": found})
         self._known[name] = found
-        return found
 
     def spent(self) -> float:
         """Returns the seconds of work on this run, including those before it was interrupted."""
