@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .bridge import DecodeGroups, bridged_decode, bridged_weights
+from .bridge import DecodeGroups, bridge_floors, bridged_decode, bridged_weights
 from .errors import StepFlowUnsupportedError
 from .forward import FlowPass
 from .momentum import inject
@@ -194,16 +194,16 @@ class BridgedCall(AttentionCall):
         logits = self.logits(self.query, keys)[:, :, 0]
         dtype, device = logits.dtype, logits.device
         groups = self.flow.found(self.mask, ("groups", keys, dtype, device), lambda: self._groups(keys, dtype))
-        tau = self.tau if isinstance(self.tau, float) else torch.tensor(self.tau, dtype=dtype, device=device)
+        key = ("floors", keys, dtype, device, self.tau)
+        floors = self.flow.found(self.mask, key, lambda: self._floors(groups, dtype))
         weights, before, after = bridged_decode(
-            logits, groups, tau_max=tau, floor=self.flow.plan.settings.bridge_floor, sink_logits=self.sink_logits
+            logits, groups, floors=floors, floor=self.flow.plan.settings.bridge_floor, sink_logits=self.sink_logits
         )
         if self.flow.state.tally is not None:
-            usable = ((groups.n_same > 0) & (groups.n_bridge > 0)) & (torch.as_tensor(tau, device=device) > 0)
             if isinstance(total, int):
-                self.flow.state.tally.note_bridge(self.layer, before, after, usable)
+                self.flow.state.tally.note_bridge(self.layer, before, after, floors[0])
             else:
-                self.flow.state.tally.add_bridge(self.layer, before[..., None], after[..., None], usable[..., None])
+                self.flow.state.tally.add_bridge(self.layer, before[..., None], after[..., None], floors[0][..., None])
         shape = (batch, self.key.shape[1], heads // self.key.shape[1], keys)
         output = torch.matmul(weights.to(self.value.dtype).view(shape), self.value[:, :, :keys])
         output = output.view(batch, 1, heads, -1)
@@ -219,6 +219,10 @@ class BridgedCall(AttentionCall):
             bias = torch.where(visible, added, torch.finfo(dtype).min / 2)[:, 0, 0]
         same, bridge = self.flow.key_groups(self.flow.records.to(device), keys, visible)
         return DecodeGroups.of(same[:, 0, 0], bridge[:, 0, 0], bias, dtype)
+
+    def _floors(self, groups: DecodeGroups, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        cap = torch.tensor(self.tau, dtype=dtype, device=self.query.device)
+        return bridge_floors(groups.n_same, groups.n_bridge, cap, dtype)
 
     def rewrite(self, output: torch.Tensor, weights: torch.Tensor | None) -> Output:
         """Many queries: the base's output, with the bridged queries computed anew, chunk by chunk."""

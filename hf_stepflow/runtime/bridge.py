@@ -194,21 +194,17 @@ def bridged_weights(
     # Products and sums with indicators: on a CPU torch.where takes several times as long, and everything is finite.
     in_same, in_bridge = same.to(logits.dtype), bridge.to(logits.dtype)
     others = 1 - in_same - in_bridge
-    with torch.no_grad():  # the greatest logit of each group cancels out, and so do its gradients
+    with torch.no_grad():  # the greatest logits cancel out, and so do their gradients
         top = logits.amax(-1, keepdim=True)
-        top_same = (logits + (1 - in_same) * nothing).amax(-1, keepdim=True)
-        top_bridge = (logits + (1 - in_bridge) * nothing).amax(-1, keepdim=True)
-        tops = (others * top).addcmul_(in_same, top_same).addcmul_(in_bridge, top_bridge)
-    weights = torch.exp(logits - tops)
+        lead = (logits + (1 - in_bridge) * nothing).amax(-1, keepdim=True) - top
+    weights = torch.exp(logits - top - in_bridge * lead)
     sums = torch.stack([(weights * group).sum(-1) for group in (others, in_same, in_bridge)], -1)
     factors, before, after = _merged(
-        torch.cat((top, top_same, top_bridge), -1),
         sums,
-        same.sum(-1),
-        bridge.sum(-1),
-        tau_max=tau_max,
-        floor=floor,
-        sink_logits=None if sink_logits is None else sink_logits.to(logits.dtype)[None, :, None],
+        lead[..., 0],
+        bridge_floors(same.sum(-1), bridge.sum(-1), tau_max, logits.dtype),
+        floor,
+        None if sink_logits is None else sink_logits.to(logits.dtype)[None, :, None] - top[..., 0],
     )
     factor_others, factor_same, factor_bridge = factors.split(1, -1)
     scale = (others * factor_others).addcmul(in_same, factor_same).addcmul(in_bridge, factor_bridge)
@@ -221,7 +217,7 @@ class DecodeGroups:
 
     Attributes:
         indicator: [B, 3, K] of 0 and 1: which keys are others or invisible, current segment, bridge.
-        outside: [B, 2, K]: 0 for the keys of S (of B), far below any logit for the rest.
+        outside: [B, 1, K]: 0 for the keys of the bridge, far below any logit for the rest.
         n_same: Number of visible keys in S, [B, 1].
         n_bridge: Number of visible keys in B, [B, 1].
         bias: [B, 1, K] to add to the logits, far below any logit where a key is not visible; None for nothing.
@@ -237,21 +233,23 @@ class DecodeGroups:
     def of(cls, same: Tensor, bridge: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "DecodeGroups":
         """Makes the groups from bool masks [B, K] of the visible keys in S and B and a bias [B, K]."""
         groups = torch.stack((~(same | bridge), same, bridge), 1)
-        counts = groups[:, 1:].sum(-1)
+        counts = groups.sum(-1)
         indicator = groups.to(dtype)
-        outside = (1 - indicator[:, 1:]) * (torch.finfo(dtype).min / 2)
-        return cls(indicator, outside, counts[:, :1], counts[:, 1:], None if bias is None else bias[:, None].to(dtype))
+        outside = (1 - indicator[:, 2:]) * (torch.finfo(dtype).min / 2)
+        return cls(
+            indicator, outside, counts[:, 1:2], counts[:, 2:], None if bias is None else bias[:, None].to(dtype)
+        )
 
 
 def bridged_decode(
-    logits: Tensor, groups: DecodeGroups, *, tau_max: float | Tensor, floor: str, sink_logits: Tensor | None
+    logits: Tensor, groups: DecodeGroups, *, floors: tuple[Tensor, Tensor], floor: str, sink_logits: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the attention weights of one query a row with the bridge.
 
     Args:
         logits: [B, H, K], float32 or float64, after scaling and softcap.
         groups: The key groups, which carry the mask.
-        tau_max: Cap of the floor, or one value a head, [H].
+        floors: The floors of the groups, as `bridge_floors` returns them, broadcastable to [B, H].
         floor: "share" or "absolute".
         sink_logits: Learned sinks [H], in the denominator only.
 
@@ -261,57 +259,69 @@ def bridged_decode(
     if groups.bias is not None:
         logits = (logits + groups.bias).clamp(min=torch.finfo(logits.dtype).min / 2)
     with torch.no_grad():
-        inside = [(logits + groups.outside[:, group : group + 1]).amax(-1) for group in (0, 1)]
-        tops = torch.stack((logits.amax(-1), *inside), -1)
-    weights = torch.baddbmm(logits, tops, groups.indicator, alpha=-1).exp()
-    sums = torch.matmul(weights, groups.indicator.mT)
+        top = logits.amax(-1, keepdim=True)
+        lead = (logits + groups.outside).amax(-1, keepdim=True) - top
+    weights = torch.addcmul(logits - top, groups.indicator[:, 2:], lead, value=-1).exp()
     factors, before, after = _merged(
-        tops,
-        sums,
-        groups.n_same,
-        groups.n_bridge,
-        tau_max=tau_max,
-        floor=floor,
-        sink_logits=None if sink_logits is None else sink_logits.to(logits.dtype),
+        torch.matmul(weights, groups.indicator.mT),
+        lead[..., 0],
+        floors,
+        floor,
+        None if sink_logits is None else sink_logits.to(logits.dtype) - top[..., 0],
     )
     return weights * torch.matmul(factors, groups.indicator), before, after
 
 
+def bridge_floors(
+    n_same: Tensor, n_bridge: Tensor, tau_max: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns tau = min(sqrt(n_bridge / (n_bridge + n_same)), tau_max), 0 where a group is empty, and 1 - tau.
+
+    Args:
+        n_same: Number of visible keys in S.
+        n_bridge: Number of visible keys in B.
+        tau_max: Cap of the floor, a float or a tensor that broadcasts.
+        dtype: Dtype of the result.
+    """
+    usable = (n_same > 0) & (n_bridge > 0)
+    n_same, n_both = n_same.to(dtype), (n_same + n_bridge).clamp(min=1).to(dtype)
+    root = (n_bridge.to(dtype) / n_both).sqrt()
+    cap = tau_max.to(dtype) if isinstance(tau_max, Tensor) else root.new_full((), tau_max)
+    # 1 - sqrt(r) = (1 - r) / (1 + sqrt(r)) keeps its digits where sqrt(r) is near 1.
+    return torch.minimum(root, cap) * usable, torch.maximum(n_same / (n_both * (1 + root)), 1 - cap)
+
+
 def _merged(
-    tops: Tensor,
-    sums: Tensor,
-    n_same: Tensor,
-    n_bridge: Tensor,
-    *,
-    tau_max: float | Tensor,
-    floor: str,
-    sink_logits: Tensor | None,
+    sums: Tensor, lead: Tensor, floors: tuple[Tensor, Tensor], floor: str, sink_lead: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merges the softmaxes of the groups O, S and B, which the last dimension of size 3 lists.
 
+    B has a greatest logit of its own, since it is lifted exactly where its mass may be too small for the number
+    format. S and O need none: where their mass is that small, so is everything that becomes of it.
+
     Args:
-        tops: The greatest logit of all keys, of S and of B, [..., 3]; that of O is the one of all keys.
-        sums: The sum of exp(logit - top) of each group, [..., 3]; 0 where a group is empty.
-        n_same: Number of visible keys in S, broadcastable to [...].
-        n_bridge: Number of visible keys in B.
-        tau_max: Cap of the floor, broadcastable to [...].
+        sums: The sum of exp(logit - top) of each group, [..., 3]; for B the top is that of B, else that of all keys.
+        lead: The top of B minus that of all keys, [...].
+        floors: As `bridge_floors` returns them, broadcastable to [...].
         floor: "share" or "absolute".
-        sink_logits: Learned sinks, broadcastable to [...].
+        sink_lead: Learned sinks minus the top of all keys, broadcastable to [...], or None.
 
     Returns:
         The factor of each group's exp(logit - top), [..., 3]; the mass of B before and after, [...].
     """
-    # Relative to the greatest logit: differences of large logits are exact, their logarithms of sums would be lost.
-    relative = tops - tops[..., :1]
-    log_masses = relative + sums.clamp(min=torch.finfo(sums.dtype).tiny).log()
-    log_total = log_masses.logsumexp(-1)
-    if sink_logits is not None:
-        log_total = torch.logaddexp(log_total, sink_logits - tops[..., 0])
-    log_masses = log_masses - log_total[..., None]
-    _, log_same, log_bridge = log_masses.unbind(-1)
-    shift_same, shift_bridge, _ = bridge_shifts(
-        log_same, log_bridge, torch.zeros_like(log_total), n_same, n_bridge, tau_max=tau_max, floor=floor
-    )
-    shifts = torch.stack((torch.zeros_like(shift_same), shift_same, shift_bridge), -1)
-    factors = torch.exp(relative + shifts - log_total[..., None])
-    return factors, torch.exp(log_bridge), torch.exp(log_bridge + shift_bridge)
+    others, same, own = sums.unbind(-1)
+    bridge = own * lead.exp()
+    held = same + bridge
+    total = others + held
+    if sink_lead is not None:
+        total = total + sink_lead.exp()
+    share, rest = floors
+    if floor == "absolute":
+        share = torch.where(share * total < held, share * total / held, 0.0)
+        rest = 1 - share
+    least = share * held
+    low = bridge < least
+    after = torch.where(low, least, bridge)
+    masses = torch.stack((others, torch.where(low, rest * held, same), after), -1)
+    factors = masses / (sums.clamp(min=torch.finfo(sums.dtype).tiny) * total[..., None])
+    return factors, bridge / total, after / total

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_stepflow.runtime.bridge import (
     BRIDGE_FLOORS,
     DecodeGroups,
+    bridge_floors,
     bridge_shifts,
     bridged_decode,
     bridged_weights,
@@ -149,9 +150,11 @@ def test_weights_in_both_forms_equal_the_oracle(row: Row) -> None:
     }
     bias = torch.where(visible, 0.0, float("-inf"))[None]
     groups = DecodeGroups.of(same[None], bridge[None], bias, torch.float64)
+    rest = dict(settings)
+    floors = bridge_floors(groups.n_same, groups.n_bridge, rest.pop("tau_max"), torch.float64)
     for form in (
         bridged_weights(row.logits[None, None, None], same[None, None, None], bridge[None, None, None], **settings),
-        bridged_decode(row.logits.nan_to_num(neginf=0.0)[None, None], groups, **settings),
+        bridged_decode(row.logits.nan_to_num(neginf=0.0)[None, None], groups, floors=floors, **rest),
     ):
         weights, before, after = (tensor.flatten() for tensor in form)
         torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
