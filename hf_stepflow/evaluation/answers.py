@@ -64,11 +64,7 @@ def judge(problem: EvalProblem, text: str, is_finished: bool = True, *, run_code
 
 
 def check_may_run(problem: EvalProblem, run_code: bool) -> None:
-    """Refuses a programming problem if programs may not be run.
-
-    Raises:
-        StepFlowInputError: It is one, and they may not.
-    """
+    """Raises StepFlowInputError for a programming problem if programs may not be run."""
     if problem.kind == "code" and not run_code:
         raise StepFlowInputError(
             f"the answer to problem {problem.id!r} is a program, and checking it means running what the model wrote",

@@ -96,24 +96,14 @@ atexit.register(_MATHEMATICS.stop)
 
 
 def same_mathematics(right: str, given: str) -> bool:
-    """Whether two LaTeX expressions are equal; False if math-verify cannot say so within `SECONDS`.
-
-    Raises:
-        StepFlowInputError: math-verify is not installed.
-    """
+    """Whether two LaTeX expressions are equal; False if math-verify cannot say so within `SECONDS`."""
     demand_math_verify()
     return _MATHEMATICS.same(right, given)
 
 
 def demand_math_verify(kinds: Iterable[str] = ("math",)) -> None:
-    """Checks that math-verify is installed if answers may need it.
-
-    Args:
-        kinds: The kinds of the problems; an answer to a `number` is compared as mathematics if it is no plain number.
-
-    Raises:
-        StepFlowInputError: It is needed and not installed.
-    """
+    """Raises StepFlowInputError if problems of these kinds need math-verify and it is not installed."""
+    # An answer to a `number` is compared as mathematics if it is no plain number.
     if {"math", "number"}.intersection(kinds) and find_spec("math_verify") is None:
         raise StepFlowInputError(
             "comparing mathematics needs math-verify, which is not installed", hint="pip install 'hf-stepflow[eval]'"

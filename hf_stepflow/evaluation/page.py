@@ -108,19 +108,13 @@ def _tokens(result: EvaluationResult) -> str:
         f"Tokens are those of a whole answer; a vote counts all its samples. {matched} Points that would cover each "
         "other are drawn side by side. Differences are in points, paired, with 95 % bootstrap intervals."
     )
-    return element("p", class_="soft", text=note) + tokens_chart(points, curve) + table(heads, rows)
+    chart = element("div", tokens_chart(points, curve), class_="wide")
+    return element("p", class_="soft", text=note) + chart + table(heads, rows)
 
 
 @dataclass(frozen=True)
 class ChartPoint:
-    """One arm in the chart.
-
-    Attributes:
-        panel: The method, which has a panel of its own.
-        setting: The StepFlow setting, which has a colour.
-        accuracy: The share of right responses.
-        tokens: The mean tokens of a problem.
-    """
+    """One arm in the chart: its method has a panel, its StepFlow setting has a colour."""
 
     panel: str
     setting: str
@@ -129,12 +123,7 @@ class ChartPoint:
 
 
 def tokens_chart(points: Sequence[ChartPoint], curve: Sequence[CurvePoint]) -> str:
-    """Renders accuracy against tokens: one panel for each method, the first arm's curve in all of them.
-
-    Args:
-        points: The arms.
-        curve: The first arm with one sample and with more.
-    """
+    """Renders accuracy against tokens: one panel for each method, the first arm's curve in all of them."""
     x, y = _axes([*points, *curve])
     y_ticks = [(tick, f"{100 * tick:.4g} %") for tick in y.ticks()]
     settings = list(dict.fromkeys(point.setting for point in points))
@@ -165,7 +154,7 @@ def tokens_chart(points: Sequence[ChartPoint], curve: Sequence[CurvePoint]) -> s
         parts.append(element("line", class_="dashed", x1=place, x2=place + 30, y1=bottom + 10, y2=bottom + 10))
         parts.append(element("text", x=place + 38, y=bottom + 14, text="the first arm with more samples"))
     label = "accuracy against generated tokens"
-    return svg(label, *parts, width=min(len(panels), _COLUMNS) * width, height=bottom + 24)
+    return svg(label, *parts, width=min(len(panels), _COLUMNS) * width, height=bottom + 24, kind="panels")
 
 
 def _axes(points: Sequence[ChartPoint | CurvePoint]) -> tuple[Axis, Axis]:

@@ -115,11 +115,7 @@ def _text_of(value: Any, name: str) -> str:
 
 
 def check_problem(problem: EvalProblem) -> None:
-    """Checks that answers to a problem can be judged.
-
-    Raises:
-        StepFlowInputError: They cannot.
-    """
+    """Raises StepFlowInputError if answers to a problem cannot be judged."""
     answer, kind = problem.answer, problem.kind
     texts = {name: getattr(problem, name) for name in ("id", "question", "answer", "tests", "trace")}
     texts |= {f"choice {letter}": choice for letter, choice in zip(LETTERS, problem.choices, strict=False)}

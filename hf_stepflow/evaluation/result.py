@@ -86,7 +86,7 @@ class EvaluationResult:
         Raises:
             StepFlowFileError: The file is not a results file.
         """
-        header, results = read_results(path)
+        header, results, _ = read_results(Path(path))
         return cls(header["run"], header.get("about", {}), results)
 
     @cached_property
@@ -113,23 +113,25 @@ class EvaluationResult:
 
     def arms(self) -> list[ArmSummary]:
         """Summarizes each arm by itself."""
-        return [_summary(name, list(own.values()), self.run) for name, own in self._by_arm.items() if own]
+        return [_summary(name, own, self.run) for name, own in self._by_arm.items() if own]
 
     @cached_property
     def comparisons(self) -> list[ArmComparison]:
         """The comparisons of the other arms with the first."""
         first, seed = self._by_arm[self.reference], self.run["seed"]
         others = {name: own for name, own in self._by_arm.items() if name != self.reference and own}
-        right = {name: _right(list(own.values())) for name, own in self._by_arm.items()}
-        paired = {name: compare(right[self.reference], right[name], seed, len(others)) for name in others}
+        paired = {
+            name: compare(_grouped(first, "problem", "right"), _grouped(own, "problem", "right"), seed, len(others))
+            for name, own in others.items()
+        }
         adjusted = adjust([one.p_value for one in paired.values()])
         return [
             ArmComparison(
                 name,
                 paired[name],
                 p_value,
-                ratio(_sums(own, "problem", "tokens"), _sums(first, "problem", "tokens"), seed),
-                ratio(_sums(own, "batch", "seconds"), _sums(first, "batch", "seconds"), seed),
+                _ratio(own, first, "problem", "tokens", seed),
+                _ratio(own, first, "batch", "seconds", seed),
                 sum(own[key]["text"] != first[key]["text"] for key in own) / len(own),
             )
             for (name, own), p_value in zip(others.items(), adjusted, strict=True)
@@ -191,11 +193,12 @@ class EvaluationResult:
         return "\n".join([*lines, "", *self.verdicts()])
 
 
-def _summary(name: str, rows: list[dict[str, Any]], run: dict[str, Any]) -> ArmSummary:
+def _summary(name: str, own: Results, run: dict[str, Any]) -> ArmSummary:
+    rows = list(own.values())
     if run["n_samples"] == 1:
         accuracy = proportion(sum(row["right"] for row in rows), len(rows))
     else:
-        accuracy = mean([sum(group) / len(group) for group in _right(rows)], run["seed"])
+        accuracy = mean([sum(group) / len(group) for group in _grouped(own, "problem", "right")], run["seed"])
     return ArmSummary(
         name,
         accuracy,
@@ -222,19 +225,18 @@ def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: s
     return [*lines, f"{reference} with more samples: {'; '.join(points)}."]
 
 
-def _right(rows: list[dict[str, Any]]) -> list[list[bool]]:
-    """Whether each sample was right, grouped by problem."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for row in rows:
-        groups[row["problem"]].append(row["right"])
-    return list(groups.values())
-
-
-def _sums(own: Results, unit: str, amount: str) -> list[float]:
-    sums: dict[Any, float] = defaultdict(float)
+def _grouped(own: Results, unit: str, field: str) -> list[list[Any]]:
+    """A field of the results, grouped by problem or batch."""
+    groups: dict[Any, list[Any]] = defaultdict(list)
     for result in own.values():
-        sums[result[unit]] += result[amount]
-    return [sums[key] for key in sorted(sums)]
+        groups[result[unit]].append(result[field])
+    return [groups[key] for key in sorted(groups)]
+
+
+def _ratio(own: Results, first: Results, unit: str, field: str, seed: int) -> Estimate:
+    """The ratio of an amount to the first arm's, over problems or batches."""
+    above, below = ([sum(group) for group in _grouped(results, unit, field)] for results in (own, first))
+    return ratio(above, below, seed)
 
 
 def amount(one: Estimate, digits: int = 1) -> str:

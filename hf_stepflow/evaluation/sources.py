@@ -64,19 +64,13 @@ class Benchmark:
     """A data set on the Hub, and how its rows become problems.
 
     Attributes:
-        path: The id of the data set.
-        split: The split of the data set.
         convert: Makes a problem of a row's number, the row and the seed; None if the row cannot be checked.
-        name: The configuration of the data set.
-        data_files: The files to read, where the data set would otherwise run a script.
-        hint: What to do if it cannot be loaded.
+        arguments: The arguments of `load_dataset`.
+        hint: The way out if the data set cannot be loaded.
     """
 
-    path: str
-    split: str
     convert: Callable[[int, dict[str, Any], int], EvalProblem | None]
-    name: str | None = None
-    data_files: str | None = None
+    arguments: dict[str, str]
     hint: str = "check the connection, or pass the path of a JSONL file"
 
 
@@ -111,23 +105,24 @@ def _private_tests(text: str) -> list[dict[str, str]]:
 
 
 BENCHMARKS = {
-    "aime24": Benchmark("HuggingFaceH4/aime_2024", "train", _mathematics),
-    "aime25": Benchmark("math-ai/aime25", "test", _mathematics),
-    "amc23": Benchmark("math-ai/amc23", "test", partial(_mathematics, question="question")),
-    "math500": Benchmark("HuggingFaceH4/MATH-500", "test", _mathematics),
+    "aime24": Benchmark(_mathematics, {"path": "HuggingFaceH4/aime_2024", "split": "train"}),
+    "aime25": Benchmark(_mathematics, {"path": "math-ai/aime25", "split": "test"}),
+    "amc23": Benchmark(partial(_mathematics, question="question"), {"path": "math-ai/amc23", "split": "test"}),
+    "math500": Benchmark(_mathematics, {"path": "HuggingFaceH4/MATH-500", "split": "test"}),
     "gpqa-diamond": Benchmark(
-        "Idavidrein/gpqa",
-        "train",
         _gpqa,
-        "gpqa_diamond",
-        hint="accept its terms on the Hub, then log in (hf auth login)",
+        {"path": "Idavidrein/gpqa", "name": "gpqa_diamond", "split": "train"},
+        "accept its terms on the Hub, then log in (hf auth login)",
     ),
+    # Read as JSON, since the data set would otherwise run a script.
     "livecodebench": Benchmark(
-        "json",
-        "train",
         _live_code,
-        data_files="hf://datasets/livecodebench/code_generation_lite/test.jsonl",
-        hint="check the connection; its answers are programs, which are run to be checked (--run-code)",
+        {
+            "path": "json",
+            "data_files": "hf://datasets/livecodebench/code_generation_lite/test.jsonl",
+            "split": "train",
+        },
+        "check the connection; its answers are programs, which are run to be checked (--run-code)",
     ),
 }
 
@@ -146,11 +141,9 @@ def load_benchmark(name: str, seed: int = 0) -> list[EvalProblem]:
 
     benchmark = BENCHMARKS[name]
     try:
-        rows = datasets.load_dataset(
-            benchmark.path, benchmark.name, split=benchmark.split, data_files=benchmark.data_files
-        )
+        rows = datasets.load_dataset(**benchmark.arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        source = benchmark.data_files or benchmark.path
+        source = benchmark.arguments.get("data_files") or benchmark.arguments["path"]
         raise StepFlowFileError(f"{name} ({source}) could not be loaded: {error}", hint=benchmark.hint) from error
     problems = [benchmark.convert(number, row, seed) for number, row in enumerate(rows)]
     kept = [problem for problem in problems if problem is not None]

@@ -40,7 +40,7 @@ class ResultStore:
         if self.path is None:
             return
         if self.path.exists() and self.path.stat().st_size:
-            known, self.results, end = _read(self.path)
+            known, self.results, end = read_results(self.path)
             changes = changes_of_run(known["run"], header)
             if changes or list(known["run"]["arms"]) != list(header["arms"]):
                 raise another_run(self.path, changes or ["arms in another order"])
@@ -65,18 +65,12 @@ class ResultStore:
             os.fsync(file.fileno())
 
 
-def read_results(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Reads the header and the results of a file.
+def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Reads the header of a file, the results of whole batches, and the number of bytes up to their end.
 
     Raises:
         StepFlowFileError: The file is not a results file.
     """
-    header, results, _ = _read(Path(path))
-    return header, results
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """The header, the results of whole batches, and the number of bytes up to their end."""
     try:
         data = path.read_bytes()
     except OSError as error:

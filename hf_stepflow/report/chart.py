@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from .page import element
 
@@ -109,22 +109,11 @@ def svg(label: str, *parts: str, width: float = _WIDTH, height: float = _HEIGHT,
     return element("svg", *parts, class_=kind, viewBox=box, width=round(width), role="img", aria_label=label)
 
 
-class Interval(Protocol):
-    """A value and its interval, which is None where there is too little to tell."""
-
-    @property
-    def value(self) -> float: ...  # noqa: D102
-    @property
-    def low(self) -> float | None: ...  # noqa: D102
-    @property
-    def high(self) -> float | None: ...  # noqa: D102
-
-
-def forest(rows: Sequence[tuple[str, Interval, str]]) -> str:
+def forest(rows: Sequence[tuple[str, Any, str]]) -> str:
     """Renders differences of shares with their intervals, in points, along one axis through zero.
 
     Args:
-        rows: A label, a difference and its text each.
+        rows: For each, a label, a difference (`value`, and `low` and `high` or None) and its text.
     """
     ends = [end for _, delta, _ in rows for end in (delta.low, delta.value, delta.high) if end is not None]
     low, high = min(0.0, *ends), max(0.0, *ends)

@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on(reasoner, tmp_path: Path) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    _, kept = read_results(out)
+    _, kept, _ = read_results(out)
     assert 4 <= len(kept) < 24
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # as a crash in the middle of a batch's write leaves it
