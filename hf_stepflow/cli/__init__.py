@@ -1,8 +1,8 @@
 """The command `hf-stepflow`.
 
-Each subcommand is one file of this package, named in `SUBCOMMANDS` and imported only when it is asked for. It defines
+Each subcommand is a module of this package, listed in `SUBCOMMANDS` and imported only when it runs. It defines
 `configure(parser)`, which adds the description, the arguments and an example, and `run(args)`, which returns the exit
-status.
+status. `arguments` holds the arguments that subcommands share, and `terminal` the way answers are printed.
 """
 
 import argparse
@@ -13,20 +13,20 @@ from importlib import import_module, metadata
 from hf_stepflow.runtime.errors import StepFlowError
 
 SUBCOMMANDS = {
-    "calibrate": "settings for a model that are better than the base, found and judged on your problems",
-    "demo": "a small model on this machine, with and without StepFlow",
-    "diagnose": "which steps of a trace draw on which: Step-Saliency",
-    "doctor": "what is installed here and what of it StepFlow can use",
-    "eval": "StepFlow settings and baselines, compared on the same problems",
-    "export": "a preset as a folder that transformers loads",
-    "generate": "one answer of a model with StepFlow, as it is written",
-    "presets": "settings for models and where they come from: list, show, card, validate",
-    "push": "a preset's repository on the Hub",
+    "calibrate": "find settings that beat the base model on your problems, and judge them on held-out ones",
+    "demo": "watch a small model answer a problem with and without StepFlow",
+    "diagnose": "show which steps of a trace draw on which (Step-Saliency)",
+    "doctor": "show what is installed here, and whether StepFlow runs on a model",
+    "eval": "compare StepFlow settings and other methods on the same problems",
+    "export": "write a preset as a folder that transformers loads",
+    "generate": "answer one prompt with StepFlow, step by step",
+    "presets": "list, show and validate presets (settings for models), and write their cards",
+    "push": "upload a preset's repository to the Hub",
 }
 EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130  # as shells have it
+EXIT_INTERRUPTED = 130  # the status that shells use
 
-# Modules that come with an extra, by the name under which they are imported.
+# The extra that installs a module.
 _EXTRAS = {
     "datasets": "eval",
     "matplotlib": "saliency",
@@ -43,27 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
     Args:
-        argv: The words after the program's name; `sys.argv[1:]` if not given.
+        argv: The words after the program's name; None takes `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0 for success, 2 for bad input, 130 where it was interrupted, else what the subcommand says
-        in its help.
+        The exit status: 0 for success, 2 for bad input, 130 for an interruption. The help of a subcommand names any
+        others.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="hf-stepflow",
-        description="StepFlow for transformers.",
-        epilog="example: hf-stepflow doctor",
+        prog="hf-stepflow", description="StepFlow for transformers.", epilog="example: hf-stepflow doctor"
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {metadata.version('hf-stepflow')}")
     subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
-    asked_for = next((word for word in words if not word.startswith("-")), None)
+    chosen = next((word for word in words if not word.startswith("-")), None)
     runs = {}
     for name, summary in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        if name == asked_for:
+        if name == chosen:
             module = import_module(f"{__name__}.{name}")
             module.configure(subparser)
             runs[name] = module.run

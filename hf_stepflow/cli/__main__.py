@@ -1,4 +1,4 @@
-"""`python -m hf_stepflow.cli`: the command, for launchers that start modules."""
+"""Runs the command as `python -m hf_stepflow.cli`, for launchers that start modules."""
 
 import sys
 

@@ -12,12 +12,9 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .answers import did, first_difference, line_of, written_steps
-from .paths import demand_folders
-from .seeds import read_seed
+from .arguments import demand_folders, read_seed
 
-# Tokens of an answer to a question of the user's own; drawn ones may take twice what their longest right trace takes.
-_LONGEST = 1000
+_LONGEST = 1000  # tokens of an answer to the user's own question
 _ROWS = 40
 
 
@@ -26,10 +23,10 @@ class Answer:
     """One greedy answer.
 
     Attributes:
-        steps: texts of its steps, thinking and summary.
-        text: the whole of it.
-        tokens: its length.
-        outcome: how it was judged, or None where the right answer is not known.
+        steps: The texts of its thinking and summary steps.
+        text: Its whole text.
+        tokens: The number of its tokens.
+        outcome: The judgement, or None if the right answer is not known.
     """
 
     steps: list[str]
@@ -39,29 +36,31 @@ class Answer:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds description, arguments and example to the parser of this subcommand."""
+    """Adds the description, the arguments and an example."""
     parser.description = (
-        "A tiny reasoning model that comes with the package answers a problem, greedily, as it is and with StepFlow\n"
-        "at the paper's settings, step by step; then both answer more problems and are compared. Nothing is fetched.\n"
-        "The problem is drawn by a seed that is shown, never chosen. The model knows invented problems only: what\n"
-        "helps or harms it need not help or harm a real model."
+        "A tiny reasoning model that comes with the package answers a problem greedily, on its own and with StepFlow\n"
+        "at the paper's settings, step by step; then both answer more problems and are compared. Nothing is\n"
+        "downloaded. A printed seed draws the problem; none is hand-picked. The model knows only invented problems:\n"
+        "settings that help or harm it need not do the same to a real model."
     )
     parser.epilog = "example: hf-stepflow demo --difficulty errands-120 --seed 7"
     parser.add_argument("--difficulty", default="chains-7", help="level of the problems (default: chains-7)")
-    parser.add_argument("--seed", type=read_seed, help="draws the problem (default: another one each time)")
-    parser.add_argument("--problem", metavar="TEXT", help="a question of your own, in the words that the model knows")
-    parser.add_argument("--problems", type=int, default=100, help="of the comparison; 0 for none (default: 100)")
-    parser.add_argument("--html", type=Path, help="write what is shown to this page as well")
-    parser.add_argument("--svg", type=Path, help="write what is shown to this picture as well")
+    parser.add_argument("--seed", type=read_seed, help="seed that draws the problem (default: a new one each time)")
+    parser.add_argument("--problem", metavar="TEXT", help="your own question, in words that the model knows")
+    parser.add_argument("--problems", type=int, default=100, help="problems to compare on; 0 for none (default: 100)")
+    parser.add_argument("--html", type=Path, help="also write the output as an HTML page")
+    parser.add_argument("--svg", type=Path, help="also write the output as a picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers, reports, compares."""
+    """Answers one problem, prints what StepFlow did, and compares both on more problems."""
     from transformers.utils import logging
 
     from hf_stepflow.evaluation.problem import EvalProblem
+    from hf_stepflow.evaluation.run import evaluate
     from hf_stepflow.problems import reasoner_problems
+    from hf_stepflow.prompts import encode_response
     from hf_stepflow.reasoner import load_reasoner
 
     demand_folders(args.html, args.svg)
@@ -69,28 +68,23 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     seed = random.randrange(100_000) if args.seed is None else args.seed
     if args.problems < 0:
-        raise StepFlowInputError(f"--problems must be at least 0, got {args.problems}", hint="0 compares nothing")
+        raise StepFlowInputError(f"--problems must be at least 0, got {args.problems}", hint="0 skips the comparison")
     model, tokenizer = load_reasoner()
-    (problem,) = reasoner_problems(args.difficulty, 1, start=seed)
-    is_known = args.problem is None
-    if not is_known:
+    problem, *others = drawn = reasoner_problems(args.difficulty, 1 + args.problems, start=seed)
+    limit = 2 * max(len(encode_response(tokenizer, str(one.trace))) for one in drawn)  # longer answers went astray
+    source, right, longest = f"{args.difficulty}, seed {seed}", problem.answer, limit
+    if args.problem is not None:
         problem = EvalProblem("your own", args.problem, "0", kind="number")
-    question, right = problem.question, problem.answer if is_known else None
-    limit = _limit(tokenizer, args.difficulty, seed, args.problems)
-    longest = limit if is_known else _LONGEST
-    base = _answer(model, tokenizer, problem, False, is_known, longest)
-    with_stepflow = _answer(model, tokenizer, problem, True, is_known, longest)
+        source, right, longest = "your own", None, _LONGEST
+    base, with_stepflow = (
+        _answer(model, tokenizer, problem, is_on, right is not None, longest) for is_on in (False, True)
+    )
     report = model.stepflow_report()
-    asked = f"{args.difficulty}, seed {seed}" if args.problem is None else "your own"
     if console is not None:
-        from rich.markup import escape
-
-        console.print(f"[bold]Question[/] ({asked}): {escape(question)}\n")
-        console.print(_side_by_side(base, with_stepflow))
-        if right is not None:
-            console.print(f"The right answer is [bold]{right}[/].\n")
-        console.print(f"[bold]What StepFlow did[/]\n{did(report)}\n")
-    result = _compare(model, args.difficulty, seed, args.problems, limit, progress=not args.json)
+        _print_answers(console, source, problem.question, right, base, with_stepflow, report)
+    result = None
+    if others:
+        result = evaluate(model, others, batch_size=50, max_new_tokens=limit, seed=seed, progress=not args.json)
     if console is not None:
         if result is not None:
             title = f"[bold]Both on {args.problems} more problems[/]"
@@ -98,21 +92,21 @@ def run(args: argparse.Namespace) -> int:
             console.print(str(result), markup=False)
         _write(console, args)
     if args.json:
-        told = {
-            "problem": asked,
-            "question": question,
+        data = {
+            "problem": source,
+            "question": problem.question,
             "right": right,
             "base": vars(base),
             "stepflow": vars(with_stepflow),
             "report": report.to_dict(),
             "comparison": None if result is None else result.to_dict(),
         }
-        print(json.dumps(told, indent=2))
+        print(json.dumps(data, indent=2))
     return 0
 
 
 def _console(args: argparse.Namespace) -> Any:
-    """Where the text goes: with --json to the page and picture alone, and nowhere (None) if none was asked for."""
+    """Makes the console for the text; with --json it feeds only the files, and is None if there are none."""
     if args.json and args.html is None and args.svg is None:
         return None
     from rich.console import Console
@@ -122,27 +116,20 @@ def _console(args: argparse.Namespace) -> Any:
 
 
 def _write(console: Any, args: argparse.Namespace) -> None:
-    """The page and the picture of what the console was given."""
+    """Writes the text of the console as the page and the picture that were asked for."""
     if args.svg is not None:
         picture = console.export_svg(title="hf-stepflow demo", clear=False)
-        args.svg.write_text(re.sub(r"@font-face\s*\{.*?\}", "", picture, flags=re.DOTALL))  # they would be fetched
+        args.svg.write_text(re.sub(r"@font-face\s*\{.*?\}", "", picture, flags=re.DOTALL))  # viewers would fetch fonts
     if args.html is not None:
         console.save_html(str(args.html), clear=False)
-
-
-def _limit(tokenizer: Any, level: str, seed: int, number: int) -> int:
-    """Tokens of an answer that has surely gone astray: the one shown and those of the comparison."""
-    from hf_stepflow.reasoner.levels import problems_of
-    from hf_stepflow.reasoner.prompts import encode_problem
-
-    problems = problems_of(level, "test", number + 1, start=seed)
-    return 2 * max(len(encode_problem(tokenizer, problem)[1]) for problem in problems)
 
 
 def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: bool, longest: int) -> Answer:
     from hf_stepflow.evaluation.answers import judge
     from hf_stepflow.evaluation.arms import Arm
     from hf_stepflow.evaluation.sampler import Sampler
+
+    from .terminal import line_of, written_steps
 
     vocabulary = model.stepflow_runtime.rules.vocabulary
     sampler = Sampler(model, tokenizer, vocabulary, longest)
@@ -153,11 +140,16 @@ def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: 
     return Answer(steps, response.text, len(response.ids), outcome)
 
 
-def _side_by_side(base: Answer, with_stepflow: Answer) -> Any:
-    """Both answers in columns, steps numbered, the first step that differs marked."""
+def _print_answers(
+    console: Any, source: str, question: str, right: str | None, base: Answer, with_stepflow: Answer, report: Any
+) -> None:
+    """Prints the question, both answers in columns with the first difference marked, and what StepFlow did."""
     from rich.markup import escape
     from rich.table import Table
 
+    from .terminal import effect_of, first_difference
+
+    console.print(f"[bold]Question[/] ({source}): {escape(question)}\n")
     table = Table(expand=True)
     table.add_column("", justify="right", no_wrap=True)
     for name, answer in (("Base model", base), ("With StepFlow", with_stepflow)):
@@ -166,35 +158,31 @@ def _side_by_side(base: Answer, with_stepflow: Answer) -> Any:
         table.add_column(f"{name} ({answer.tokens} tokens{verdict})", ratio=1)
     pairs = list(zip_longest(base.steps, with_stepflow.steps, fillvalue=""))
     first = first_difference(base.steps, with_stepflow.steps)
-    for place in _shown(len(pairs), first):
+    for place in _visible_rows(len(pairs), first):
         if place is None:
             table.add_row("...", "...", "...")
             continue
         style = "bold yellow" if place == first else None
         table.add_row(f"{place + 1}{' !' if place == first else ''}", *map(escape, pairs[place]), style=style)
     table.caption = "! first difference" if first is not None else "no difference"
-    return table
+    console.print(table)
+    if right is not None:
+        console.print(f"The right answer is [bold]{right}[/].\n")
+    console.print(f"[bold]What StepFlow did[/]\n{effect_of(report)}\n")
 
 
-def _shown(length: int, first: int | None) -> list[int | None]:
-    """The steps to show: all if they are few, else the first ones, those around the difference, and the last ones."""
+def _visible_rows(length: int, first: int | None) -> list[int | None]:
+    """Selects the rows to print; None marks a gap.
+
+    Few rows are all printed; of many, the first ones, those around the first difference, and the last ones.
+    """
     if length <= _ROWS:
         return list(range(length))
     middle = 0 if first is None else first
     kept = sorted({*range(8), *range(max(0, middle - 5), min(length, middle + 10)), *range(length - 8, length)})
-    shown: list[int | None] = []
+    rows: list[int | None] = []
     for place in kept:
-        if shown and shown[-1] != place - 1:
-            shown.append(None)
-        shown.append(place)
-    return shown
-
-
-def _compare(model: Any, level: str, seed: int, number: int, limit: int, progress: bool) -> Any:
-    from hf_stepflow.evaluation.run import evaluate
-    from hf_stepflow.problems import reasoner_problems
-
-    if number == 0:
-        return None
-    problems = reasoner_problems(level, number, start=seed + 1)
-    return evaluate(model, problems, batch_size=50, max_new_tokens=limit, seed=seed, progress=progress)
+        if rows and rows[-1] != place - 1:
+            rows.append(None)
+        rows.append(place)
+    return rows

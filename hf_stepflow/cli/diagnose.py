@@ -1,4 +1,4 @@
-"""`hf-stepflow diagnose`: Step-Saliency of a trace, or of right traces against wrong ones."""
+"""`hf-stepflow diagnose`: Step-Saliency of one trace, or of right traces compared with wrong ones."""
 
 import argparse
 import json
@@ -7,19 +7,17 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .loading import add_model_arguments, find_stepflow, load
-from .paths import demand_folders
-from .seeds import read_seed
+from .arguments import add_model_arguments, demand_folders, find_stepflow, load, read_seed
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds description, arguments and example to the parser of this subcommand."""
+    """Adds the description, the arguments and an example."""
     parser.description = (
         "Shows which steps of a trace draw on which, layer by layer (Step-Saliency), and how far it shows Shallow\n"
         "Lock-in and Deep Decay.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
-        "A trace is a text file that holds all of it, markers included, or one line of a JSONL file with `prompt`\n"
-        "and `response`; with --prompt the model writes one. --compare takes two JSONL files of many."
+        "A trace is a text file with all of it, markers included, or one line of a JSONL file with `prompt` and\n"
+        "`response`; with --prompt the model writes one. --compare takes two JSONL files with many traces each."
     )
     parser.epilog = (
         "example: hf-stepflow diagnose --model reasoner --trace trace.txt --out report.html\n"
@@ -27,29 +25,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, metavar="FILE", help="a trace that was written before")
+    source.add_argument("--trace", type=Path, metavar="FILE", help="a file with a trace")
     source.add_argument("--prompt", metavar="TEXT", help="a question that the model answers greedily")
     source.add_argument("--compare", nargs=2, type=Path, metavar=("CORRECT", "WRONG"), help="two JSONL files")
     parser.add_argument("--paired", action="store_true", help="the two files hold the same problems, line by line")
     parser.add_argument(
-        "--stepflow", metavar="CONFIG", help="preset, JSON file, folder or KEY=VALUE,...: look at it with StepFlow on"
+        "--stepflow", metavar="CONFIG", help="turn StepFlow on: a preset, JSON file, folder or KEY=VALUE,..."
     )
     parser.add_argument("--steps", metavar="CONFIG", help="JSON file or folder with markers and step rules alone")
     parser.add_argument("--implicit-thinking", action="store_true", help="thinking starts where the prompt ends")
-    parser.add_argument("--loss", default="trace", choices=("trace", "summary"), help="default: trace")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="of a trace that is written (default: 2048)")
-    parser.add_argument("--seed", type=read_seed, default=0, help="of the resampling (default: 0)")
+    parser.add_argument(
+        "--loss", default="trace", choices=("trace", "summary"), help="tokens whose loss is traced (default: trace)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="tokens of the answer (default: 2048)")
+    parser.add_argument("--seed", type=read_seed, default=0, help="seed of the resampling (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,
-        help=".png, .svg or .pdf: a picture; of one trace also .html: the report, .safetensors: the maps",
+        help=".png, .svg or .pdf: a picture; for one trace also .html: the report, or .safetensors: the maps",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Diagnoses and prints the result."""
+    """Computes the maps and prints the result."""
     _check_out(args)
+    from hf_stepflow import step_saliency
     from hf_stepflow.runtime.configuration_stepflow import read_settings
     from hf_stepflow.saliency.traces import read_traces
 
@@ -57,11 +58,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args, groups)
     stepflow = find_stepflow(args.stepflow)
     settings = read_settings(args.steps)
-    model, tokenizer = load(args.model, args.dtype, args.device, args.revision)
+    model, tokenizer = load(args, stepflow)
     if stepflow is not None:
-        from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
-
-        StepFlowModelForCausalLM.attach(model, stepflow, tokenizer=tokenizer)
         settings = model.stepflow_runtime.settings
     if args.implicit_thinking:
         settings = settings.replace(implicit_thinking=True)
@@ -75,12 +73,17 @@ def run(args: argparse.Namespace) -> int:
             "implicit thinking starts where the prompt ends, and a trace that is one text does not say where",
             hint="give JSONL with `prompt` and `response`",
         )
-    maps = [_maps(model, tokenizer, group, settings, args.loss) for group in rows]
+    maps: list[Any] = []
+    for group in rows:
+        ids, lengths = [ids for ids, _ in group], [length for _, length in group]
+        maps.append(
+            step_saliency(model, ids, tokenizer=tokenizer, config=settings, prompt_length=lengths, loss=args.loss)
+        )
     return _single(args, maps[0][0]) if args.compare is None else _compare(args, *maps)
 
 
 def _check(args: argparse.Namespace, groups: list[list[Any]]) -> None:
-    """Refuses arguments that do not go together."""
+    """Refuses arguments that contradict each other."""
     if args.stepflow is not None and args.steps is not None:
         raise StepFlowInputError("--stepflow and --steps both say where steps end", hint="leave one of them out")
     if args.trace is not None and len(groups[0]) > 1:
@@ -109,9 +112,9 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[list[int], int]:
-    """Token ids of the prompt and of what the model writes, and where the prompt ends.
+    """Returns the token ids of the prompt and its answer, and the length of the prompt.
 
-    The ids stay those of the model: its text, encoded again, may be other ones, and another trace.
+    The ids are the model's own: encoding the text again can give other ids, which would be another trace.
     """
     import torch
 
@@ -122,24 +125,10 @@ def _answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
     return output[0].tolist(), ids.shape[1]
 
 
-def _maps(model: Any, tokenizer: Any, rows: list[tuple[list[int], int | None]], settings: Any, loss: str) -> list[Any]:
-    from hf_stepflow import step_saliency
-
-    return step_saliency(  # type: ignore[return-value] # a list went in
-        model,
-        [ids for ids, _ in rows],
-        tokenizer=tokenizer,
-        config=settings,
-        prompt_length=[length for _, length in rows],
-        loss=loss,
-    )
-
-
 def _single(args: argparse.Namespace, maps: Any) -> int:
     if args.out is not None:
-        {".html": maps.to_html, ".safetensors": maps.save}.get(
-            args.out.suffix.lower(), lambda path: maps.plot(path=path)
-        )(args.out)
+        writers = {".html": maps.to_html, ".safetensors": maps.save}
+        writers.get(args.out.suffix.lower(), lambda path: maps.plot(path=path))(args.out)
     print(json.dumps(maps.to_dict(), indent=2) if args.json else maps)
     return 0
 

@@ -1,4 +1,4 @@
-"""`hf-stepflow generate`: one answer of a model with StepFlow, as it is written."""
+"""`hf-stepflow generate`: one answer of a model with StepFlow, printed as it is written."""
 
 import argparse
 import json
@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
-from .answers import did, first_difference, line_of, written_steps
-from .loading import add_model_arguments, find_stepflow, load
-from .sampling import add_sampling_arguments, sampling_of
+from .arguments import add_model_arguments, add_sampling_arguments, find_stepflow, load, sampling_of
 
 if TYPE_CHECKING:
     from hf_stepflow.evaluation.sampler import Sampler
@@ -26,13 +24,13 @@ class _Answer:
     """One answer.
 
     Attributes:
-        text: all of it, markers included.
-        summary: what stands after the thinking.
-        steps: its thinking and summary steps.
-        tokens: its length.
-        seconds: what it took.
-        is_finished: the turn was ended, and not in the middle of thinking.
-        report: what StepFlow did; None where it was off, or had settings that ask for nothing.
+        text: Its whole text, markers included.
+        summary: The text after the thinking.
+        steps: Its thinking and summary steps.
+        tokens: The number of its tokens.
+        seconds: The time that it took.
+        is_finished: Whether the turn was ended, and not in the middle of thinking.
+        report: The effect of StepFlow; None if it was off or its settings do nothing.
     """
 
     text: str
@@ -44,7 +42,7 @@ class _Answer:
     report: "FlowReport | None"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """The answer as JSON-ready data."""
         return {
             "text": self.text,
             "summary": self.summary,
@@ -55,21 +53,16 @@ class _Answer:
             "report": None if self.report is None else self.report.to_dict(),
         }
 
-    @property
-    def lines(self) -> list[str]:
-        """The steps, each as one line of text."""
-        return list(map(line_of, self.steps))
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds description, arguments and example to the parser of this subcommand."""
+    """Adds the description, the arguments and an example."""
     parser.description = (
-        "Asks a model, shows its answer step by step as it is written, and then what StepFlow did. Greedy, unless a\n"
-        "temperature or a nucleus is given.\n\n"
+        "Asks a model, prints its answer step by step as it is written, and then what StepFlow did. Decoding is\n"
+        "greedy unless --temperature or --top-p is given.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
         "CONFIG is a preset (name, base model, path, or Hub id), a JSON file or folder with settings, settings as\n"
-        "KEY=VALUE,... (the rest: the paper's), `auto` for MODEL's preset or else the rule, or `off`. Without it the\n"
-        "settings that MODEL was saved with hold, or else the paper's."
+        "KEY=VALUE,... (the rest: the paper's), `auto` for MODEL's preset or else the rule, or `off`. Without it,\n"
+        "MODEL's saved settings apply, or else the paper's."
     )
     parser.epilog = (
         "examples:\n"
@@ -79,22 +72,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "  echo 'What is 17 times 23?' | hf-stepflow generate --model Qwen/Qwen3-0.6B --prompt - --json"
     )
     add_model_arguments(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what is asked; - reads it from the standard input")
-    parser.add_argument("--prompt-file", metavar="FILE", help="the same from a file")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before it")
-    parser.add_argument(
-        "--no-chat-template", action="store_true", help="the prompt as it stands, without the template"
-    )
+    parser.add_argument("--prompt", metavar="TEXT", help="the question; - reads it from the standard input")
+    parser.add_argument("--prompt-file", metavar="FILE", help="a file with the question")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the question")
+    parser.add_argument("--no-chat-template", action="store_true", help="pass the prompt on without the chat template")
     parser.add_argument("--stepflow", metavar="CONFIG", help="the settings, or `off`: see above")
     add_sampling_arguments(parser)
     parser.add_argument(
-        "--compare", action="store_true", help="answer without StepFlow first, and tell where the answers part"
+        "--compare", action="store_true", help="answer without StepFlow first, and show where the answers part"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers and tells what StepFlow did."""
+    """Prints the answer, and what StepFlow did."""
     is_on = args.stepflow != "off"
     sampling = sampling_of(args)
     _check(args, is_on)
@@ -106,9 +97,9 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.runtime.step_detector import StepVocabulary
     from hf_stepflow.runtime.tokenization_stepflow import end_of_turn_ids
 
-    from .step_printer import StepPrinter
+    from .terminal import StepPrinter, first_difference, line_of
 
-    model, tokenizer = load(args.model, args.dtype, args.device, args.revision)
+    model, tokenizer = load(args)
     ids = _encode(model, tokenizer, prompt, args)
     ends = end_of_turn_ids(model, tokenizer)
     if is_on:
@@ -123,28 +114,28 @@ def run(args: argparse.Namespace) -> int:
     for name in _NAMES if args.compare else ["stepflow" if is_on else "base"]:
         if args.compare and not args.json:
             print(_NAMES[name])
-        answers[name] = _answer(sampler, ids, name == "stepflow", args.seed, ends)
+        answers[name] = answer = _answer(sampler, ids, name == "stepflow", args.seed, ends)
         if not args.json:
-            print(f"\n{_told(answers[name], args.max_new_tokens)}\n")
-    last = answers[name]
-    first = first_difference(answers["base"].lines, last.lines) if args.compare else None
+            print(f"\n{_length(answer, args.max_new_tokens)}\n")
+    lines = [list(map(line_of, one.steps)) for one in answers.values()]
+    first = first_difference(*lines) if args.compare else None
     if args.json:
         settings = model.stepflow_runtime.settings.to_dict() if is_on else None
-        told = {"model": args.model, "prompt": prompt, "settings": settings}
+        data = {"model": args.model, "prompt": prompt, "settings": settings}
         if args.compare:
-            told |= {name: answer.to_dict() for name, answer in answers.items()} | {"first_difference": first}
+            data |= {name: one.to_dict() for name, one in answers.items()} | {"first_difference": first}
         else:
-            told |= last.to_dict()
-        print(json.dumps(told, indent=2))
+            data |= answer.to_dict()
+        print(json.dumps(data, indent=2))
         return 0
     if args.compare:
-        print(f"{_told_difference(first, answers['base'].lines, last.lines)}\n")
-    print(_told_report(last, args.model) if is_on else "StepFlow was off.")
+        print(f"{_difference(first, *lines)}\n")
+    print(_effect(answer, args.model) if is_on else "StepFlow was off.")
     return 0
 
 
 def _check(args: argparse.Namespace, is_on: bool) -> None:
-    """Refuses arguments that do not go together."""
+    """Refuses arguments that contradict each other."""
     if (args.prompt is None) == (args.prompt_file is None):
         raise StepFlowInputError(
             "expected one of --prompt and --prompt-file, got " + ("neither" if args.prompt is None else "both"),
@@ -157,7 +148,7 @@ def _check(args: argparse.Namespace, is_on: bool) -> None:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
-    """What is asked, without the end of its last line."""
+    """Reads the prompt, without the line ends after it."""
     source = "--prompt"
     try:
         if "-" in (args.prompt, args.prompt_file):
@@ -166,7 +157,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
             source, prompt = repr(args.prompt_file), Path(args.prompt_file).read_text(encoding="utf-8-sig")
         else:
             prompt = args.prompt
-        prompt.encode()  # fails where an argument was not UTF-8
+        prompt.encode()  # fails if an argument was not UTF-8
     except (OSError, UnicodeError) as error:
         raise StepFlowFileError(
             f"the prompt cannot be read from {source}: {error}", hint="it has to be text in UTF-8"
@@ -177,17 +168,18 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _encode(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[int]:
-    """Token ids of the prompt, for which the model has to have positions."""
+    """Encodes the prompt, and checks that the model has positions for it and the answer."""
     from jinja2 import TemplateError
 
     from hf_stepflow.prompts import encode_prompt
 
     try:
-        ids = (
-            tokenizer.encode(prompt) if args.no_chat_template else encode_prompt(tokenizer, prompt, system=args.system)
-        )
+        if args.no_chat_template:
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = encode_prompt(tokenizer, prompt, system=args.system)
     except TemplateError as error:
-        hint = "leave out --system" if args.system is not None else "--no-chat-template gives the prompt as it stands"
+        hint = "leave out --system" if args.system is not None else "--no-chat-template passes the prompt on as it is"
         raise StepFlowInputError(f"the chat template of {args.model!r} refuses: {error}", hint=hint) from error
     if not ids:
         raise StepFlowInputError("the prompt has no tokens", hint="ask something")
@@ -205,6 +197,8 @@ def _answer(sampler: "Sampler", ids: list[int], is_on: bool, seed: int, ends: li
     from hf_stepflow.evaluation.arms import Arm
     from hf_stepflow.runtime.report import FlowReport
 
+    from .terminal import written_steps
+
     (response,), seconds = sampler.respond(Arm(stepflow=is_on), [ids], seed)
     own = response.ids[:-1] if response.ids[-1] in ends else response.ids
     return _Answer(
@@ -218,15 +212,15 @@ def _answer(sampler: "Sampler", ids: list[int], is_on: bool, seed: int, ends: li
     )
 
 
-def _told(answer: _Answer, limit: int) -> str:
-    """How long an answer is, and whether it is whole."""
+def _length(answer: _Answer, limit: int) -> str:
+    """Says how long an answer is, and whether it is complete."""
     text = f"{answer.tokens} tokens in {answer.seconds:.1f} s"
     if answer.is_finished:
         return text
     return f"{text}; " + ("cut off by --max-new-tokens" if answer.tokens >= limit else "ended before its summary")
 
 
-def _told_difference(first: int | None, base: list[str], other: list[str]) -> str:
+def _difference(first: int | None, base: list[str], other: list[str]) -> str:
     if first is None:
         return f"No difference: {len(base)} steps, all the same."
     sides = [steps[first] if first < len(steps) else "(has ended)" for steps in (base, other)]
@@ -234,12 +228,14 @@ def _told_difference(first: int | None, base: list[str], other: list[str]) -> st
     return "\n".join([f"First difference: step {first + 1}", *lines])
 
 
-def _told_report(answer: _Answer, model: str) -> str:
-    """What StepFlow did, or why it did nothing."""
+def _effect(answer: _Answer, model: str) -> str:
+    """Says what StepFlow did, or why it did nothing."""
+    from .terminal import effect_of
+
     if answer.report is None:
         return "StepFlow had nothing to do: its settings ask for nothing."
     if any(step.label == "thinking" for step in answer.report.rows[0].steps):
-        return did(answer.report)
+        return effect_of(answer.report)
     return (
         "StepFlow had nothing to do: no thinking was found.\n"
         f"`hf-stepflow doctor {model}` shows the markers of thinking; implicit_thinking=true is for models without."

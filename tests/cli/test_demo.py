@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_stepflow.cli import main
-from hf_stepflow.cli.demo import _shown
+from hf_stepflow.cli.demo import _visible_rows
 
 
 def test_it_shows_both_answers_and_a_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,8 +59,8 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_long_answers_are_cut_in_the_middle() -> None:
-    assert _shown(12, 3) == list(range(12))
-    shown = _shown(200, 100)
+    assert _visible_rows(12, 3) == list(range(12))
+    shown = _visible_rows(200, 100)
     assert shown[:8] == list(range(8))
     assert shown[-1] == 199
     assert 100 in shown

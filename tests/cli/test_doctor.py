@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_stepflow import list_presets
 from hf_stepflow.cli import main
-from hf_stepflow.cli.model_checkup import examine_model, render_model
+from hf_stepflow.cli.doctor import examine_model, render_model
 from hf_stepflow.runtime.errors import StepFlowFileError
 from tests.support.hub_models import save_base
 from tests.support.tiny_models import tiny_config, tiny_model

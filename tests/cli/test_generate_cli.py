@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow import StepFlowModelForCausalLM, StepVocabulary, load_problems, load_reasoner, segment_trace
 from hf_stepflow.cli import generate, main
-from hf_stepflow.cli.step_printer import StepPrinter
+from hf_stepflow.cli.terminal import StepPrinter
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.reasoner import FOLDER
 from hf_stepflow.runtime.errors import StepFlowInputError
