@@ -72,13 +72,12 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_reasoner()
     problem, *others = drawn = reasoner_problems(args.difficulty, 1 + args.problems, start=seed)
     limit = 2 * max(len(encode_response(tokenizer, str(one.trace))) for one in drawn)  # longer answers went astray
-    source, right, longest = f"{args.difficulty}, seed {seed}", problem.answer, limit
-    if args.problem is not None:
+    source, longest, is_known = f"{args.difficulty}, seed {seed}", limit, args.problem is None
+    if not is_known:
         problem = EvalProblem("your own", args.problem, "0", kind="number")
-        source, right, longest = "your own", None, _LONGEST
-    base, with_stepflow = (
-        _answer(model, tokenizer, problem, is_on, right is not None, longest) for is_on in (False, True)
-    )
+        source, longest = "your own", _LONGEST
+    right = problem.answer if is_known else None
+    base, with_stepflow = (_answer(model, tokenizer, problem, is_on, is_known, longest) for is_on in (False, True))
     report = model.stepflow_report()
     if console is not None:
         _print_answers(console, source, problem.question, right, base, with_stepflow, report)

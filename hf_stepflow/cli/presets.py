@@ -185,12 +185,11 @@ def _lines(preset: "Preset") -> list[str]:
 
 def _fields(pairs: Iterable[tuple[str, Any]], width: int = 16) -> list[str]:
     """Returns names and values as wrapped lines; leaves out values of None."""
-    indents = {"initial_indent": "  ", "subsequent_indent": " " * (width + 2)}
-    lines = []
-    for name, value in pairs:
-        if value is not None:
-            lines += textwrap.wrap(f"{name:<{width - 1}} {value}", _WIDTH, break_on_hyphens=False, **indents)
-    return lines
+    wrapper = textwrap.TextWrapper(
+        _WIDTH, initial_indent="  ", subsequent_indent=" " * (width + 2), break_on_hyphens=False
+    )
+    named = (f"{name:<{width - 1}} {value}" for name, value in pairs if value is not None)
+    return [line for text in named for line in wrapper.wrap(text)]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

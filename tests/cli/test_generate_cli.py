@@ -195,7 +195,7 @@ def test_no_thinking(capsys: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "x", "--stepflow", "tau_max=2"], "tau_max must be a number in [0, 1], got 2", None),
         (["--prompt", "x", "--stepflow", "tau=0.1"], "unknown StepFlow setting 'tau'", "did you mean 'tau_max'?"),
         (["--prompt", "x", "--stepflow", "tau_max=0.1,alpha"], "expected KEY=VALUE, got 'alpha'", "for instance"),
-        (["--prompt", "x", "--stepflow", "{}/bad.json"], "alpha must be a finite number", None),
+        (["--prompt", "x", "--stepflow", "{}/bad.json"], "alpha must be a number in [-100, 100]", None),
         (["--prompt", "x", "--max-new-tokens", "-1"], "--max-new-tokens must be 1 or more, got -1", None),
         (["--prompt", "x", "--temperature", "-0.5"], "--temperature must be 0 or more, got -0.5", "0 is greedy"),
         (["--prompt", "x", "--temperature", "nan"], "--temperature must be 0 or more, got nan", "0 is greedy"),
