@@ -20,7 +20,7 @@ SUBCOMMANDS = {
     "eval": "compare StepFlow settings and other methods on the same problems",
     "export": "write a preset as a folder that transformers loads",
     "generate": "answer one prompt with StepFlow, step by step",
-    "presets": "list, show and validate presets (settings for models), and write their cards",
+    "presets": "list, show and check presets (settings for models), and write their cards",
     "push": "upload a preset's repository to the Hub",
 }
 EXIT_ERROR = 2
