@@ -376,7 +376,7 @@ def _dense_block_mask(mask: Any, start: int, end: int, keys: int) -> torch.Tenso
 
 
 def _by_chunks(flow: FlowPass, mask: Any, queries: int, keys: int, read: Callable[[torch.Tensor], Any]) -> list[Any]:
-    """What `read` makes of the visible keys of all queries, a chunk of them at a time."""
+    """Results of `read` on the visible keys of all queries, a chunk of them at a time."""
     chunk = max(1, _CHUNK_ELEMENTS // max(1, keys * flow.records.shape[0]))
     return [
         read(visible_keys(flow, mask, start, min(start + chunk, queries), queries, keys)[0])

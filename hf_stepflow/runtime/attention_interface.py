@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import make_flow_attention
 from .errors import StepFlowUnsupportedError
 
-# A name of its own for each copy of this code (a preset repository brings one), free of names that models look for.
+# Each copy of this code (a preset repository brings one) has its own name, free of words that models look for.
 STAMP = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[
     :8
 ]

@@ -75,10 +75,10 @@ class Setting:
         return f"{text}, or null" if self.optional else text
 
     def problem(self, value: Any) -> tuple[str, Any, str] | None:
-        """What is wrong with a value by itself.
+        """Finds the fault of a value by itself.
 
         Returns:
-            The place inside of the value ("" for all of it), what stands there and what is expected; None for nothing.
+            The place inside the value ("" for all of it), the value there and the expectation; None if it is right.
         """
         if value is None and self.optional:
             return None
@@ -269,7 +269,7 @@ class StepFlowSettings:
         """These settings with some changed.
 
         Raises:
-            StepFlowConfigError: an unknown name or a bad value.
+            StepFlowConfigError: An unknown name or a bad value.
         """
         for name in changes:
             if name not in SETTING_NAMES:

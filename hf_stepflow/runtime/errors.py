@@ -17,7 +17,7 @@ class StepFlowError(Exception):
 
     Args:
         message: What was given and what was expected.
-        hint: The way out, shown on a line of its own.
+        hint: The way out, shown on its own line.
 
     Attributes:
         message: As given.

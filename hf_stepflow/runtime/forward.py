@@ -122,7 +122,7 @@ class FlowRules:
 
 @dataclass(frozen=True)
 class FlowPass:
-    """What attention needs to know in one forward pass.
+    """One forward pass as attention sees it.
 
     Attributes:
         plan: What happens in which layer.
@@ -175,7 +175,7 @@ class FlowPass:
         return replace(part, reached=self.reached, by_mask=self.by_mask)
 
     def found(self, mask: Any, key: tuple[Any, ...], find: Callable[[], Any]) -> Any:
-        """What `find` gives for a mask (by identity), looked up where it was found before in this pass."""
+        """The result of `find` for a mask (by identity), computed once a pass."""
         key = (self.records.shape[1], *key)
         for known, its_key, finding in self.by_mask:
             if known is mask and its_key == key:
@@ -217,7 +217,7 @@ class FlowPass:
         Args:
             records: int32 [B, c, F] of the queries.
             keys: Number of keys of the layer, K.
-            visible: bool broadcastable to [B, 1, c, K], or None for all; it may cover the first of the keys alone.
+            visible: Bool broadcastable to [B, 1, c, K], or None for all; it may cover the first of the keys alone.
 
         Returns:
             same, bridge: bool [B, 1 or H, c, K], K as `visible` has it; both empty for queries that OEB leaves alone.
@@ -244,7 +244,7 @@ class FlowPass:
 
 
 class _ThreadSlot(threading.local):
-    """What belongs to one thread: nested overrides of the settings, the prompt's length, and the pass that runs."""
+    """State of one thread: nested overrides of the settings, the prompt's length, and the pass that runs."""
 
     def __init__(self) -> None:
         self.overrides: list[FlowRules | None] = []
@@ -262,8 +262,8 @@ class FlowRuntime:
         base_implementation: The attention implementation underneath.
         last: The state and plan of the last pass, for the report.
         hands_down: Whether the last pass reached attention as an argument everywhere; None before the first.
-        is_on: Whether StepFlow runs outside of blocks with settings of their own; `custom_generate` puts it on a model
-            for the calls of one thread alone.
+        is_on: Whether StepFlow runs outside blocks with their own settings. `custom_generate` puts it on a model for
+            the calls of one thread alone; calls of other threads then run as if StepFlow were not there.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class FlowRuntime:
     def rules_for(self, settings: StepFlowSettings) -> FlowRules:
         """Settings resolved against this model and its tokenizer.
 
-        Inside a block with rules of its own, settings that ask for the same steps keep the step rules of that block.
+        Inside a block with its own rules, settings that ask for the same steps keep the step rules of that block.
 
         Raises:
             StepFlowConfigError: The settings do not fit them.
@@ -503,7 +503,7 @@ class FlowRuntime:
                 put_state_on(made, flow.state)
 
     def report(self) -> FlowReport:
-        """What the last generate or forward did.
+        """Reports what the last generate or forward did.
 
         Raises:
             StepFlowInputError: Nothing has run yet.

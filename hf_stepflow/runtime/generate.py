@@ -18,15 +18,15 @@ def generate(model: Any, inputs: Any = None, stepflow: Any = None, tokenizer: An
     Calls on one model take turns; other threads may call the model's own `generate` meanwhile, without StepFlow.
 
     Args:
-        model: any model that StepFlow runs on; one that has StepFlow already keeps it, and its settings are what a
-            dict is merged over.
-        inputs: token ids, as for `model.generate`.
-        stepflow: settings of this call, as for `StepFlowModelForCausalLM.attach`; False turns StepFlow off.
-        tokenizer: the model's; None loads it from the model's own path.
-        **kwargs: passed on to `model.generate`.
+        model: Any model that StepFlow runs on. A model that has StepFlow already keeps it, and a dict is merged over
+            its settings.
+        inputs: Token ids, as for `model.generate`.
+        stepflow: Settings of this call, as for `StepFlowModelForCausalLM.attach`; False turns StepFlow off.
+        tokenizer: The model's; None loads it from the model's own path.
+        **kwargs: Passed on to `model.generate`.
 
     Raises:
-        StepFlowError: as `attach` and the `generate` of an attached model.
+        StepFlowError: As `attach` and the `generate` of an attached model.
     """
     with _MAKING_LOCKS:
         lock = _LOCKS.setdefault(model, threading.RLock())

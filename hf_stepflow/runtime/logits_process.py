@@ -1,6 +1,6 @@
 """Control of generation by steps, for any model's `generate`: StepFlow need not be attached.
 
-* `StepBoundaryLogitsProcessor` tells when a step has ended.
+* `StepBoundaryLogitsProcessor` reports when a step has ended.
 * `StepBudgetLogitsProcessor` bounds the number of thinking steps.
 * `StepStreamer` hands out finished steps while another thread generates.
 """
@@ -36,12 +36,12 @@ class StepFollower(LogitsProcessor):
     were rejected), so each row is followed by finding the row of the call before that it shares most with.
 
     Args:
-        vocabulary: the step rules of the model's tokenizer.
-        prompt_length: where implicit thinking starts; None takes the length of the first call.
-        pad_token_id: tokens of this id before a row's first other token are padding.
+        vocabulary: The step rules of the model's tokenizer.
+        prompt_length: Where implicit thinking starts; None takes the length of the first call.
+        pad_token_id: Tokens of this id before a row's first other token are padding.
 
     Attributes:
-        records: the last record of each row.
+        records: The last record of each row.
 
     Raises:
         StepFlowInputError: `vocabulary` is something else.
@@ -130,26 +130,30 @@ class StepFollower(LogitsProcessor):
 
 
 class StepBoundaryLogitsProcessor(StepFollower):
-    """Tells when a step has ended: `on_step(row, step)` is called once a step is known to be whole.
+    """Calls `on_step(row, step)` when a step has ended.
 
-    That is when the first token of the next step has been generated, or the token that ends its segment (the marker of
-    the summary, the end of the turn). Scores are returned as they are. The steps of the prompt are not told of, except
-    one that is still open at its end. A logits processor never sees the last token: `finish` tells of the rest.
+    A step has ended when the first token of the next step has been generated, or the token that ends its segment (the
+    marker of the summary, the end of the turn). Scores are returned unchanged. Steps of the prompt are not reported,
+    except one that is still open at its end. A logits processor never sees the last token: `finish` reports the rest.
 
-    Rows are those of the batch that `generate` makes (beams and returned sequences count). Beams tell of the steps of
-    each hypothesis that is still followed; with an assistant model, drafts are followed too, so that a step may be
-    told of twice, or be rejected afterwards.
+    Rows are those of the batch that `generate` makes (beams and returned sequences count). With beams, the steps of
+    each hypothesis that is still followed are reported. With an assistant model, drafts are followed too, so a step
+    may be reported twice, or be rejected afterwards.
 
     Args:
-        vocabulary: the step rules of the model's tokenizer.
-        on_step: called with the row and the `TraceStep`; its `start` and `end` are positions in the row, padding
+        vocabulary: The step rules of the model's tokenizer.
+        on_step: Called with the row and the `TraceStep`; its `start` and `end` are positions in the row, padding
             included.
-        tokenizer: gives the steps their text.
-        prompt_length: where implicit thinking starts, padding included; None takes the length of the first call.
-        pad_token_id: tokens of this id before a row's first other token are padding.
+        tokenizer: Gives the steps their text.
+        prompt_length: Where implicit thinking starts, padding included; None takes the length of the first call.
+        pad_token_id: Tokens of this id before a row's first other token are padding.
 
     Raises:
-        StepFlowInputError: `vocabulary` is something else.
+        StepFlowInputError: `vocabulary` is not a `StepVocabulary`.
+
+    Example:
+        >>> vocabulary = model.stepflow_runtime.rules.vocabulary
+        >>> steps = StepBoundaryLogitsProcessor(vocabulary, lambda row, step: print(step.text), tokenizer=tokenizer)
     """
 
     def __init__(
@@ -167,28 +171,28 @@ class StepBoundaryLogitsProcessor(StepFollower):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Follows the rows, int64 [B, T]; returns the scores, [B, V], as they are."""
-        self._tell_of_new(input_ids)
+        self._report_new(input_ids)
         return scores
 
     def finish(self, sequences: torch.Tensor) -> None:
-        """Tells of the steps that the end of a generation leaves over.
+        """Reports the steps that the end of a generation leaves over.
 
         Args:
-            sequences: what `generate` returned, int64 [B, T].
+            sequences: The result of `generate`, int64 [B, T].
         """
-        self._tell_of_new(sequences)
+        self._report_new(sequences)
         for row, record in enumerate(self.records):
             step = open_step(record)
             if step is not None:
-                self._tell(row, step, sequences)
+                self._report(row, step, sequences)
 
-    def _tell_of_new(self, ids: torch.Tensor) -> None:
+    def _report_new(self, ids: torch.Tensor) -> None:
         for row, records in enumerate(self.follow(ids)):
             for before, after in pairwise(records):
                 for step in finished_steps(before, after):
-                    self._tell(row, step, ids)
+                    self._report(row, step, ids)
 
-    def _tell(self, row: int, step: TraceStep, ids: torch.Tensor) -> None:
+    def _report(self, row: int, step: TraceStep, ids: torch.Tensor) -> None:
         if self.on_step is not None:
             text = None if self.tokenizer is None else self.tokenizer.decode(ids[row, step.start : step.end].tolist())
             self.on_step(row, replace(step, text=text))
@@ -208,17 +212,21 @@ class StepBudgetLogitsProcessor(StepFollower):
     the pattern that starts the summary is the text of one more step.
 
     Args:
-        vocabulary: the step rules of the model's tokenizer.
-        min_steps: finished thinking steps before thinking may end.
-        max_steps: finished thinking steps after which it ends; None for no bound.
-        summary_ids: ids of what is generated to end thinking, which has to end in a summary-start marker; None for the
+        vocabulary: The step rules of the model's tokenizer.
+        min_steps: Finished thinking steps before thinking may end.
+        max_steps: Finished thinking steps after which it ends; None for no bound.
+        summary_ids: Ids of what is generated to end thinking, which has to end in a summary-start marker; None for the
             first such marker as the tokenizer writes it.
-        prompt_length: where implicit thinking starts, padding included; None takes the length of the first call.
-        pad_token_id: tokens of this id before a row's first other token are padding.
+        prompt_length: Where implicit thinking starts, padding included; None takes the length of the first call.
+        pad_token_id: Tokens of this id before a row's first other token are padding.
 
     Raises:
-        StepFlowInputError: numbers that are negative or the wrong way round, ids that do not end thinking, or
+        StepFlowInputError: Numbers that are negative or the wrong way round, ids that do not end thinking, or
             `max_steps` where no marker starts the summary.
+
+    Example:
+        >>> budget = StepBudgetLogitsProcessor(model.stepflow_runtime.rules.vocabulary, max_steps=2)
+        >>> output = model.generate(inputs, logits_processor=[budget], max_new_tokens=8)
     """
 
     def __init__(
@@ -348,22 +356,23 @@ def _has_ended(rule: str, state: State) -> bool:
 
 
 class StepStreamer(BaseStreamer):
-    """Finished steps, one by one, while `generate` runs in another thread: `TextIteratorStreamer` for steps.
+    """Yields finished steps, one by one, while `generate` runs in another thread: `TextIteratorStreamer` for steps.
 
     A step comes out as soon as it is known to be whole: with the first token of the next one, or with its segment.
 
-        streamer = StepStreamer(tokenizer, vocabulary)
-        Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
-        for step in streamer:
-            print(step.index, step.text)
+    Example:
+        >>> streamer = StepStreamer(tokenizer, timeout=60)
+        >>> call = {"inputs": inputs, "streamer": streamer, "max_new_tokens": 40}
+        >>> Thread(target=model.generate, kwargs=call).start()
+        >>> first = next(iter(streamer))
 
     Args:
-        tokenizer: the model's tokenizer.
-        vocabulary: its step rules, or the settings to make them from; None for the defaults.
-        skip_prompt: leave out the steps of the prompt (earlier rounds); the question is never among them.
-        timeout: seconds to wait for a step; `queue.Empty` is raised after that. None waits for ever.
-        prompt_length: where implicit thinking starts; None takes the length of the prompt.
-        decode_kwargs: passed on to the tokenizer's `decode`.
+        tokenizer: The model's tokenizer.
+        vocabulary: Its step rules, or the settings to make them from; None for the defaults.
+        skip_prompt: Leave out the steps of the prompt (earlier rounds); the question is never among them.
+        timeout: Seconds to wait for a step; `queue.Empty` is raised after that. None waits for ever.
+        prompt_length: Where implicit thinking starts; None takes the length of the prompt.
+        decode_kwargs: Passed on to the tokenizer's `decode`.
     """
 
     def __init__(
@@ -395,7 +404,7 @@ class StepStreamer(BaseStreamer):
         """Takes the prompt, then new tokens: int64 [T] or [1, T].
 
         Raises:
-            StepFlowInputError: more than one row.
+            StepFlowInputError: More than one row.
         """
         if value.ndim > 1 and value.shape[0] > 1:
             raise StepFlowInputError(

@@ -27,7 +27,7 @@ from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_
 _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
 )  # fmt: skip
-# What an attached model has beside its base's attributes.
+# Attributes of an attached model that its base does not have.
 _STATE = "stepflow_runtime _stepflow_preset _stepflow_replaced _stepflow_stored _compiled_call"
 
 
@@ -58,22 +58,30 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         """Loads a model and attaches StepFlow.
 
         Args:
-            pretrained_model_name_or_path: a model, as for `AutoModelForCausalLM.from_pretrained`, one that was saved
-                with StepFlow included; or a preset repository, whose base model is loaded then.
-            *args: passed on.
-            stepflow: a `StepFlowConfig`, a dict, or the path of a JSON file or folder; a preset: its name, its base
-                model's id, a `Preset`, its path or its Hub id; "auto" for the preset of this model, or else the rule;
-                None takes the preset repository's settings, or those that the model was saved with, or else the
-                defaults. On a preset repository a dict is merged over its settings.
-            tokenizer: the model's tokenizer; None loads it from the base's path.
-            config: of the model or of the preset.
-            **kwargs: passed on to `AutoModelForCausalLM.from_pretrained`; `revision` and `subfolder` of a preset
-                repository say nothing of its base, which has a revision of its own (`base_model_revision`).
+            pretrained_model_name_or_path: A model, as for `AutoModelForCausalLM.from_pretrained`, one that was saved
+                with StepFlow included; or a preset repository, whose base model is then loaded.
+            *args: Passed on.
+            stepflow: The settings:
+
+                * a `StepFlowConfig`, a dict, or the path of a JSON file or folder;
+                * a preset: its name, its base model's id, a `Preset`, its path or its Hub id;
+                * "auto" for the preset of this model, or else the rule;
+                * None for the preset repository's settings, or those that the model was saved with, or the defaults.
+
+                On a preset repository, a dict is merged over its settings.
+            tokenizer: The model's tokenizer; None loads it from the base's path.
+            config: The config of the model or of the preset.
+            **kwargs: Passed on to `AutoModelForCausalLM.from_pretrained`. `revision` and `subfolder` locate a preset,
+                not its base model, whose revision is the setting `base_model_revision`.
 
         Raises:
-            StepFlowError: as `attach`.
+            StepFlowError: As `attach`.
+
+        Example:
+            >>> from hf_stepflow import StepFlowModelForCausalLM
+            >>> model = StepFlowModelForCausalLM.from_pretrained(folder, stepflow={"tau_max": 0.1})
         """
-        stepflow = find_preset(stepflow)  # a misspelt name is told before the weights are loaded
+        stepflow = find_preset(stepflow)  # a misspelt name is refused before the weights are loaded
         loaded = load(pretrained_model_name_or_path, args, stepflow, tokenizer, config, kwargs)
         model = cls.attach(loaded.model, loaded.settings, tokenizer=loaded.tokenizer)
         model._stepflow_preset = loaded.settings, loaded.block
@@ -88,30 +96,35 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
-        """Does nothing: what is saved says itself how it is loaded."""
+        """Does nothing: a saved model names its class itself."""
 
     @classmethod
     def attach(cls, model: Any, config: Any = None, *, tokenizer: Any = None) -> Any:
         """Puts StepFlow on a loaded model, in place.
 
         Args:
-            model: a decoder-only model whose attention goes through Transformers' attention interface.
-            config: as `stepflow` of `from_pretrained`.
-            tokenizer: the model's tokenizer; None loads it from `base_model_name_or_path` or the model's own path.
+            model: A decoder-only model whose attention goes through Transformers' attention interface.
+            config: As `stepflow` of `from_pretrained`.
+            tokenizer: The model's tokenizer; None loads it from `base_model_name_or_path` or the model's own path.
 
         Returns:
             The same object.
 
         Raises:
-            StepFlowUnsupportedError: a model that StepFlow cannot reach; it is left as it was.
-            StepFlowConfigError: settings that do not fit the model or its tokenizer; a preset for another model.
-            StepFlowFileError: no preset of this name.
+            StepFlowUnsupportedError: StepFlow cannot reach the model; the model is left unchanged.
+            StepFlowConfigError: The settings do not fit the model or its tokenizer; or the preset is for another
+                model.
+            StepFlowFileError: There is no preset of this name.
+
+        Example:
+            >>> model = StepFlowModelForCausalLM.attach(model.detach_stepflow(), {"alpha": 0.1}, tokenizer=tokenizer)
+            >>> output = model.generate(torch.tensor([ids[:8]]), max_new_tokens=2)
         """
         return cls._put_on(model, config, tokenizer)
 
     @classmethod
     def _put_on(cls, model: Any, config: Any, tokenizer: Any, is_on: bool = True) -> Any:
-        """As `attach`; where it is not on, only blocks with settings of their own run StepFlow."""
+        """As `attach`; with `is_on=False`, StepFlow runs only in blocks with their own settings."""
         if getattr(model, "stepflow_runtime", None) is not None:
             raise StepFlowInputError(
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
@@ -129,7 +142,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         warn_if_never_thinking(tokenizer, settings)
 
         name = register_on(base)
-        # Of a repository's class transformers loads a subclass that goes by its name, and cannot be pickled.
+        # transformers loads remote classes under a generated subclass of the same name, which cannot be pickled.
         own = StepFlowModelForCausalLM if cls.__name__ == StepFlowModelForCausalLM.__name__ else cls
         kind = _attached_class(own, type(model))
         # Another thread may run the model meanwhile: at every moment class and attention fit each other.
@@ -140,7 +153,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         for layer, module in modules.items():
             module.stepflow_link = AttentionLink(layer, runtime.current)
             model._stepflow_replaced[layer] = module.config
-            # A config of its own: the model's may be shared with other models, and goes on to say what masks to make.
+            # A copy: other models may share the model's config, which goes on to choose the masks.
             module.config = copy.copy(module.config)
             module.config._attn_implementation_internal = name
         model.__dict__.pop("_compiled_call", None)
@@ -167,7 +180,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         return self
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused with an error: StepFlow lies on the implementation that it was attached to."""
+        """Raises an error: StepFlow runs on the implementation that it was attached to."""
         raise _no_other_attention(args, self.stepflow_runtime.base_implementation)
 
     @contextmanager
@@ -181,11 +194,11 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         """Inside the block this thread runs under other settings.
 
         Args:
-            settings: as `stepflow` of `generate`: a dict is merged over the settings in force, False turns StepFlow
+            settings: As `stepflow` of `generate`: a dict is merged over the settings in force, False turns StepFlow
                 off, None and True change nothing.
 
         Raises:
-            StepFlowConfigError: settings that do not fit the model.
+            StepFlowConfigError: Settings that do not fit the model.
         """
         runtime = self.stepflow_runtime
         rules: FlowRules | None = None
@@ -212,21 +225,21 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         self.generation_config.stepflow = settings.to_dict()
 
     def stepflow_report(self) -> FlowReport:
-        """What the last generate or forward did."""
+        """Reports what the last generate or forward did."""
         return self.stepflow_runtime.report()
 
     def generate(self, inputs: Any = None, *args: Any, stepflow: Any = None, **kwargs: Any) -> Any:
         """Generates as the base model does, with StepFlow.
 
         Args:
-            inputs: token ids, as the base's first argument.
-            *args: passed on.
-            stepflow: a dict of settings for this call, merged over `generation_config.stepflow`; False turns StepFlow
+            inputs: Token ids, as the base's first argument.
+            *args: Passed on.
+            stepflow: A dict of settings for this call, merged over `generation_config.stepflow`; False turns StepFlow
                 off.
-            **kwargs: passed on.
+            **kwargs: Passed on.
 
         Raises:
-            StepFlowError: settings that do not fit, an empty prompt or one of padding only, continuous batching.
+            StepFlowError: Settings that do not fit, an empty prompt or one of padding only, continuous batching.
         """
         runtime = getattr(self, "stepflow_runtime", None)
         if runtime is None or not (runtime.is_on or runtime.is_overridden):
@@ -278,12 +291,12 @@ class StepFlowModelForCausalLM(PreTrainedModel):
         weights: it names its base model, and is loaded with `trust_remote_code=True`.
 
         Args:
-            save_directory: the folder.
-            *args: passed on to the base model's `save_pretrained`.
-            preset_only: leave the weights out; changes that were made to them since the base was loaded are lost.
-            push_to_hub: upload it too; `repo_id` and other arguments of `push_to_hub` may be given then.
-            is_main_process: whether this process writes files that all processes share.
-            **kwargs: passed on.
+            save_directory: The folder.
+            *args: Passed on to the base model's `save_pretrained`.
+            preset_only: Leave the weights out; changes that were made to them since the base was loaded are lost.
+            push_to_hub: Upload it too; `repo_id` and other arguments of `push_to_hub` may be given then.
+            is_main_process: Whether this process writes files that all processes share.
+            **kwargs: Passed on.
 
         Raises:
             StepFlowInputError: `preset_only`, and nothing says which the base model is.
@@ -297,22 +310,22 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             self.push_to_hub(repository, preset_only=preset_only, **upload)
 
     def push_to_hub(self, repo_id: str, *, preset_only: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Uploads what `save_pretrained` saves.
+        """Uploads the files that `save_pretrained` writes.
 
         Args:
-            repo_id: the repository.
-            preset_only: as in `save_pretrained`.
-            **kwargs: as for the base model's `push_to_hub`.
+            repo_id: The repository.
+            preset_only: As in `save_pretrained`.
+            **kwargs: As for the base model's `push_to_hub`.
 
         Raises:
-            StepFlowInputError: as `save_pretrained`; or the base model is a folder of this machine.
+            StepFlowInputError: As `save_pretrained`; or the base model is a folder of this machine.
         """
         if preset_only:
             return push_preset_of(self, repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Continuous batching packs many requests into one row, which StepFlow cannot follow."""
+        """Raises an error where StepFlow is on: continuous batching packs many requests into one row."""
         if self.stepflow_runtime.effective is None:
             return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
         raise _no_continuous_batching()

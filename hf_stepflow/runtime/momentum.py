@@ -38,7 +38,7 @@ def step_momentum(
             of a step has left the cache, clamp to 0.
         end: The slot after the last one of the previous step, long [B], at most K.
         window: Use only the last `window` slots of the step; None uses the whole step (the paper's rule).
-        members: Bool [B, K] of the slots that may count, or None for all; applied within the window.
+        members: bool [B, K] of the slots that may count, or None for all; applied within the window.
 
     Returns:
         The mean [B, Hkv, D] of the dtype of `value`; zeros for the rows in which no slot counts.
@@ -153,7 +153,7 @@ def mean_of_members(members: Tensor, value: Tensor) -> Tensor:
     """Averages the value vectors of some slots, for any number of such sets.
 
     Args:
-        members: Bool [..., n, K]: the slots of each set.
+        members: bool [..., n, K]: the slots of each set.
         value: Value vectors [..., Hkv, K, D]. Half precision is accumulated in float32.
 
     Returns:

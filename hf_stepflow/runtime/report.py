@@ -48,10 +48,10 @@ class Tally:
         """Adds the bridge of some queries.
 
         Args:
-            layer: the layer.
-            before: mass of the bridge without the floor, [B, H, c].
-            after: its mass with it, [B, H, c].
-            usable: where the bridge had a say (non-zero), broadcastable to them.
+            layer: The layer.
+            before: Mass of the bridge without the floor, [B, H, c].
+            after: Its mass with it, [B, H, c].
+            usable: Where the bridge had a say (non-zero), broadcastable to them.
         """
         chosen = usable.expand_as(before) > 0
         counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1)

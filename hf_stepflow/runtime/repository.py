@@ -1,4 +1,4 @@
-"""What a folder or repository with StepFlow holds: how it is loaded, and the one writer of its files.
+"""Folders and repositories with StepFlow: how they are loaded, and the one writer of their files.
 
 There are three kinds, and `load` takes any of them, as well as a model without StepFlow:
 
@@ -101,7 +101,7 @@ def load(
     kwargs.pop("_from_auto", None)
     model, info = _without_info(AutoModelForCausalLM.from_pretrained(path, *args, **kwargs))
     if is_saved_with_stepflow(model.config):
-        del model.config.auto_map  # whoever saves the model says anew how it is loaded
+        del model.config.auto_map  # saving the model names its class anew
     settings, block = settings_on(model, stepflow)
     if tokenizer is None:
         tokenizer = _tokenizer_beside(path, settings, kwargs)
@@ -506,7 +506,7 @@ def push_preset_of(model: Any, repo_id: str, **kwargs: Any) -> Any:
 
 
 def _settings_in_force(model: Any) -> StepFlowSettings:
-    """Those of a call without settings of its own; those of the preset where such calls run without StepFlow."""
+    """The settings of a call that names none; the preset's, if such calls run without StepFlow."""
     rules = model._call_rules(None, None)
     return (model.stepflow_runtime.rules if rules is None else rules).plan.settings
 

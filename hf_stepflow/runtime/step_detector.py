@@ -388,14 +388,18 @@ def _always(condition: torch.Tensor) -> bool:
 
 @dataclass
 class StepVocabulary:
-    """What every token of a tokenizer means to the step rules: computed once, used for any number of traces.
+    """The step rules compiled for a tokenizer: made once, used for any number of traces.
 
     Attributes:
-        settings: the step settings it was built for.
+        settings: The step settings it was built for.
         features: int64 [V + 1, FEATURES]; the last row stands for unknown ids.
-        rules: transitions of the sentence rules.
-        markers: transitions of the marker automaton.
-        marker_ids: how the tokenizer writes the markers of each kind (`token_text.THINKING_START` ...).
+        rules: Transitions of the sentence rules.
+        markers: Transitions of the marker automaton.
+        marker_ids: How the tokenizer writes the markers of each kind (`token_text.THINKING_START` ...).
+
+    Example:
+        >>> from hf_stepflow import StepVocabulary
+        >>> vocabulary = StepVocabulary.from_tokenizer(tokenizer, {"step_rule": "paragraph"})
     """
 
     settings: StepFlowSettings
@@ -412,12 +416,12 @@ class StepVocabulary:
         """Reads a tokenizer once.
 
         Args:
-            tokenizer: a `PreTrainedTokenizerBase` (byte-level BPE, SentencePiece / Metaspace, WordPiece, words).
-            config: a `StepFlowConfig`, settings, a dict or a path; None for the defaults.
-            end_of_turn_ids: tokens that close a round; None takes the tokenizer's eos token.
+            tokenizer: A `PreTrainedTokenizerBase` (byte-level BPE, SentencePiece / Metaspace, WordPiece, words).
+            config: A `StepFlowConfig`, settings, a dict or a path; None for the defaults.
+            end_of_turn_ids: Tokens that close a round; None takes the tokenizer's eos token.
 
         Raises:
-            StepFlowConfigError: a marker that the tokenizer cannot write.
+            StepFlowConfigError: The tokenizer cannot write a marker.
         """
         settings = read_settings(config)
         if tokenizer is None:
@@ -474,11 +478,11 @@ class StepVocabulary:
         """The records of a finished piece of one row.
 
         Args:
-            ids: token ids.
-            record: the record before them, None at the start of a trace.
-            start: slot of the first of them.
-            padding: which of them are padding.
-            prompt_length: slot at which implicit thinking starts, None for never.
+            ids: Token ids.
+            record: The record before them, None at the start of a trace.
+            start: Slot of the first of them.
+            padding: Which of them are padding.
+            prompt_length: Slot at which implicit thinking starts, None for never.
         """
         walk = self._detector(None).walk
         record = empty_record() if record is None else record
@@ -503,9 +507,9 @@ class StepVocabulary:
         Args:
             record: int64 [B, FIELDS], the records before.
             ids: int64 [B].
-            slot: slot of the tokens.
+            slot: Slot of the tokens.
             padding: bool [B], rows whose token is padding.
-            prompt_length: slot (or [B] slots) at which implicit thinking starts, None for never.
+            prompt_length: Slot (or [B] slots) at which implicit thinking starts, None for never.
 
         Returns:
             int64 [B, FIELDS].

@@ -292,7 +292,7 @@ class RuleTable:
         split_variant: long [split rows, states]: row in `split`.
         split: long [variants, 9]: the parts before the first and after the last boundary inside, and whether a whole
             sentence long enough stands between.
-        states: what each state of the rules is.
+        states: What each state of the rules is.
     """
 
     row: torch.Tensor
@@ -317,10 +317,10 @@ def build_rule_table(pieces: list[bytes], rule: str, min_step_chars: int, guesse
     """Compiles the rules for the pieces of a tokenizer (one row more than `pieces`, for unknown ids).
 
     Args:
-        pieces: bytes of each token id; b"" for control tokens.
+        pieces: Bytes of each token id; b"" for control tokens.
         rule: "sentence", "paragraph" or "cue".
-        min_step_chars: the end of a shorter sentence is no boundary.
-        guessed_space: the tokenizer loses white space.
+        min_step_chars: The end of a shorter sentence is no boundary.
+        guessed_space: The tokenizer loses white space.
     """
     step = cue_step if rule == "cue" else guessed_sentence_step if guessed_space else sentence_step
     machine = _Machine(step, _RULE_EVENTS[rule])
@@ -400,10 +400,10 @@ class _Machine:
         self.cue_end = index.get(("cue_end", ""), -1)
 
     def transitions(self, signatures: list[str]) -> torch.Tensor:
-        """What each signature does to each state.
+        """The effect of each signature on each state.
 
         Args:
-            signatures: longest first.
+            signatures: Longest first.
 
         Returns:
             long [signatures, states], as `RuleTable.transition`.

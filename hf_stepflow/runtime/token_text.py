@@ -25,9 +25,9 @@ class TokenText:
     """The text of each token id.
 
     Attributes:
-        pieces: for each id its UTF-8 bytes; a character that is split over tokens is split here too.
-        control: for each id whether it is a control token (special: it carries no text of its own).
-        guessed_space: whether the tokenizer loses white space (WordPiece), so that the leading space of a piece is
+        pieces: For each id its UTF-8 bytes; a character that is split over tokens is split here too.
+        control: For each id whether it is a control token (special: it carries no text).
+        guessed_space: Whether the tokenizer loses white space (WordPiece), so that the leading space of a piece is
             a guess.
     """
 
@@ -40,7 +40,7 @@ class TokenText:
         """Reads the pieces of a tokenizer: byte-level BPE, SentencePiece / Metaspace, WordPiece or plain words.
 
         Args:
-            tokenizer: a `PreTrainedTokenizerBase`, fast or slow.
+            tokenizer: A `PreTrainedTokenizerBase`, fast or slow.
         """
         ids = tokenizer.get_vocab()
         spelling = _spelling(tokenizer, [token for token in ids if isinstance(token, str)])
@@ -140,8 +140,8 @@ class MarkerTable:
         next_state: long [rows, states].
         found: long [rows, states]: the last marker that the token completes (0 for none).
         depth: long [states]: how many symbols of a marker have been read.
-        atoms: ids of the tokens that are symbols of a marker.
-        message_open: id of the token that opens a message body where markers are message headers
+        atoms: Ids of the tokens that are symbols of a marker.
+        message_open: Id of the token that opens a message body where markers are message headers
             (`<|message|>` of `<|channel|>analysis<|message|>`), else None.
     """
 
@@ -165,9 +165,9 @@ def build_marker_table(markers: dict[int, list[str]], pieces: list[bytes], atoms
     """Compiles markers for one vocabulary.
 
     Args:
-        markers: texts of each kind of marker (THINKING_START ... TOOL_END).
-        pieces: bytes of each token id.
-        atoms: added tokens of the tokenizer by their text.
+        markers: Texts of each kind of marker (THINKING_START ... TOOL_END).
+        pieces: Bytes of each token id.
+        atoms: Added tokens of the tokenizer by their text.
     """
     words = {_symbols(text, atoms): kind for kind, texts in markers.items() for text in texts}
     goto, found, depth = _aho_corasick(words)

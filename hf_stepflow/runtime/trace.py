@@ -17,10 +17,10 @@ class TraceStep:
 
     Attributes:
         label: "question", "thinking" or "summary".
-        round: round of the conversation, from 1 (0 for a question before any thinking).
-        index: number of the step inside its round; 0 for a question.
-        start, end: token range [start, end).
-        text: its text, or None where no tokenizer was at hand.
+        round: Round of the conversation, from 1 (0 for a question before any thinking).
+        index: Number of the step inside its round; 0 for a question.
+        start, end: Token range [start, end).
+        text: Its text, or None where no tokenizer was at hand.
     """
 
     label: str
@@ -76,7 +76,12 @@ class Trace:
         step_ids: long [T]: step inside the round, 0 for question, -1 for tokens in no step.
         round_ids: long [T]: round of each token; if not given, thinking that follows another segment opens a new
             round unless its steps count on.
-        steps: the steps in order, made from the ids if not given.
+        steps: The steps in order, made from the ids if not given.
+
+    Example:
+        >>> from hf_stepflow import Trace
+        >>> [step.label for step in Trace([0, 1, 2], [0, 1, 2]).steps]
+        ['question', 'thinking', 'summary']
     """
 
     segment_ids: torch.Tensor
@@ -119,14 +124,18 @@ def segment_trace(
     """Cuts a finished trace into segments and steps, exactly as the runtime does while it is generated.
 
     Args:
-        tokenizer: the model's tokenizer.
-        input_ids: token ids of one row, [T] or [1, T].
-        config: step settings, or a `StepVocabulary` made before; None for the defaults.
-        prompt_length: where the prompt ends: implicit thinking starts there, and without it everything is question.
+        tokenizer: The model's tokenizer.
+        input_ids: Token ids of one row, [T] or [1, T].
+        config: Step settings, or a `StepVocabulary` made before; None for the defaults.
+        prompt_length: Where the prompt ends: implicit thinking starts there, and without it everything is question.
 
     Raises:
-        StepFlowInputError: more than one row.
-        StepFlowConfigError: markers that the tokenizer cannot write.
+        StepFlowInputError: There is more than one row.
+        StepFlowConfigError: The tokenizer cannot write a marker.
+
+    Example:
+        >>> from hf_stepflow import segment_trace
+        >>> labels = [step.label for step in segment_trace(tokenizer, ids).steps]
     """
     ids = torch.as_tensor(input_ids)
     ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
@@ -157,8 +166,8 @@ def finished_steps(before: Sequence[int], after: Sequence[int]) -> list[TraceSte
     A step has ended when the next one begins, or with its segment.
 
     Args:
-        before: the record before the token.
-        after: the record of the token.
+        before: The record before the token.
+        after: The record of the token.
     """
     opened, still_open, own = open_step(before), open_step(after), None
     if after[Field.STEP] > 0:
