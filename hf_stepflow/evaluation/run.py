@@ -118,28 +118,27 @@ def evaluate(
             ) from error
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         store = ResultStore(out, header, about)
-        _answer(sampler, chosen, _sorted_by_length(asked, prompts, n_samples), store, seed, batch_size, progress)
+        _answer(sampler, chosen, asked, prompts, store, progress)
         _warn_of_idle_budgets(chosen, store.results)
     return EvaluationResult(header, about, store.results)
-
-
-# A problem, the number of its sample, and the prompt of each arm.
-Item = tuple[EvalProblem, int, dict[str, list[int]]]
 
 
 def _answer(
     sampler: Sampler,
     arms: dict[str, Arm],
-    items: list[Item],
+    problems: list[EvalProblem],
+    prompts: dict[str, list[list[int]]],
     store: ResultStore,
-    seed: int,
-    batch_size: int,
     progress: bool,
 ) -> None:
     """Generates and stores the results that the store lacks, batch by batch."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from tqdm import tqdm
 
+    n_samples, seed, size = (store.header[name] for name in ("n_samples", "seed", "batch_size"))
+    # By the length of the first arm's prompts, so that every arm gets the same batches.
+    order = sorted(range(len(problems)), key=lambda index: len(next(iter(prompts.values()))[index]))
+    items = [(index, sample) for index in order for sample in range(n_samples)]
     done = {(result["arm"], result["problem"], result["sample"]) for result in store.results}
     bar = tqdm(
         total=len(items) * len(arms),
@@ -148,18 +147,19 @@ def _answer(
         unit="response",
     )
     bar.set_postfix_str(_accuracies(arms, store.results))
-    for number, start in enumerate(range(0, len(items), batch_size)):
-        batch = items[start : start + batch_size]
+    for number, start in enumerate(range(0, len(items), size)):
+        batch = items[start : start + size]
+        asked = [problems[index] for index, _ in batch]
         for name in list(arms) if number % 2 == 0 else reversed(arms):  # no arm is always the one that warms up
-            if all((name, problem.id, sample) in done for problem, sample, _ in batch):
+            if all((name, problems[index].id, sample) in done for index, sample in batch):
                 continue
             made = sampler.run(
-                arms[name], [item[0] for item in batch], [item[2][name] for item in batch], batch_seed(seed, number)
+                arms[name], asked, [prompts[name][index] for index, _ in batch], batch_seed(seed, number)
             )
             store.append(
                 [
                     {"arm": name, "problem": problem.id, "sample": sample, "batch": number, "of": len(batch), **result}
-                    for (problem, sample, _), result in zip(batch, made, strict=True)
+                    for problem, (_, sample), result in zip(asked, batch, made, strict=True)
                 ]
             )
             bar.set_postfix_str(_accuracies(arms, store.results), refresh=False)
@@ -219,16 +219,6 @@ def _load_tokenizer(model: Any) -> Any:
     if not path:
         raise StepFlowInputError("the model names no path to load its tokenizer from", hint="pass tokenizer=...")
     return transformers.AutoTokenizer.from_pretrained(path)
-
-
-def _sorted_by_length(problems: list[EvalProblem], prompts: dict[str, list[list[int]]], n_samples: int) -> list[Item]:
-    """The items by the length of the first arm's prompts, so that every arm gets the same batches."""
-    first = next(iter(prompts.values()))
-    return [
-        (problems[index], sample, {name: own[index] for name, own in prompts.items()})
-        for index in sorted(range(len(problems)), key=lambda index: len(first[index]))
-        for sample in range(n_samples)
-    ]
 
 
 def _check_lengths(

@@ -27,6 +27,7 @@ class ResultStore:
         about: Versions and the machine, which may differ.
 
     Attributes:
+        header: Everything that was asked for.
         results: The results stored so far, oldest first.
 
     Raises:
@@ -36,6 +37,7 @@ class ResultStore:
 
     def __init__(self, path: str | Path | None, header: dict[str, Any], about: dict[str, Any] | None = None):
         self.path = None if path is None else Path(path)
+        self.header = header
         self.results: list[dict[str, Any]] = []
         if self.path is None:
             return
