@@ -130,13 +130,8 @@ def propose_bands(
 def bands_from(effects: dict[str, list[dict[str, Any]]], layers: list[int]) -> tuple[list[int], list[int]]:
     """Returns the longest run of separating layers in each half; among equals, the one with the strongest effect.
 
-    Args:
-        effects: The effects, as in `Bands`.
-        layers: The layer of each effect.
-
-    Returns:
-        Shallow layers with more lock-in in wrong traces, and deep layers in which the summary of wrong traces draws
-        less on the thinking.
+    Shallow layers separate by more lock-in in wrong traces; deep layers, by a summary of wrong traces that draws less
+    on the thinking.
     """
     half = len(layers) // 2
     shallow = _longest_run(effects["lock_in"][:half], layers[:half], +1)

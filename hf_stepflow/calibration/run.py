@@ -204,12 +204,9 @@ class CalibrationRun:
         return values
 
     def decide(self, kind: str, make: Callable[[], Any], *parts: Any) -> Any:
-        """Returns a decision of the first process, the same for all processes and in a continued run.
+        """Returns a decision, JSON-ready, that the first process makes once in a run.
 
-        Args:
-            kind: The kind of decision.
-            make: Makes the decision, JSON-ready; called by the first process only, once in a run.
-            *parts: What distinguishes it from others of its kind.
+        All processes have the same decisions, and so does a continued run. `parts` distinguish those of one kind.
         """
         if self.workers.is_first and self.work.get("decisions", kind, *parts) is None:
             self.work.put("decisions", {"value": make()}, kind, *parts)
@@ -217,12 +214,7 @@ class CalibrationRun:
         return self.work.get("decisions", kind, *parts)["value"]
 
     def is_over(self, stage: str, *parts: Any) -> bool:
-        """Returns whether the time of a stage is up, the same for all processes and in a continued run.
-
-        Args:
-            stage: The stage, a key of `ENDS`.
-            *parts: What distinguishes this question from others.
-        """
+        """Returns whether the time of a stage, a key of `ENDS`, is up: a decision, distinguished by `parts`."""
         end = self.budget.end_of(stage)
         return end is not None and self.decide("is_over", lambda: self.work.spent() >= end, *parts)
 

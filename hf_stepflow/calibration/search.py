@@ -112,21 +112,18 @@ def search(
     trials: int,
     propose: Callable[[int], dict[str, Any]],
     score: Callable[[Settings], ProxyScore],
-    tell: Callable[[int, float], None],
+    tell: Callable[[int, float], None] | None,
     is_over: Callable[[int], bool],
 ) -> list[Trial]:
-    """Scores candidates until the budget is spent; settings that are drawn twice count once.
+    """Scores candidates until the trials or the time are spent, and returns the distinct ones, the best first.
 
     Args:
-        space: The space that parameters are drawn from.
+        space: The space of candidates.
         trials: The largest number of trials.
         propose: Returns the parameters of a trial.
         score: Returns the proxy of settings.
-        tell: Records the objective of a trial.
+        tell: Records the objective of a trial; None in a process that draws none.
         is_over: Returns whether time is up; asked before each trial.
-
-    Returns:
-        The distinct candidates, the best first.
     """
     found: dict[str, Trial] = {}
     for number in range(trials):
@@ -135,7 +132,8 @@ def search(
         parameters = propose(number)
         settings = space.candidate(parameters)
         trial = Trial(number, parameters, settings, score(settings))
-        tell(number, trial.score.objective)
+        if tell is not None:
+            tell(number, trial.score.objective)
         found.setdefault(digest(settings), trial)
     return sorted(found.values(), key=lambda one: (-one.score.objective, one.number))
 
@@ -174,17 +172,13 @@ class Halving:
     reason: str = ""
 
 
-def to_run(
-    ranked: Sequence[Trial], run: int = RUN, witnesses: int = WITNESSES, anchor: int | None = None
-) -> list[Trial]:
-    """Chooses candidates to answer problems: the anchor, the best of each kind by the proxy, and some of the rest.
+def to_run(ranked: Sequence[Trial], anchor: int | None = None) -> list[Trial]:
+    """Chooses candidates to answer problems: the best of each kind by the proxy, and some spread over the rest.
 
     If there are fewer kinds than places, the next best of any kind follow.
 
     Args:
         ranked: The candidates, the best first.
-        run: The number to choose.
-        witnesses: How many of these come from the rest, spread over its ranks.
         anchor: The number of a candidate that is chosen whatever its proxy.
     """
     firsts: dict[tuple[Any, ...], Trial] = {}
@@ -192,10 +186,10 @@ def to_run(
         firsts.setdefault(tuple(one.parameters.get(name) for name in _KIND), one)
     anchored = [one for one in ranked if one.number == anchor]
     ordered = dict.fromkeys(one.number for one in [*anchored, *firsts.values(), *ranked])
-    chosen = set(list(ordered)[: max(1, run - witnesses)])
+    chosen = set(list(ordered)[: RUN - WITNESSES])
     best = [one for one in ranked if one.number in chosen]
     rest = [one for one in ranked if one.number not in chosen]
-    places = np.linspace(0, len(rest) - 1, min(witnesses, len(rest))).round().astype(int) if rest else []
+    places = np.linspace(0, len(rest) - 1, min(WITNESSES, len(rest))).round().astype(int) if rest else []
     return best + [rest[at] for at in dict.fromkeys(map(int, places))]
 
 

@@ -55,13 +55,8 @@ def batches_of(problems: Sequence[EvalProblem], size: int, split: str, seed: int
     """Cuts a split into batches such that stopping early favours no length.
 
     The prompts of a batch have similar lengths, which saves padding. The batches of one stretch come in an order drawn
-    by the seed, so the first batches are a random sample of batches, and whole stretches one of problems.
-
-    Args:
-        problems: The problems in the order of the split.
-        size: The number of problems in a batch.
-        split: The name of the split, which names the batches.
-        seed: The seed of the order of batches.
+    by the seed, so the first batches are a random sample of batches, and whole stretches one of problems. The name of
+    the split names the batches.
     """
     batches: list[Batch] = []
     drawn = random.Random(f"{seed}/batches/{split}")

@@ -313,10 +313,6 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
     def propose(number: int) -> dict[str, Any]:
         return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
 
-    def tell(number: int, value: float) -> None:
-        if proposer is not None:
-            proposer.tell(number, value)
-
     trials = run.budget.candidates
     with run.bar("search", trials if run.budget.seconds is None else None, "candidate") as advance:
         return search(
@@ -324,7 +320,7 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
             trials,
             propose,
             lambda settings: scoring.compare(scoring.base, scoring.likelihoods(advance, settings)),
-            tell,
+            proposer.tell if proposer else None,
             lambda number: run.is_over("search", "search", number),
         )
 

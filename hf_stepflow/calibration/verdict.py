@@ -76,15 +76,7 @@ class Measured(PairedComparison):
 def measure(
     results: Mapping[str, Sequence[dict[str, Any]]], name: str, *, against: str = BASE, samples: int = 1, seed: int = 0
 ) -> Measured:
-    """Compares two arms.
-
-    Args:
-        results: The responses of each arm, as `CalibrationRun.answers` returns them.
-        name: The arm to measure.
-        against: The arm to compare it with.
-        samples: The number of responses to each problem.
-        seed: The seed of the resampling.
-    """
+    """Compares an arm with another, by their responses as `CalibrationRun.answers` returns them."""
     rows = [{**row, "arm": arm} for arm in (against, name) for row in results[arm]]
     run = {
         "arms": {against: {}, name: {}},

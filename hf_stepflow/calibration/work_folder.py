@@ -66,12 +66,7 @@ class WorkFolder:
         self._before = sum(_read(file)["seconds"] for file in self.path.glob("*/*.json"))
 
     def get(self, kind: str, *parts: Any) -> Any:
-        """Returns a result, or None if there is none yet.
-
-        Args:
-            kind: The kind of result, a folder's name.
-            *parts: Everything it depends on apart from the run, JSON-ready.
-        """
+        """Returns a result of one kind by everything it depends on apart from the run, or None if there is none."""
         name = self._name(kind, parts)
         if name not in self._known and self.path is not None and (self.path / name).exists():
             self._known[name] = _read(self.path / name)["found"]
