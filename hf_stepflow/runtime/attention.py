@@ -322,7 +322,7 @@ def _temperature(
 
 
 # Masks come as None (plain causal attention: no padding, no window that cuts), bool [B, 1, q, K] (sdpa), float
-# [B, 1, q, K] (eager), a BlockMask (flex), or an object whose `rows(start, end)` writes out the rows asked for.
+# [B, 1, q, K] (eager), or a BlockMask (flex).
 
 
 def visible_keys(
@@ -353,9 +353,7 @@ def visible_keys(
         query_slots = torch.arange(start, end, device=device) + (flow.total - queries)
         key_slots = torch.arange(keys, device=device) + flow.offset(keys)
         return (key_slots <= query_slots[:, None])[None, None], None
-    if hasattr(mask, "mask_mod"):
-        return _dense_block_mask(mask, start, end, keys), None
-    return mask.rows(start, end), None
+    return _dense_block_mask(mask, start, end, keys), None
 
 
 def _visible_to(flow: FlowPass, mask: Any, queries: int, keys: int) -> Callable[[int, int], torch.Tensor] | None:

@@ -6,10 +6,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import sdpa_mask
@@ -38,8 +38,6 @@ class Capture:
     def __init__(self, model: Any, modules: dict[int, Any]):
         self.model = model
         self.modules = modules
-        # Some models calculate with their masks before attention gets them, and need tensors.
-        self._masks_by_row = True
         self._is_over = False
         self._runtime: Any = getattr(model, "stepflow_runtime", None)
 
@@ -114,13 +112,7 @@ class Capture:
         """
         with ExitStack() as undo:
             self._take(undo, attend, checkpoints)
-            try:
-                result = run()
-            except NotATensorError:
-                undo.close()
-                self._masks_by_row = False
-                self._take(undo, attend, checkpoints)
-                result = run()
+            result = run()
             self._is_over = True
             yield result
 
@@ -181,7 +173,7 @@ class Capture:
             is_text = isinstance(config, PretrainedConfig) and (isinstance(config, text) or module is self.model)
             if is_text or module in attention:
                 _replace(undo, module, "config", copy.copy(config))
-                module.config._attn_implementation_internal = _register(base, self._masks_by_row)
+                module.config._attn_implementation_internal = _register(base)
 
     def _checkpoint(self, undo: ExitStack) -> None:
         blocks = [
@@ -229,38 +221,23 @@ def _put_back(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
                 attributes[name] = one
 
 
-def _register(base: str, masks_by_row: bool) -> str:
+def _register(base: str) -> str:
     """Registers the attention and the mask function on top of a base implementation (once) and returns their name."""
-    name = f"stepflow_saliency_{base}_{'rows' if masks_by_row else 'whole'}"
-    name = name.replace("sdpa", "fused").replace("flash", "quick")  # names that models look for
+    name = f"stepflow_saliency_{base}".replace("sdpa", "fused").replace("flash", "quick")  # models look for these
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, make_flow_attention(base, lambda module, call: module.saliency_attend(call)))
-        AttentionMaskInterface.register(name, RowMask.make if masks_by_row else sdpa_mask)
+        AttentionMaskInterface.register(name, RowMask.make)
     return name
 
 
-class NotATensorError(AttributeError):
-    """A model used a `RowMask` as it uses masks that are tensors."""
+class RowMask(torch.Tensor):
+    """A bool mask [B, 1, q, K] that exists as the arguments it is made from, so that no [q, K] tensor is held.
 
-
-@dataclass(frozen=True, eq=False)
-class RowMask:
-    """A mask that holds the arguments it is made from, so that no [q, K] tensor exists.
-
-    It serves models that hand their masks to attention unchanged; others raise `NotATensorError`.
+    Slicing its queries writes out these rows; any other operation writes out the whole mask.
     """
 
     arguments: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotATensorError(f"a mask by row has no {name!r}")
-
-    def _refuse(self, *operands: Any) -> Any:
-        raise NotATensorError("a mask by row cannot be indexed or calculated with")
-
-    __getitem__ = __invert__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __ror__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def make(cls, **arguments: Any) -> "RowMask | None":
@@ -268,14 +245,23 @@ class RowMask:
         # Asked with a mask function of one element, sdpa_mask decides without writing the mask out.
         if sdpa_mask(**arguments | {"mask_function": _everything, "use_vmap": False}) is None:
             return None
-        return cls(arguments | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        row = sdpa_mask(**arguments | {"q_length": 1})
+        shape = (*row.shape[:2], arguments["q_length"], row.shape[3])
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=row.device)
+        mask.arguments = arguments
+        return mask
 
-    def rows(self, start: int, end: int) -> torch.Tensor:
-        """Which keys queries [start, end) see, bool [B, 1, c, K]."""
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.slice.Tensor and args[1] == 2 and len(args) == 4:
+            return args[0]._rows(args[2], min(args[3], args[0].shape[2]))
+        args, kwargs = tree_map_only(cls, lambda mask: mask._rows(0, mask.shape[2]), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def _rows(self, start: int, end: int) -> torch.Tensor:
         first = self.arguments.get("q_offset", 0) + start
-        rows = sdpa_mask(**self.arguments | {"q_length": end - start, "q_offset": first})
-        assert rows is not None
-        return rows
+        return sdpa_mask(**self.arguments | {"q_length": end - start, "q_offset": first})
 
 
 def _everything(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
