@@ -1,4 +1,4 @@
-"""The scalar whose gradient Step-Saliency follows, and its gradient at the last hidden states, without [T, V] logits.
+"""The loss whose gradient Step-Saliency follows, and its gradient at the last hidden states, without [T, V] logits.
 
 Shapes: B batch, T tokens, D width of the hidden states, V vocabulary.
 """
@@ -15,19 +15,22 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.step_detector import SUMMARY
 from hf_stepflow.runtime.trace import Trace
 
-# Logits that are held at a time, in elements.
+# Elements of the logits that exist at a time.
 LOGITS = 1 << 23
 
 
 def loss_weights(loss: "str | tuple[int, int]", trace: Trace) -> torch.Tensor:
-    """How much each position's next-token cross-entropy counts, float64 [T - 1], summing to 1.
+    """Weighs each position's next-token cross-entropy.
 
     Args:
-        loss: "trace" (the mean over all tokens but the first) or "summary" (over the summary's tokens).
-        trace: the trace.
+        loss: "trace", the mean over all tokens but the first, or "summary", over the summary's tokens.
+        trace: The trace.
+
+    Returns:
+        The weights, float64 [T - 1], summing to 1.
 
     Raises:
-        StepFlowInputError: there is nothing to take the loss over.
+        StepFlowInputError: If the trace has no such tokens.
     """
     counts = trace.segment_ids[1:] >= 0 if loss == "trace" else trace.segment_ids[1:] == SUMMARY
     if not counts.any():
@@ -40,14 +43,12 @@ def loss_weights(loss: "str | tuple[int, int]", trace: Trace) -> torch.Tensor:
 
 
 def check_loss(loss: Any, trace: Trace, vocabulary: int) -> None:
-    """Refuses what is no loss on this trace.
+    """Checks that a loss exists on this trace.
 
     Raises:
-        StepFlowInputError: saying what is expected.
+        StepFlowInputError: If it does not.
     """
-    if isinstance(loss, str):
-        if loss not in ("trace", "summary"):
-            raise StepFlowInputError(f'loss must be "trace", "summary" or (position, token_id), got {loss!r}')
+    if loss in ("trace", "summary"):
         loss_weights(loss, trace)
         return
     if not (isinstance(loss, tuple) and len(loss) == 2 and all(type(one) is int for one in loss)):
@@ -67,15 +68,15 @@ def hidden_gradient(
     losses: "Sequence[torch.Tensor | tuple[int, int]]",
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, list[float]]:
-    """Gradient of the sum of the rows' losses at the last hidden states.
+    """Computes the gradient of the sum of the rows' losses at the last hidden states.
 
     Args:
-        model: the causal language model; its own code goes from hidden states to logits.
-        decoder: the part of it that makes hidden states.
-        decoded: what that returned; the last hidden states [B, T, D] come first.
-        ids: long [B, T].
-        losses: for each row the weights of `loss_weights`, or a position and a token whose logit is the loss.
-        scale: what the gradient is multiplied by, so that half precision does not lose it.
+        model: The causal language model, whose own code turns hidden states into logits.
+        decoder: The part of it that makes hidden states.
+        decoded: The output of the decoder; the last hidden states [B, T, D] come first.
+        ids: Token ids, long [B, T].
+        losses: For each row the weights of `loss_weights`, or the position and the token whose logit is the loss.
+        scale: A factor of the gradient, so that half precision does not lose it.
 
     Returns:
         The gradient [B, T, D], and the loss of each row.
@@ -106,7 +107,7 @@ def hidden_gradient(
 
 
 def decoder_output(decoder: Any, run: Callable[[], Any]) -> Any:
-    """What a model's decoder returns while `run` calls the model."""
+    """Returns the output of a model's decoder when `run` calls the model."""
     kept: list[Any] = []
     hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output))
     try:
@@ -117,7 +118,7 @@ def decoder_output(decoder: Any, run: Callable[[], Any]) -> Any:
 
 
 def _logits(model: Any, decoder: Any, kind: type, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The model's logits [1, n, V] from given hidden states [1, n, D]: its own head, scaling and softcap."""
+    """Turns hidden states [1, n, D] into logits [1, n, V] by the model's own head, scaling and softcap."""
     given = (hidden,) if kind is tuple else kind(last_hidden_state=hidden)
     with _decoder_returns(decoder, given):
         output = model(input_ids=ids, use_cache=False, return_dict=kind is not tuple)
@@ -126,7 +127,7 @@ def _logits(model: Any, decoder: Any, kind: type, hidden: torch.Tensor, ids: tor
 
 @contextmanager
 def _decoder_returns(decoder: Any, output: Any) -> Iterator[None]:
-    """Within the block the decoder gives this thread what it gave before; hooks on it have acted already."""
+    """Makes the decoder return `output` in this thread; hooks on it have acted already."""
     own, original, thread = decoder.__dict__.get("forward"), decoder.forward, threading.get_ident()
     hooks = decoder._forward_hooks, decoder._forward_pre_hooks
 
