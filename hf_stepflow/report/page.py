@@ -83,9 +83,11 @@ def write_page(path: str | Path, text: str) -> None:
         StepFlowFileError: The path cannot be written.
     """
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise StepFlowFileError(f"{str(path)!r} cannot be written: {error}") from error
+        raise StepFlowFileError(
+            f"{str(path)!r} cannot be written: {error}", hint="give a file in a folder that exists"
+        ) from error
 
 
 def element(name: str, *children: str, text: object = "", title: str = "", **attributes: object) -> str:

@@ -221,11 +221,15 @@ def _put_back(kept: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
                 attributes[name] = one
 
 
+def _attend(module: Any, call: AttentionCall) -> Output:
+    return module.saliency_attend(call)
+
+
 def _register(base: str) -> str:
     """Registers the attention and the mask function on top of a base implementation (once) and returns their name."""
     name = f"stepflow_saliency_{base}".replace("sdpa", "fused").replace("flash", "quick")  # models look for these
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, make_flow_attention(base, lambda module, call: module.saliency_attend(call)))
+        AttentionInterface.register(name, make_flow_attention(base, _attend))
         AttentionMaskInterface.register(name, RowMask.make)
     return name
 
@@ -237,7 +241,7 @@ class RowMask(torch.Tensor):
     """
 
     arguments: dict[str, Any]
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # operations get tensors
 
     @classmethod
     def make(cls, **arguments: Any) -> "RowMask | None":
@@ -247,13 +251,16 @@ class RowMask(torch.Tensor):
             return None
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         row = sdpa_mask(**arguments | {"q_length": 1})
+        assert row is not None
         shape = (*row.shape[:2], arguments["q_length"], row.shape[3])
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=row.device)
         mask.arguments = arguments
         return mask
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override] # a class method, as PyTorch documents it
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.ops.aten.slice.Tensor and args[1] == 2 and len(args) == 4:
             return args[0]._rows(args[2], min(args[3], args[0].shape[2]))
         args, kwargs = tree_map_only(cls, lambda mask: mask._rows(0, mask.shape[2]), (args, kwargs or {}))
@@ -261,7 +268,9 @@ class RowMask(torch.Tensor):
 
     def _rows(self, start: int, end: int) -> torch.Tensor:
         first = self.arguments.get("q_offset", 0) + start
-        return sdpa_mask(**self.arguments | {"q_length": end - start, "q_offset": first})
+        rows = sdpa_mask(**self.arguments | {"q_length": end - start, "q_offset": first})
+        assert rows is not None
+        return rows
 
 
 def _everything(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

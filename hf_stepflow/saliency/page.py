@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from hf_stepflow.report import write_page
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.trace import TraceStep
 
 from .maps import INDICES, StepMaps, step_of_token
@@ -57,12 +58,7 @@ def write_report(saliency: StepMaps, path: str | Path) -> None:
     page = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
         policy=policy, style=style, script=script, data=_json(_content(saliency))
     )
-    try:
-        Path(path).write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise StepFlowFileError(
-            f"{str(path)!r} cannot be written: {error}", hint="give a file in a folder that exists"
-        ) from error
+    write_page(path, page)
 
 
 def _digest(source: str) -> str:
