@@ -56,7 +56,7 @@ def examine_machine() -> dict[str, Any]:
     """
     import torch
 
-    from hf_stepflow.hub.custom_generate import transformers_range
+    from hf_stepflow.hub.export import transformers_range
 
     version, supported_range = metadata.version("transformers"), transformers_range()
     return {
@@ -113,7 +113,7 @@ def examine_model(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         StepFlowFileError: There is no readable config under this name.
     """
-    from hf_stepflow.hub.base_facts import facts_of
+    from hf_stepflow.hub.base import facts_of
     from hf_stepflow.reasoner import FOLDER
 
     path = str(FOLDER) if name == "reasoner" else name

@@ -36,26 +36,40 @@ def add_preset_arguments(parser: argparse.ArgumentParser, target: str, text: str
         "--merge-weights", action="store_true", help="include the base's weights and tokenizer, to load on its own"
     )
     parser.add_argument(
+        "--code-repo",
+        metavar="ORG/NAME[@REVISION]",
+        help="leave the code out and name the repository that holds it (`hf-stepflow push --code`)",
+    )
+    parser.add_argument(
         "--custom-generate", metavar=target, help="the repository for generate(custom_generate=...) instead"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def preset_arguments(args: argparse.Namespace, names: str) -> dict[str, Any] | None:
-    """Reads the arguments of `export_preset` and `push_preset` that both take; None for `--custom-generate`.
+    """Reads the arguments of `export_preset` and `push_preset` that both take; None for code alone.
 
     Args:
         args: The arguments that `add_preset_arguments` adds.
         names: The positional arguments, for the error.
 
     Raises:
-        StepFlowInputError: A preset or a target is missing, or given together with `--custom-generate`.
+        StepFlowInputError: A preset or a target is missing, or given together with `--custom-generate` or `--code`.
     """
-    options = {"base": args.base, "base_revision": args.base_revision, "merge_weights": args.merge_weights}
-    if args.custom_generate is not None:
-        if any(value not in (None, False) for value in (args.preset, args.target, *options.values())):
+    options = {
+        "base": args.base,
+        "base_revision": args.base_revision,
+        "merge_weights": args.merge_weights,
+        "code_repo": args.code_repo,
+    }
+    alone = {"--custom-generate": args.custom_generate, "--code": getattr(args, "code", None)}
+    chosen = [name for name, value in alone.items() if value is not None]
+    if chosen:
+        if len(chosen) > 1 or any(
+            value not in (None, False) for value in (args.preset, args.target, *options.values())
+        ):
             raise StepFlowInputError(
-                "--custom-generate stands for itself, without a preset or a base model", hint="leave the others out"
+                f"{chosen[0]} stands for itself, without a preset or a base model", hint="leave the others out"
             )
         return None
     if args.preset is None or args.target is None:

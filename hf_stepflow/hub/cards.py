@@ -5,6 +5,7 @@ results in the metadata, the paper's figures appear in the text as the paper's, 
 """
 
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,12 +20,12 @@ from .markdown import inline_code, inline_text, json_code, one_line, table
 
 Kind = Literal["preset", "merged"]
 
-_TEMPLATE = Path(__file__).with_name("card.md")
+_TEMPLATE, _CODE_TEMPLATE = Path(__file__).with_name("card.md"), Path(__file__).with_name("code_card.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 _NOTHING_COMPARED = (
-    "Nothing was held against the base: no candidate of the calibration came so far. These settings switch everything "
-    "off, so that the model is the base model."
+    "Nothing was compared with the base: no candidate of the calibration got that far. These settings switch "
+    "everything off, so the model is the base model."
 )
 _VERDICTS = {
     "gain": "**Measured on this model: a gain.**",
@@ -33,16 +34,25 @@ _VERDICTS = {
 }
 
 
-def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "preset") -> ModelCard:
-    """The card of a repository that is made from a preset.
+def preset_card(
+    preset: Preset,
+    repo_id: str | None = None,
+    *,
+    kind: Kind = "preset",
+    code_repo: str | None = None,
+    code_revision: str | None = None,
+) -> ModelCard:
+    """Makes the card of a repository with a preset.
 
     Args:
-        preset: the preset; its texts are treated as somebody else's and never as markup.
-        repo_id: id of the repository; None leaves a placeholder that the card explains.
-        kind: "preset" for settings and code that point at the base model, "merged" for a repository with weights.
+        preset: The preset; its texts come from outside and are escaped.
+        repo_id: Id of the repository; None leaves a placeholder that the card explains.
+        kind: "preset" for settings that point at the base model, "merged" for a repository with weights.
+        code_repo: Id of the repository that holds the code, or None where it is in the repository itself.
+        code_revision: The commit of `code_repo` that is recorded, or None.
 
     Raises:
-        StepFlowInputError: an id that the Hub would refuse, or another kind.
+        StepFlowInputError: The Hub would refuse the id, or the kind is unknown.
     """
     if kind not in get_args(Kind):
         raise StepFlowInputError(
@@ -80,30 +90,48 @@ def preset_card(preset: Preset, repo_id: str | None = None, *, kind: Kind = "pre
         provenance=_provenance(preset),
         notes=preset.notes and inline_text(preset.notes),
         settings=_settings(preset),
+        code_repo=code_repo,
+        code_revision=code_revision,
     )
 
 
 def custom_generate_card(repo_id: str | None = None) -> ModelCard:
-    """The card of the repository for `generate(custom_generate=...)`, which is made from no preset.
+    """Makes the card of the repository for `generate(custom_generate=...)`.
 
     Args:
-        repo_id: as in `preset_card`.
+        repo_id: As for `preset_card`.
 
     Raises:
-        StepFlowInputError: an id that the Hub would refuse.
+        StepFlowInputError: The Hub would refuse the id.
     """
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["custom_generate", "stepflow"],
-    )
+    subject = "any model, as custom_generate"
     return _card(
-        data, repo_id, "YOUR-NAME/stepflow-generate", kind="custom_generate", subject="any model, as custom_generate"
+        _code_data("custom_generate"), repo_id, "YOUR-NAME/stepflow-generate", kind="custom_generate", subject=subject
     )
 
 
-def _card(data: ModelCardData, repo_id: str | None, placeholder: str, **texts: Any) -> ModelCard:
+def code_card(repo_id: str | None = None) -> ModelCard:
+    """Makes the card of the repository whose code presets without code run.
+
+    Args:
+        repo_id: As for `preset_card`.
+
+    Raises:
+        StepFlowInputError: The Hub would refuse the id.
+    """
+    data = _code_data("stepflow-code")
+    return _card(data, repo_id, "YOUR-NAME/stepflow-code", _CODE_TEMPLATE, version=metadata.version("hf-stepflow"))
+
+
+def _code_data(tag: str) -> ModelCardData:
+    return ModelCardData(
+        license="apache-2.0", library_name="transformers", pipeline_tag="text-generation", tags=[tag, "stepflow"]
+    )
+
+
+def _card(
+    data: ModelCardData, repo_id: str | None, placeholder: str, template: Path = _TEMPLATE, **texts: Any
+) -> ModelCard:
     if repo_id is not None:
         try:
             validate_repo_id(repo_id)
@@ -112,9 +140,9 @@ def _card(data: ModelCardData, repo_id: str | None, placeholder: str, **texts: A
                 f"repo_id is {repo_id!r}, which the Hub refuses: {error}",
                 hint='an id looks like "your-name/qwen3-8b-stepflow"',
             ) from error
-    template = _TEMPLATE.read_text(encoding="utf-8")
+    text = template.read_text(encoding="utf-8")
     return ModelCard.from_template(
-        data, template_str=template, repo_id=repo_id or placeholder, is_placeholder=repo_id is None, **texts
+        data, template_str=text, repo_id=repo_id or placeholder, is_placeholder=repo_id is None, **texts
     )
 
 

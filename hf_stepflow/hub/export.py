@@ -1,35 +1,37 @@
 """Exporting a preset as a repository: a folder that transformers loads with trust_remote_code=True."""
 
 import os
+import re
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from hf_stepflow.presets.preset import HUB_ID, Preset, load_preset
-from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
-from hf_stepflow.runtime.repository import RepositoryFiles
+from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.repository import PRESET_CODE, RepositoryFiles
 
-from .base_facts import BaseFacts, facts_of
-from .cards import preset_card
-from .custom_generate import write_custom_generate
-from .folder import fresh_folder
-from .merged import check_base, fetch_base, write_merged
+from .base import BaseFacts, check_base, current_commit, facts_of, fetch_base, write_merged
+from .cards import Kind, code_card, custom_generate_card, preset_card
+from .folder import CUSTOM_GENERATE, fresh_folder
 
 logger = logging.get_logger(__name__)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """A repository that was written to a folder.
 
     Attributes:
-        folder: where.
-        kind: "preset", "merged" (with weights) or "custom_generate".
-        preset: what was exported, None for "custom_generate".
-        files: bytes by name.
-        warnings: what a user has to know.
+        folder: The folder.
+        kind: "preset", "merged" (with weights), "custom_generate" or "code".
+        preset: The preset, None for "custom_generate" and "code".
+        files: The size of each file in bytes, by name.
+        warnings: Warnings for the user.
     """
 
     folder: Path
@@ -40,11 +42,11 @@ class Export:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """The size of all files in bytes."""
         return sum(self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """Returns JSON-ready data."""
         preset = self.preset
         return {
             "folder": str(self.folder),
@@ -65,28 +67,39 @@ def export_preset(
     base: str | os.PathLike[str] | None = None,
     base_revision: str | None = None,
     merge_weights: bool = False,
+    code_repo: str | None = None,
     repo_id: str | None = None,
     token: str | bool | None = None,
 ) -> Export:
     """Writes the repository of a preset.
 
     Args:
-        preset: as for `load_preset`.
-        folder: where to; a new folder, an empty one, or an earlier export without weights, which is replaced.
+        preset: The preset, as for `load_preset`.
+        folder: A new folder, an empty one, or an earlier export without weights, which is replaced.
         base: Hub id of another base model than the preset's, or its folder, for trials on this machine.
-        base_revision: revision of `base`; without `base`, of the preset's base model.
-        merge_weights: write the base's weights and tokenizer too, so that the folder loads on its own.
-        repo_id: of the repository that the folder is meant for; its card says it.
-        token: for the base model and a preset on the Hub, as in huggingface_hub. It is never written.
+        base_revision: Revision of `base`; without `base`, of the preset's base model.
+        merge_weights: Write the base's weights and tokenizer too, so that the folder loads on its own.
+        code_repo: Repository on the Hub that holds the code, "org/name" or "org/name@revision"; the folder then
+            holds none. None brings the code.
+        repo_id: Id of the repository that the folder is meant for, for its card.
+        token: Token for the base model and a preset on the Hub, as in huggingface_hub. It is never written.
 
     Raises:
-        StepFlowFileError: no such preset; a folder with something else in it; weights that cannot be had.
-        StepFlowConfigError: a base that the preset does not fit, or none.
-        StepFlowUnsupportedError: weights that need code of their own.
+        StepFlowFileError: There is no such preset; the folder holds something else; the weights, or a branch or tag
+            of the code, cannot be had.
+        StepFlowConfigError: The preset does not fit the base, or names none.
+        StepFlowInputError: `code_repo` is no repository, or is combined with weights.
+        StepFlowUnsupportedError: The weights need code of their own.
+
+    Example:
+        >>> from hf_stepflow.hub.export import export_preset
+        >>> export = export_preset("qwen3-8b", "my-preset")  # doctest: +SKIP
     """
     preset = with_base(load_preset(preset, token=token), base, base_revision)
     assert preset.base_model is not None
-    warnings = []
+    if code_repo is not None and merge_weights:
+        raise StepFlowInputError("code_repo and merge_weights do not go together", hint="leave one of them out")
+    code, code_revision, warnings = _code_at(code_repo, token)
     if is_local(preset.base_model):
         warnings.append(
             f"the base model {preset.base_model!r} is a folder of this machine: nobody else can load this export"
@@ -102,29 +115,60 @@ def export_preset(
             facts = facts_of(preset.base_model, preset.base_model_revision, token)
             warnings += _left_out(facts, preset)
             block = preset.to_config().to_dict().get("stepflow_preset")
-            files = RepositoryFiles.of_preset(preset.settings, block, facts.config, facts.generation_config)
+            files = RepositoryFiles.of_preset(
+                preset.settings, block, facts.config, facts.generation_config, code, code_revision
+            )
             files.save_pretrained(new)
         if facts.config is not None:
             preset.check_model(facts.config)
-        preset_card(preset, repo_id, kind="merged" if merge_weights else "preset").save(new / "README.md")
+        kind: Kind = "merged" if merge_weights else "preset"
+        preset_card(preset, repo_id, kind=kind, code_repo=code, code_revision=code_revision).save(new / "README.md")
     for warning in warnings:
         logger.warning("%s", warning)
-    return _told(Path(folder), "merged" if merge_weights else "preset", preset, warnings)
+    return _written(Path(folder), kind, preset, warnings)
 
 
 def export_custom_generate(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> Export:
-    """Writes the repository for `generate(custom_generate=...)`, which is one of its own, beside any model's.
+    """Writes the repository for `generate(custom_generate=...)`, separate from any model's.
 
     Args:
-        folder: as for `export_preset`.
-        repo_id: of the repository that the folder is meant for; its card says it.
+        folder: As for `export_preset`.
+        repo_id: As for `export_preset`.
 
     Raises:
-        StepFlowFileError: a folder with something else in it.
+        StepFlowFileError: The folder holds something else.
     """
     with fresh_folder(Path(folder)) as new:
-        write_custom_generate(new, repo_id)
-    return _told(Path(folder), "custom_generate", None, [])
+        RepositoryFiles(("generate",)).save_pretrained(new / CUSTOM_GENERATE)
+        # One bound a line: that is how transformers reads it.
+        lines = sorted(f"transformers{bound}\n" for bound in transformers_range())
+        (new / CUSTOM_GENERATE / "requirements.txt").write_text("".join(lines), encoding="utf-8")
+        custom_generate_card(repo_id).save(new / "README.md")
+    return _written(Path(folder), CUSTOM_GENERATE, None, [])
+
+
+def export_code(folder: str | os.PathLike[str], *, repo_id: str | None = None) -> Export:
+    """Writes the repository with the code that presets without code name (`export_preset(code_repo=...)`).
+
+    Args:
+        folder: As for `export_preset`.
+        repo_id: As for `export_preset`.
+
+    Raises:
+        StepFlowFileError: The folder holds something else.
+    """
+    with fresh_folder(Path(folder)) as new:
+        RepositoryFiles(PRESET_CODE).save_pretrained(new)
+        code_card(repo_id).save(new / "README.md")
+    return _written(Path(folder), "code", None, [])
+
+
+def transformers_range() -> Any:
+    """Returns the versions of transformers that the installed hf-stepflow asks for, as a `SpecifierSet`."""
+    from packaging.requirements import Requirement
+
+    requirements = map(Requirement, metadata.requires("hf-stepflow") or [])
+    return next(requirement.specifier for requirement in requirements if requirement.name == "transformers")
 
 
 def with_base(preset: Preset, base: str | os.PathLike[str] | None, revision: str | None) -> Preset:
@@ -161,6 +205,28 @@ def is_local(base: str) -> bool:
     return os.path.isdir(base) or HUB_ID.fullmatch(base) is None or ".." in base
 
 
+def _code_at(code_repo: str | None, token: Any) -> tuple[str | None, str | None, list[str]]:
+    """The repository of the code, the commit to record for it, and warnings."""
+    if code_repo is None:
+        return None, None, []
+    repo_id, _, revision = code_repo.partition("@")
+    if HUB_ID.fullmatch(repo_id) is None or "--" in repo_id or ".." in repo_id or code_repo.endswith("@"):
+        raise StepFlowInputError(
+            f"code_repo is {code_repo!r}, expected a repository on the Hub",
+            hint='it looks like "org/name" or "org/name@revision"',
+        )
+    if _COMMIT.fullmatch(revision):
+        return repo_id, revision, []
+    commit, problem = current_commit(repo_id, token, revision or None)
+    if commit is None and revision:
+        raise StepFlowFileError(
+            f"the code cannot be pinned to {revision!r} of {repo_id!r}: {problem}",
+            hint="name a commit in full, which is recorded without asking the Hub",
+        )
+    warning = f"the commit of the code in {repo_id!r} is not recorded, since it cannot be had: {problem}"
+    return repo_id, commit, [] if commit is not None else [warning]
+
+
 def _known(facts: BaseFacts, preset: Preset) -> BaseFacts:
     if facts.config is None:
         raise StepFlowConfigError(
@@ -179,7 +245,7 @@ def _left_out(facts: BaseFacts, preset: Preset) -> list[str]:
     ]
 
 
-def _told(folder: Path, kind: str, preset: Preset | None, warnings: list[str]) -> Export:
+def _written(folder: Path, kind: str, preset: Preset | None, warnings: list[str]) -> Export:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     return Export(folder, kind, preset, sizes, tuple(warnings))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from hf_stepflow.runtime.configuration_stepflow import read_json
 from hf_stepflow.runtime.errors import StepFlowFileError
 from hf_stepflow.runtime.repository import PRESET_CODE
 
@@ -69,6 +70,8 @@ def _of_an_export(target: Path) -> set[str]:
     names: set[str] = set()
     if all((target / f"{name}.py").is_file() for name in PRESET_CODE):
         names |= {*DATA, *_code(target, PRESET_CODE)}
+    elif (target / "config.json").is_file() and read_json(target)[1].get("model_type") == "stepflow":
+        names |= set(DATA)  # its code is in another repository
     folder = target / CUSTOM_GENERATE
     if (folder / "generate.py").is_file() and (folder / "modeling_stepflow.py").is_file():
         names |= {

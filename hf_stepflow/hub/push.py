@@ -1,4 +1,4 @@
-"""Pushing a preset's repository to the Hub: an export to a temporary folder, uploaded as one commit."""
+"""Pushes repositories to the Hub: an export to a temporary folder, uploaded as one commit."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ from hf_stepflow.presets.strict_json import read_json_object
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import is_saved_with_stepflow
 
-from .base_facts import current_commit
-from .export import Export, export_custom_generate, export_preset, is_local, with_base
+from .base import INDEX, current_commit
+from .export import Export, export_code, export_custom_generate, export_preset, is_local, with_base
 from .folder import CUSTOM_GENERATE
-from .merged import INDEX
+from .verify import code_hashes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,14 +30,14 @@ _ANYWHERE = {".gitattributes", "README.md"}
 
 @dataclass(frozen=True)
 class Push:
-    """What was uploaded, or would be.
+    """An upload to the Hub, or the plan of one.
 
     Attributes:
-        repo_id: where to.
-        revision: the branch, None for the main one.
-        url: of the repository; None for a dry run.
-        commit: what the branch is at; None for a dry run.
-        export: the files.
+        repo_id: Id of the repository.
+        revision: The branch, None for the main one.
+        url: Address of the repository; None for a dry run.
+        commit: The commit that the branch is at; None for a dry run.
+        export: The files.
     """
 
     repo_id: str
@@ -47,7 +47,7 @@ class Push:
     export: Export
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data."""
+        """Returns JSON-ready data."""
         data = self.export.to_dict()
         del data["folder"]
         own = {"repo_id": self.repo_id, "revision": self.revision, "url": self.url, "commit": self.commit}
@@ -61,6 +61,7 @@ def push_preset(
     base: str | None = None,
     base_revision: str | None = None,
     merge_weights: bool = False,
+    code_repo: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -69,20 +70,25 @@ def push_preset(
     """Pushes the repository of a preset; running it again completes a push that was interrupted.
 
     Args:
-        preset: as for `load_preset`.
-        repo_id: id of the repository; it is made where there is none.
+        preset: The preset, as for `load_preset`.
+        repo_id: Id of the repository, which is made where there is none.
         base: Hub id of another base model than the preset's.
-        base_revision: its revision; None records the commit that it is at now, where the Hub tells.
-        merge_weights: push the base's weights too.
-        private: whether a new repository is private; None leaves that to the Hub.
-        revision: the branch; it is made where there is none.
-        token: as in huggingface_hub; None takes the one of the environment or of `hf auth login`.
-        dry_run: only tell what would be uploaded; the Hub is not asked about the repository.
+        base_revision: Revision of the base; None records the commit that it is at now, if the Hub can be asked.
+        merge_weights: Push the base's weights too.
+        code_repo: As for `export_preset`; without a revision, the commit that it is at now is recorded.
+        private: Whether a new repository is private; None leaves that to the Hub.
+        revision: The branch, which is made where there is none.
+        token: Token, as in huggingface_hub; None takes the one of the environment or of `hf auth login`.
+        dry_run: Only export, and return what would be uploaded; nothing is asked about the repository.
 
     Raises:
-        StepFlowInputError: a base that is a folder of this machine; an id that the Hub would refuse.
-        StepFlowFileError: a repository with something else in it, or a Hub that cannot be reached or refuses.
-        StepFlowError: as `export_preset`.
+        StepFlowInputError: The base is a folder of this machine, or the Hub would refuse the id.
+        StepFlowFileError: The repository holds something else, or the Hub cannot be reached or refuses.
+        StepFlowError: As `export_preset`.
+
+    Example:
+        >>> from hf_stepflow.hub.push import push_preset
+        >>> push = push_preset("qwen3-8b", "your-name/qwen3-8b-stepflow", dry_run=True)  # doctest: +SKIP
     """
     preset = with_base(load_preset(preset, token=token), base, base_revision)
     assert preset.base_model is not None
@@ -100,7 +106,12 @@ def push_preset(
             logger.warning("%s", warnings[0])
     with tempfile.TemporaryDirectory() as folder:
         export = export_preset(
-            preset, Path(folder) / "export", merge_weights=merge_weights, repo_id=repo_id, token=token
+            preset,
+            Path(folder) / "export",
+            merge_weights=merge_weights,
+            code_repo=code_repo,
+            repo_id=repo_id,
+            token=token,
         )
         export = replace(export, warnings=(*warnings, *export.warnings))
         return _push(export, repo_id, private, revision, token, dry_run)
@@ -117,17 +128,42 @@ def push_custom_generate(
     """Pushes the repository for `generate(custom_generate=...)`.
 
     Args:
-        repo_id: as for `push_preset`.
-        private: as for `push_preset`.
-        revision: as for `push_preset`.
-        token: as for `push_preset`.
-        dry_run: as for `push_preset`.
+        repo_id: As for `push_preset`.
+        private: As for `push_preset`.
+        revision: As for `push_preset`.
+        token: As for `push_preset`.
+        dry_run: As for `push_preset`.
 
     Raises:
-        StepFlowError: as `push_preset`.
+        StepFlowError: As `push_preset`.
     """
     with tempfile.TemporaryDirectory() as folder:
         export = export_custom_generate(Path(folder) / "export", repo_id=repo_id)
+        return _push(export, repo_id, private, revision, token, dry_run)
+
+
+def push_code(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Push:
+    """Pushes the repository with the code that presets without code name (`push_preset(code_repo=...)`).
+
+    Args:
+        repo_id: As for `push_preset`.
+        private: As for `push_preset`.
+        revision: As for `push_preset`.
+        token: As for `push_preset`.
+        dry_run: As for `push_preset`.
+
+    Raises:
+        StepFlowError: As `push_preset`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        export = export_code(Path(folder) / "export", repo_id=repo_id)
         return _push(export, repo_id, private, revision, token, dry_run)
 
 
@@ -138,7 +174,7 @@ def _push(export: Export, repo_id: str, private: bool | None, revision: str | No
     from huggingface_hub.errors import HTTPError  # of the transport too
 
     api = HfApi(token=token)
-    name = "custom_generate" if export.preset is None else f"the StepFlow preset {export.preset.name}"
+    name = export.kind if export.preset is None else f"the StepFlow preset {export.preset.name}"
     try:
         _check_repository(api, repo_id, export.kind, private, revision)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -165,11 +201,11 @@ def _push(export: Export, repo_id: str, private: bool | None, revision: str | No
 
 
 def _leftovers(api: "HfApi", repo_id: str, export: Export, revision: str | None) -> list[str]:
-    """Weights in the repository that would be taken for the model's: those of one with other shards."""
-    if export.kind != "merged":
-        return []
-    there = api.list_repo_files(repo_id, revision=revision)
-    return [path for path in there if path not in export.files and (path.endswith(".safetensors") or path == INDEX)]
+    """Files of an earlier push that this one does not bring: code, and the weights of a model with other shards."""
+    code = {name for files in code_hashes().values() for name in files}
+    there = set(api.list_repo_files(repo_id, revision=revision)) - set(export.files)
+    weights = [path for path in there if path.endswith(".safetensors") or path == INDEX]
+    return sorted([path for path in there if path in code] + (weights if export.kind == "merged" else []))
 
 
 def _check_repository(api: "HfApi", repo_id: str, kind: str, private: bool | None, revision: str | None) -> None:
@@ -198,8 +234,11 @@ def _check_repository(api: "HfApi", repo_id: str, kind: str, private: bool | Non
 
 
 def _foreign(api: "HfApi", repo_id: str, sha: str | None, names: set[str], kind: str) -> str | None:
-    """What stands against a push, by the files that are there; None where nothing does."""
+    """A file that this kind of repository does not hold, by the names that are there; None where there is none."""
     of_generate = next((name for name in sorted(names) if name.startswith(f"{CUSTOM_GENERATE}/")), None)
+    if kind == "code":
+        other = {name for name in names if "/" in name or not name.endswith(".py")}
+        return min(other or names) if other or (names and "modeling_stepflow.py" not in names) else None
     if kind == "custom_generate":
         return next((name for name in sorted(names) if not name.startswith(f"{CUSTOM_GENERATE}/")), None)
     weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)

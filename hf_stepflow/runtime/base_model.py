@@ -19,8 +19,8 @@ _FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "toke
 _OF_THE_REPOSITORY = ("revision", "subfolder", "code_revision", "_commit_hash", "_from_auto", "_from_pipeline")
 # Fields of a preset's config that say nothing of the base.
 _OF_THE_PRESET = {
-    *SETTING_NAMES, "_name_or_path", "architectures", "auto_map", "model_type", "stepflow_preset",
-    "transformers_version",
+    *SETTING_NAMES, "_name_or_path", "architectures", "auto_map", "model_type", "stepflow_code_revision",
+    "stepflow_preset", "transformers_version",
 }  # fmt: skip
 
 

@@ -326,6 +326,7 @@ class StepFlowConfig(PretrainedConfig):
         for name in kwargs:
             if name not in _TRANSFORMERS_FIELDS and difflib.get_close_matches(name, SETTING_NAMES, 1, 0.85):
                 raise _unknown(name)
+        _check_code_revision(kwargs.get("stepflow_code_revision"))
         settings = StepFlowSettings(**given)
         for name in SETTING_NAMES:
             setattr(self, name, getattr(settings, name))
@@ -335,6 +336,16 @@ class StepFlowConfig(PretrainedConfig):
     def settings(self) -> StepFlowSettings:
         """The settings alone, checked again (fields may have been changed since)."""
         return StepFlowSettings(**{name: getattr(self, name) for name in SETTING_NAMES})
+
+
+def _check_code_revision(recorded: Any) -> None:
+    """Refuses to run code of another commit than the one that a preset without code records."""
+    loaded = re.fullmatch(r"transformers_modules\..*\.([0-9a-f]{40})\.\w+", __name__)  # as transformers names it
+    if recorded is not None and loaded and recorded != loaded[1]:
+        raise StepFlowConfigError(
+            f"the preset is pinned to commit {shown(recorded)} of its code, but commit {loaded[1]!r} was loaded",
+            hint=f"pass code_revision={shown(recorded)}",
+        )
 
 
 def read_settings(
@@ -440,8 +451,8 @@ BASE_FIELDS = (
     "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id", "vocab_size",
 )  # fmt: skip
 _TRANSFORMERS_FIELDS = set(PretrainedConfig().to_dict()) | {
-    *BASE_FIELDS, "architectures", "auto_map", "dtype", "model_type", "stepflow_preset", "torch_dtype",
-    "transformers_version",
+    *BASE_FIELDS, "architectures", "auto_map", "dtype", "model_type", "stepflow_code_revision", "stepflow_preset",
+    "torch_dtype", "transformers_version",
 }  # fmt: skip
 
 

@@ -296,6 +296,7 @@ class RepositoryFiles(PushToHubMixin):
         base_config: Any = None,
         generation_config: Any = None,
         code_repo: str | None = None,
+        code_revision: str | None = None,
     ) -> "RepositoryFiles":
         """The files of a preset.
 
@@ -305,6 +306,7 @@ class RepositoryFiles(PushToHubMixin):
             base_config: The base's config, of which tools read some fields; None where it is not known.
             generation_config: The base's generation config, which the preset's is put over; None for none.
             code_repo: Hub id of the repository that holds the code, or None to bring it.
+            code_revision: The commit of `code_repo` to run, None for any.
 
         Raises:
             StepFlowInputError: The settings name no base model.
@@ -319,6 +321,7 @@ class RepositoryFiles(PushToHubMixin):
         config = StepFlowConfig(
             **settings.to_dict(),
             **({"stepflow_preset": block} if block else {}),
+            **({"stepflow_code_revision": code_revision} if code_revision else {}),
             **fields,
             auto_map={"AutoConfig": where + CONFIG_CLASS, "AutoModelForCausalLM": where + MODEL_CLASS},
             architectures=[MODEL_CLASS.split(".")[1]],

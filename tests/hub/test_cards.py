@@ -179,7 +179,7 @@ def test_nothing_compared_is_no_result(tmp_path):
     path = written(tmp_path, edited(provenance=NOTHING_COMPARED, **OFF))
     card = reloaded(preset_card(load_preset(path), "me/qwen3-8b-stepflow"), tmp_path)
     assert "model-index" not in card.content
-    assert "Nothing was held against the base" in card.text
+    assert "Nothing was compared with the base" in card.text
     assert "p-value" not in card.text
     assert "None" not in card.text
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TextIteratorStreamer
 
-from hf_stepflow.hub.custom_generate import transformers_range
-from hf_stepflow.hub.export import export_custom_generate
+from hf_stepflow.hub.export import export_custom_generate, transformers_range
 from hf_stepflow.hub.push import push_custom_generate
 from hf_stepflow.runtime import generate as generate_module
 from tests.runtime.test_attaching import appearance

@@ -1,11 +1,12 @@
-"""A repository with the base model's weights: its files, copied byte for byte, and StepFlow's beside them."""
+"""The base model of a preset: what its repository says, and its weights for a repository that loads on its own."""
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
 from hf_stepflow.presets.strict_json import check_link
 from hf_stepflow.runtime.configuration_stepflow import read_object
@@ -25,11 +26,64 @@ _NOT_COPIED = ("config.json", "generation_config.json")
 _LONGEST = 64 * 1024 * 1024
 
 
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a base model's repository says about it.
+
+    Attributes:
+        config: The model's config, None where it cannot be had.
+        generation_config: The generation config that the model loads with, None where it cannot be had.
+        problem: Why they cannot be had, or None.
+    """
+
+    config: Any = None
+    generation_config: Any = None
+    problem: str | None = None
+
+
+def facts_of(base: str, revision: str | None = None, token: str | bool | None = None) -> BaseFacts:
+    """Reads the configs of a base model from the Hub, its cache or a folder; runs none of its code.
+
+    Args:
+        base: Hub id or folder.
+        revision: Revision of the base.
+        token: Its token, as in huggingface_hub.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision, token=token, trust_remote_code=False)
+    except (OSError, ValueError, TypeError) as error:  # older releases stumble over JSON that is no object
+        return BaseFacts(problem=(str(error) or type(error).__name__).strip().splitlines()[0])
+    try:
+        generation = GenerationConfig.from_pretrained(base, revision=revision or "main", token=token)
+    except OSError:  # there is none: the model makes it from its config
+        generation = GenerationConfig.from_model_config(config)
+    return BaseFacts(config, generation)
+
+
+def current_commit(
+    repo_id: str, token: str | bool | None = None, revision: str | None = None
+) -> tuple[str | None, str | None]:
+    """Asks the Hub which commit a branch or tag is at; returns the commit, or None and why it cannot be had.
+
+    Args:
+        repo_id: Id of the repository.
+        token: Its token, as in huggingface_hub.
+        revision: Branch or tag; None for the main branch.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of the transport too
+
+    try:
+        return HfApi(token=token).model_info(repo_id, revision=revision).sha, None
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        return None, (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
 def fetch_base(base: str, revision: str | None, token: str | bool | None) -> Path:
-    """The folder with a base model's files, fetched from the Hub where it is none of this machine.
+    """Returns the folder with a base model's files, fetched from the Hub unless it is a folder of this machine.
 
     Raises:
-        StepFlowFileError: it cannot be fetched.
+        StepFlowFileError: The files cannot be fetched.
     """
     if os.path.isdir(base):
         return Path(base)
