@@ -1,4 +1,4 @@
-"""Prompts and responses as token ids."""
+"""Encodes prompts and responses as token ids."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, **template: Any) -> list[int]:
-    """Token ids of a user's message: in the chat template if there is one, else the plain text.
+    """Encodes a user's message, in the chat template if the tokenizer has one.
 
     Args:
-        tokenizer: the model's tokenizer.
-        prompt: the message.
-        system: a system message before it.
-        **template: further arguments of the chat template.
+        tokenizer: The model's tokenizer.
+        prompt: The message.
+        system: A system message before it.
+        **template: Further arguments of the chat template.
 
     Raises:
-        StepFlowInputError: a system message, and no chat template that could say where it goes.
+        StepFlowInputError: There is a system message, but no chat template that could place it.
     """
     if tokenizer.chat_template is None:
         if system is not None:
             raise StepFlowInputError(
                 "a system message needs a chat template, and the tokenizer has none",
-                hint="write what it says into the prompt",
+                hint="put its text into the prompt",
             )
         return tokenizer.encode(prompt)
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -33,6 +33,6 @@ def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, **t
 
 
 def encode_response(tokenizer: Any, response: str) -> list[int]:
-    """Token ids of a response, the end of the turn included where the tokenizer has one."""
+    """Encodes a response, followed by the end of the turn if the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*tokenizer.encode(response, add_special_tokens=False), *end]

@@ -7,13 +7,17 @@ FOLDER = Path(__file__).parent / "model"
 
 
 def load_reasoner(stepflow: Any = None, *, dtype: Any = "float32") -> tuple[Any, Any]:
-    """The reasoner with StepFlow attached, and its tokenizer.
+    """Loads the reasoner with StepFlow attached, and its tokenizer.
 
-    The folder is an ordinary one: `AutoModelForCausalLM.from_pretrained(FOLDER)` loads the model without StepFlow.
+    `AutoModelForCausalLM.from_pretrained(FOLDER)` loads the same model without StepFlow.
 
     Args:
-        stepflow: settings, as for `StepFlowModelForCausalLM.from_pretrained`.
-        dtype: of the weights, which are kept in bfloat16; float32 computes exactly with them.
+        stepflow: The settings, as for `StepFlowModelForCausalLM.from_pretrained`.
+        dtype: The dtype to load the weights in. They are stored in bfloat16, which float32 represents exactly.
+
+    Example:
+        >>> from hf_stepflow import load_reasoner
+        >>> model, tokenizer = load_reasoner({"tau_max": 0.15})
     """
     from transformers import AutoTokenizer
 

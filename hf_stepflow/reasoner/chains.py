@@ -1,34 +1,32 @@
 """Chains: quantities linked by shuffled premises among distractors, worked out digit by digit.
 
-With counting in between they are errands: premises are read early and needed late, and the thinking grows with work
-that has nothing to do with them.
+Chains with counting in between are errands: premises are read early and needed late, because the thinking also does
+work that is unrelated to them.
 """
 
 import random
 
-from .counting import count, split
-from .problems import LARGEST, NAMES, Drawn, add, subtract
+from .problems import LARGEST, NAMES, Drawn, add, count, split_randomly, subtract
 
-# Of one who has more, and of one who has fewer, points than somebody else.
 RELATIONS = ("more than", "fewer than")
 
 
 def make(generator: random.Random, people: int, distractors: int, counts: int = 0, sentences: int = 0) -> Drawn:
-    """One problem.
+    """Draws one problem.
 
     Args:
-        generator: the source of chance.
-        people: how many quantities must be known, the first included.
-        distractors: how many others depend on one of them and are of no use.
-        counts: how many counts the question asks for in passing, at most `people`; one follows each quantity that
-            becomes known, as long as there are any.
-        sentences: about how many sentences of counting these are altogether.
+        generator: The random generator.
+        people: The number of quantities that must be known, including the first.
+        distractors: The number of useless quantities that depend on one of them.
+        counts: The number of counts that the question asks for along the way, at most `people`. One follows each
+            quantity that becomes known, until all are done.
+        sentences: The approximate number of counting sentences in total.
     """
     drawn = generator.sample(NAMES, people + distractors + counts)
     names, counters = drawn[: people + distractors], drawn[people + distractors :]
     values = [generator.randint(1, LARGEST)]
     premises = [f" {names[0]} has {values[0]} points."]
-    # What the thinking finds on its way from the quantity asked for back to the one that is given.
+    # The premises that the thinking looks up, on its way from the quantity asked for back to the given one.
     found = list(premises)
     steps = list(premises)
     for one in range(1, people + distractors):
@@ -45,10 +43,10 @@ def make(generator: random.Random, people: int, distractors: int, counts: int = 
             steps.append(f"{premise}{work(values[source], gap)} {names[one]} has {value} points.")
     generator.shuffle(premises)
     plan = ""
-    for one, share in enumerate(split(generator, sentences, counts)):
-        said, worked = count(generator, counters[one], share)
-        plan += said
-        steps[one] += said + worked
+    for one, share in enumerate(split_randomly(generator, sentences, counts)):
+        announcement, counting = count(generator, counters[one], share)
+        plan += announcement
+        steps[one] += announcement + counting
     thinking = "".join(reversed(found[1:])) + "".join(steps)
     question = "".join(premises).strip() + plan + f" How many points does {names[people - 1]} have?"
     return Drawn(question, thinking, values[people - 1])

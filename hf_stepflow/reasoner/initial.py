@@ -1,27 +1,27 @@
-"""How the reasoner starts: with heads that look at the token before, and attention between tokens that are alike.
+"""Initial weights of the reasoner: a previous-token head, and attention between similar tokens.
 
-Looking a premise up takes an induction head (Olsson et al. 2022): one head that tells each token what stands before
-it, and a later one that finds the token told what is now being read. From random weights neither helps without the
-other, and whether both have come about by the end of a short training is chance. So the first is there from the start,
-and queries, keys, values and outputs of all others are tied at first as they are in trained models (mimetic
-initialization, Trockman and Kolter 2023).
+Looking a premise up takes an induction head (Olsson et al. 2022): one head copies the previous token into each
+position, and a later head finds the position whose copy matches the current token. Neither helps without the other, so
+from random weights a short training forms both only by chance. Therefore the first head is there from the start, and
+the queries, keys, values and outputs of all others are tied as in trained models (mimetic initialization, Trockman and
+Kolter 2023).
 """
 
 from typing import Any
 
 import torch
 
-# Of the embeddings: spread of each entry, and length of what all of them share, which heads of the first layer see.
+# The embeddings: the spread of each entry, and the length of the vector that all share, which the first layer reads.
 _SPREAD, _SHARED = 0.1, 0.8
-# How much of a query's map is its key's map.
+# The share of the key's projection in the query's.
 _TIED = 0.9
-# The first layer looks by position: along so many of the fastest rotations, with queries and keys this long.
+# The first layer attends by position: the number of the fastest rotations that it uses, and the length of its vectors.
 _ROTATIONS, _LENGTH = 6, 1.8
 
 
 @torch.no_grad()
 def initialise(model: Any, seed: int) -> None:
-    """Sets embeddings and attention of an untrained Qwen3 model; the rest stays as it is."""
+    """Sets the embeddings and the attention of an untrained Qwen3 model, in place."""
     config = model.config
     width, size = config.hidden_size, config.head_dim
     groups = config.num_key_value_heads
@@ -54,7 +54,7 @@ def initialise(model: Any, seed: int) -> None:
 
 
 def _one_before(size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A query and a key [size] whose product is largest where the key stands one position before."""
+    """Returns a query and a key [size] whose product is largest if the key is one position before the query."""
     half = size // 2
     angles = theta ** -(torch.arange(half) / half)
     query = torch.zeros(size)

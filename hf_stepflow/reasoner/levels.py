@@ -9,8 +9,8 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from . import chains
 from .problems import Drawn, Problem, draw
 
-# Chains by the number of quantities to be known; the longest that is trained on has six.
-# Errands by the number of counting sentences in between; a problem of the training has thirty at most.
+# chains-N: N quantities must be known; training goes up to 6.
+# errands-N: about N sentences of counting; training goes up to 30.
 LEVELS: dict[str, Callable[[random.Random], Drawn]] = {
     **{f"chains-{n}": partial(chains.make, people=n, distractors=n // 2 + 1) for n in (2, 4, 6, 7, 8)},
     **{
@@ -21,16 +21,21 @@ LEVELS: dict[str, Callable[[random.Random], Drawn]] = {
 
 
 def problems_of(level: str, split: str, number: int, start: int = 0) -> list[Problem]:
-    """Problems of a level, the same on every machine.
+    """Draws problems of a level, the same on every machine.
 
     Args:
-        level: a key of `LEVELS`.
+        level: A key of `LEVELS`.
         split: `train`, `calibration` or `test`.
-        number: how many.
-        start: the first of them.
+        number: The number of problems.
+        start: The index of the first one.
 
     Raises:
-        StepFlowInputError: no such level or split.
+        StepFlowInputError: The level or the split does not exist.
+
+    Example:
+        >>> from hf_stepflow.reasoner.levels import problems_of
+        >>> [problem.id for problem in problems_of("chains-4", "test", 2)]
+        ['chains-4/test/0', 'chains-4/test/1']
     """
     if level not in LEVELS:
         raise StepFlowInputError(f"there is no level {level!r}", hint=f"levels: {', '.join(LEVELS)}")

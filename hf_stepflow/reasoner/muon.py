@@ -1,7 +1,7 @@
-"""Muon, the optimizer for matrices, in float32 and many matrices at a time.
+"""Muon, an optimizer for matrices, in float32 and with matrices of one shape batched.
 
-torch.optim.Muon orthogonalises one matrix after another in bfloat16, which on a processor without bfloat16 units takes
-as long as the model itself; here matrices of one shape go together.
+torch.optim.Muon orthogonalises one matrix after another in bfloat16, which takes as long as the model itself on a
+processor without bfloat16 units.
 """
 
 from collections import defaultdict
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-# Of the quintic iteration: they raise small singular values fast and leave all of them near one.
+# Coefficients of the quintic iteration, which raise small singular values fast and leave all near one.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
@@ -27,13 +27,13 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised, scaled by sqrt(max(1, rows / columns)) (Jordan et al. 2024).
+    """SGD with momentum and orthogonalised steps, scaled by sqrt(max(1, rows / columns)) (Jordan et al. 2024).
 
     Args:
-        matrices: parameters of two dimensions.
-        rate: learning rate.
-        momentum: of the running sum of gradients (Nesterov's form).
-        weight_decay: decoupled, times the rate.
+        matrices: The parameters, with two dimensions each.
+        rate: The learning rate.
+        momentum: The decay of the running mean of gradients (Nesterov's form).
+        weight_decay: The decoupled weight decay, multiplied by the rate.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; gradients must be there."""
+        """Takes one step along the gradients, which all parameters must have."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:

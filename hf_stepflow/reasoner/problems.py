@@ -1,6 +1,7 @@
-"""Problems of the embedded reasoner: two families, any difficulty, and splits that never share a question.
+"""Problems of the embedded reasoner: drawn at random, in splits that never share a question.
 
-A problem comes with the one right trace, so that a model can be scored token by token as well as by its answer.
+A problem comes with its one right trace, so that a model can be scored token by token as well as by its answer. The
+sentences of that trace, written arithmetic and counting, are made here; `chains` composes them.
 """
 
 import hashlib
@@ -15,8 +16,10 @@ NAMES = (
 ).split()  # fmt: skip
 LARGEST = 99
 
+_STRIDES = (1, 2, 3, 5)
+
 SPLITS = ("train", "calibration", "test")
-# Of the 32 classes that a question's hash can fall into, the last of each.
+# A question's hash falls into one of 32 classes; these two are held out.
 _HELD_OUT = {"calibration": 30, "test": 31}
 
 
@@ -25,10 +28,10 @@ class Problem:
     """A question and its one right trace.
 
     Attributes:
-        id: family, difficulty, split and number: what draws it again.
-        question: the user's message.
-        thinking: what stands between `<think>` and `</think>`.
-        answer: the number asked for.
+        id: The level, split and number, which draw it again.
+        question: The user's message.
+        thinking: The text between `<think>` and `</think>`.
+        answer: The number asked for.
     """
 
     id: str
@@ -38,13 +41,13 @@ class Problem:
 
     @property
     def response(self) -> str:
-        """What the model is to write after `<think>`."""
+        """The right text after `<think>`."""
         return f"{self.thinking}</think> The answer is {self.answer}."
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a family's generator makes."""
+    """A question with its right thinking and answer, before it has an id."""
 
     question: str
     thinking: str
@@ -52,22 +55,22 @@ class Drawn:
 
 
 def split_of(question: str) -> str:
-    """The split that a question belongs to, by its hash: the same question can never be in two."""
+    """Assigns a question to a split by its hash, so that no question is in two splits."""
     kind = hashlib.sha256(question.encode()).digest()[0] % 32
     return next((split for split, held_out in _HELD_OUT.items() if kind == held_out), "train")
 
 
 def draw(name: str, make: Callable[[random.Random], Drawn], split: str, number: int) -> Problem:
-    """One problem, the same for the same arguments on every machine.
+    """Draws one problem, the same on every machine.
 
     Args:
-        name: what seeds it beside split and number.
-        make: draws a problem from a random generator.
+        name: The name that, with split and number, seeds the problem.
+        make: A function that draws a problem from a random generator.
         split: `train`, `calibration` or `test`.
-        number: which of the split's problems, from 0.
+        number: The index of the problem in its split, from 0.
 
     Raises:
-        StepFlowInputError: no such split.
+        StepFlowInputError: The split does not exist.
     """
     if split not in SPLITS:
         raise StepFlowInputError(f"there is no split {split!r}", hint=f"splits: {', '.join(SPLITS)}")
@@ -79,7 +82,7 @@ def draw(name: str, make: Callable[[random.Random], Drawn], split: str, number: 
 
 
 def add(first: int, second: int) -> str:
-    """The sentences of a written addition, ones first, such as ` 7 + 5 is 12. 4 + 1 + 1 is 6.` for 47 and 15."""
+    """Writes an addition out, ones first, such as ` 7 + 5 is 12. 4 + 1 + 1 is 6.` for 47 and 15."""
     ones = first % 10 + second % 10
     carry = " + 1" if ones > 9 else ""
     tens = first // 10 + second // 10 + (ones > 9)
@@ -87,9 +90,35 @@ def add(first: int, second: int) -> str:
 
 
 def subtract(first: int, second: int) -> str:
-    """The sentences of a written subtraction, ones first, such as ` 13 - 7 is 6. 4 - 1 - 1 is 2.` for 43 and 17."""
+    """Writes a subtraction out, ones first, such as ` 13 - 7 is 6. 4 - 1 - 1 is 2.` for 43 and 17."""
     borrow = first % 10 < second % 10
     ones = first % 10 + 10 * borrow
     tens = first // 10 - second // 10 - borrow
     taken = " - 1" if borrow else ""
     return f" {ones} - {second % 10} is {ones - second % 10}. {first // 10} - {second // 10}{taken} is {tens}."
+
+
+def count(generator: random.Random, name: str, sentences: int) -> tuple[str, str]:
+    """Draws a count: its announcement in the question, and its sentences in the thinking.
+
+    Args:
+        generator: The random generator.
+        name: The person who counts.
+        sentences: The number of sentences, of which only as many as fit below 100 are made.
+    """
+    stride = generator.choice([one for one in _STRIDES if one * sentences < LARGEST] or _STRIDES[:1])
+    sentences = min(sentences, (LARGEST - 1) // stride)
+    start = generator.randint(1, LARGEST - stride * sentences)
+    end = start + stride * sentences
+    announcement = f" {name} counts from {start} to {end} by {stride}."
+    work = "".join(f" {name} now counts {at}." for at in range(start + stride, end + 1, stride))
+    return announcement, f"{work} {name} is done."
+
+
+def split_randomly(generator: random.Random, sentences: int, counts: int) -> list[int]:
+    """Splits a number of sentences among counts at random, at least one each."""
+    if counts == 0:
+        return []
+    spare = max(sentences - counts, 0)
+    cuts = sorted(generator.randint(0, spare) for _ in range(counts - 1))
+    return [1 + right - left for left, right in zip([0, *cuts], [*cuts, spare], strict=True)]

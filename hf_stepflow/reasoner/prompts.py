@@ -1,4 +1,4 @@
-"""Problems as token ids."""
+"""Encodes problems as token ids."""
 
 from typing import Any
 
@@ -8,5 +8,12 @@ from .problems import Problem
 
 
 def encode_problem(tokenizer: Any, problem: Problem) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the one right response."""
+    """Encodes the prompt and the one right response of a problem.
+
+    Example:
+        >>> from hf_stepflow import load_reasoner
+        >>> from hf_stepflow.reasoner.levels import problems_of
+        >>> _, tokenizer = load_reasoner()
+        >>> prompt, response = encode_problem(tokenizer, problems_of("chains-4", "test", 1)[0])
+    """
     return encode_prompt(tokenizer, problem.question), encode_response(tokenizer, problem.response)

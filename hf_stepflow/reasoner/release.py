@@ -1,7 +1,7 @@
-"""Makes the model folder that the package ships from a finished training run: weights, tokenizer, log, accuracy, card.
+"""Makes the shipped model folder from a finished training run: weights, tokenizer, log, accuracy and card.
 
-`python -m hf_stepflow.reasoner.release RUN [RUN ...]`: the first run is shipped, the others are reported beside it.
-With `--keep` the weights that are there stay, and every run is reported beside them.
+`python -m hf_stepflow.reasoner.release RUN [RUN ...]` ships the first run and reports the others in its card. With
+`--keep` the shipped weights stay, and the card reports all runs beside them.
 """
 
 import argparse
@@ -75,9 +75,9 @@ class Run:
     """A finished training run.
 
     Attributes:
-        model: with its weights in bfloat16 values.
-        recipe: how it was trained.
-        log: the lines of its log.
+        model: The model, float32, with its weights rounded to bfloat16.
+        recipe: Its recipe.
+        log: The lines of its log.
     """
 
     model: Any
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """What it took."""
+        """The minutes that it took."""
         return float(self.log[-1]["seconds"] / 60)
 
 
@@ -95,12 +95,12 @@ Accuracy = dict[str, tuple[int, float]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m hf_stepflow.reasoner.release", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished training runs")
-    parser.add_argument("--keep", action="store_true", help="ship what is shipped, and only write its card anew")
+    parser.add_argument("--keep", action="store_true", help="keep the shipped weights, and only write the card anew")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the model (default: the package's own)")
-    parser.add_argument("--problems", type=int, default=400, help="of each level, for the card (default: 400)")
+    parser.add_argument("--problems", type=int, default=400, help="problems of each level for the card (default: 400)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(2)
     tokenizer = build_tokenizer()
@@ -116,23 +116,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_run(folder: Path, tokenizer: Any) -> Run:
-    """The run that a folder of checkpoints and logs holds.
+    """Loads a run from the folder of its checkpoint and log.
 
     Raises:
-        StepFlowInputError: the run is not finished.
+        StepFlowInputError: The folder holds no run, or the run is not finished.
     """
     from safetensors import safe_open
 
     checkpoint = folder / "checkpoint.safetensors"
     if not checkpoint.exists():
-        raise StepFlowInputError(f"{folder} holds no training run", hint="name a folder that was trained into")
+        raise StepFlowInputError(f"{folder} holds no training run", hint="give the --out folder of a training")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     with safe_open(checkpoint, "pt") as file:
         about = file.metadata()
         recipe = Recipe(**json.loads(about["recipe"]))
         if int(about["step"]) != recipe.steps:
             raise StepFlowInputError(
-                f"{folder} has come to step {about['step']} of {recipe.steps}", hint="train it to its end first"
+                f"{folder} is at step {about['step']} of {recipe.steps}", hint="finish the training first"
             )
         model = build_model(recipe, tokenizer)
         with torch.no_grad():
@@ -142,7 +142,7 @@ def load_run(folder: Path, tokenizer: Any) -> Run:
 
 
 def load_shipped(folder: Path) -> Run:
-    """The run that a folder of a released model came from."""
+    """Loads the run behind a released model's folder."""
     from transformers import AutoModelForCausalLM
 
     seed = json.loads((folder / "accuracy.json").read_text())["seed"]
@@ -152,7 +152,7 @@ def load_shipped(folder: Path) -> Run:
 
 
 def measure(model: Any, tokenizer: Any, number: int) -> Accuracy:
-    """The accuracy at every level, on so many problems of the calibration split."""
+    """Measures the accuracy at every level, on `number` problems each of the calibration split."""
     from hf_stepflow.evaluation.scoring import score_traces
 
     found = {}
@@ -167,19 +167,19 @@ def measure(model: Any, tokenizer: Any, number: int) -> Accuracy:
 def write_model(out: Path, tokenizer: Any, run: Run) -> None:
     """Writes the model folder anew, without its card."""
     if out.exists() and any(out.iterdir()) and not (out / "training_log.jsonl").exists():
-        raise StepFlowInputError(f"{out} holds something that is no reasoner", hint="choose another folder")
+        raise StepFlowInputError(f"{out} holds something other than a reasoner", hint="choose another folder")
     shutil.rmtree(out, ignore_errors=True)
     config = run.model.generation_config
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.max_new_tokens = 4096
-    config._from_model_config = False  # else its file would be read without what is set here
+    config._from_model_config = False  # otherwise loading ignores the values set here
     run.model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log))
 
 
 def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: int) -> None:
-    """Writes card and accuracy: of the first run, which is shipped, and of the others beside it."""
+    """Writes the card and accuracy.json for the first run, which is shipped, and for the others."""
     from hf_stepflow.evaluation.result import percent
     from hf_stepflow.evaluation.statistics import proportion
 
@@ -206,16 +206,16 @@ def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: i
         last=json.dumps(shipped.log[-1]),
     )
     (out / "README.md").write_text(card)
-    told = [
+    exact = [
         {"seed": run.recipe.seed, "exact": {level: found[level][0] for level in LEVELS}}
         for run, found in zip(runs, accuracies, strict=True)
     ]
-    accuracy = {"split": "calibration", "n": number, **told[0], "others": told[1:]}
+    accuracy = {"split": "calibration", "n": number, **exact[0], "others": exact[1:]}
     (out / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
 
 
 def _beside(runs: list[Run], accuracies: list[Accuracy], number: int) -> str:
-    """What the card says of the runs that are not shipped."""
+    """Returns the card's section on the runs that are not shipped."""
     shipped, *others = runs
     if not others:
         return ""
@@ -243,7 +243,7 @@ def _name(run: Run, shipped: Run) -> str:
 
 
 def _aim(found: Accuracy, number: int) -> str:
-    """Whether the easiest levels are where they should be."""
+    """Says whether the easiest level of each family reached the aim."""
     easiest = {level.partition("-")[0]: level for level in reversed(LEVELS)}.values()
     missed = [level for level in LEVELS if level in easiest and found[level][0] <= 0.95 * number]
     return "missed at " + ", ".join(missed) if missed else _REACHED

@@ -1,7 +1,7 @@
 """Trains the embedded reasoner: `python -m hf_stepflow.reasoner.train --out FOLDER --seed 0`.
 
-Deterministic for a seed and a machine. Progress is kept in FOLDER, so that a run that was stopped goes on where its
-last checkpoint was. Checkpoints are safetensors and JSON.
+Training is deterministic for a seed and a machine. FOLDER keeps the checkpoint (safetensors) and the log (JSON lines);
+a run that was stopped resumes from the checkpoint.
 """
 
 import argparse
@@ -28,33 +28,33 @@ from .prompts import encode_problem
 from .vocabulary import build_tokenizer
 
 LONGEST = 8192
-# Of the problems trained on: sentences of counting, on so many counts.
+# The problems of the training have at most this many sentences of counting, in this many counts.
 LONGEST_COUNTING = 30
 _COUNTS = 4
 _CHECKPOINT_SECONDS = 60.0
 _IGNORED = -100
-# A batch goes through the model in so many parts, so that rows of like length are padded together.
+# The number of parts that a batch is split into, so that rows of similar length are padded together.
 _PARTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to train. Its text form is kept beside the checkpoint: another one cannot go on from it.
+    """How to train. The checkpoint holds the recipe, and a run with another one cannot resume from it.
 
     Attributes:
-        seed: of weights and data.
-        steps: optimizer steps.
-        batch_tokens: tokens of a batch, padding included.
-        hidden_size: width.
-        layers: depth.
-        muon_rate: peak learning rate of the matrices inside the layers.
-        adam_rate: peak learning rate of embeddings and norms.
-        warmup: share of the steps over which the rates rise.
-        decay: share of the steps, at the end, over which they fall to zero.
-        curriculum: share of the steps, after the warmup, over which the problems grow to their full size; 0 for full
-            size from the start.
-        positions: highest position that random gaps may lead to.
-        chains: share of the problems that are chains; the others are errands.
+        seed: The seed of weights and data.
+        steps: The number of optimizer steps.
+        batch_tokens: The number of tokens in a batch.
+        hidden_size: The width of the model.
+        layers: The number of layers.
+        muon_rate: The peak learning rate of the matrices inside the layers.
+        adam_rate: The peak learning rate of embeddings and norms.
+        warmup: The share of the steps over which the rates rise.
+        decay: The share of the steps, at the end, over which the rates fall to zero.
+        curriculum: The share of the steps, after the warmup, over which problems grow to full size; 0 starts at full
+            size.
+        positions: The highest position that random gaps may lead to.
+        chains: The share of chains among the problems; the rest are errands.
     """
 
     seed: int = 0
@@ -72,7 +72,7 @@ class Recipe:
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
-    """An untrained reasoner, Qwen3 architecture, float32."""
+    """Builds an untrained reasoner: Qwen3 architecture, float32."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -97,7 +97,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 def draw_training_problem(recipe: Recipe, step: int, number: int) -> Problem:
-    """One problem of a step's batch, of a size that grows with the curriculum."""
+    """Draws one problem of a step's batch, whose size grows with the curriculum."""
     generator = random.Random(f"sizes/{recipe.seed}/{step}/{number}")
     grown = max(0.0, step / recipe.steps - recipe.warmup)
     size = min(1.0, grown / recipe.curriculum) if recipe.curriculum else 1.0
@@ -112,7 +112,7 @@ def draw_training_problem(recipe: Recipe, step: int, number: int) -> Problem:
 
 
 def draw_batch(recipe: Recipe, tokenizer: Any, step: int) -> list[dict[str, torch.Tensor]]:
-    """The batch of a step in parts of like lengths: input_ids, labels, attention_mask, position_ids, int64 [B, T]."""
+    """Draws the batch of a step, in parts: input_ids, labels, attention_mask and position_ids, int64 [B, T] each."""
     rows: list[tuple[list[int], int]] = []
     tokens = 0
     while tokens < recipe.batch_tokens:
@@ -149,7 +149,7 @@ def _collate(
 
 
 def _positions(row: list[int], full_stop: int, generator: random.Random, highest: int) -> list[int]:
-    """Positions with random gaps after some sentences, in half of the rows, so that far ones are known too."""
+    """Returns the positions of a row; in half of the rows with random gaps after sentences, to train far positions."""
     spare = int((highest - len(row)) * generator.random() ** 2) if generator.random() < 0.5 else 0
     ends = [place for place, token in enumerate(row[:-1]) if token == full_stop]
     gaps: dict[int, int] = {}
@@ -165,7 +165,7 @@ def _positions(row: list[int], full_stop: int, generator: random.Random, highest
 
 
 class _Optimizers:
-    """Muon for the matrices inside the layers, AdamW for the rest, on one schedule."""
+    """Muon for the matrices inside the layers and AdamW for the rest, on one schedule."""
 
     def __init__(self, model: Any, recipe: Recipe):
         self.recipe = recipe
@@ -180,7 +180,7 @@ class _Optimizers:
         self.peaks = (recipe.muon_rate, recipe.adam_rate)
 
     def step(self, step: int) -> float:
-        """One step of both at the rates of this step; gives the share of the peak."""
+        """Takes a step with both, and returns the share of their peak rates at this step."""
         done = (step + 1) / self.recipe.steps
         share = min(1.0, done / self.recipe.warmup, (1 - step / self.recipe.steps) / self.recipe.decay)
         for optimizer, peak in zip(self.all, self.peaks, strict=True):
@@ -191,7 +191,7 @@ class _Optimizers:
         return share
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Their states, by names that safetensors can keep."""
+        """Returns the states of both as tensors by name."""
         return {
             f"optimizer.{number}.{parameter}.{name}": torch.as_tensor(value).contiguous()
             for number, optimizer in enumerate(self.all)
@@ -200,7 +200,7 @@ class _Optimizers:
         }
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes back what `tensors` gave."""
+        """Restores the states from the tensors that `tensors` returned."""
         for number, optimizer in enumerate(self.all):
             state: dict[int, dict[str, torch.Tensor]] = {}
             for key, value in tensors.items():
@@ -214,16 +214,16 @@ def train(recipe: Recipe, out: Path, threads: int = 2, device: str = "cpu") -> A
     """Trains to the planned end and returns the model, float32.
 
     Args:
-        recipe: how.
-        out: folder of checkpoint and log; a run that stopped there is continued.
-        threads: how many parts of a batch are worked on side by side; the result is the same for any number.
-        device: where; on a GPU one part after another.
+        recipe: The recipe.
+        out: The folder of checkpoint and log; a run that stopped there is resumed.
+        threads: The number of parts of a batch to process in parallel on a CPU, which does not change the result.
+        device: The device. A GPU processes one part after another.
 
     Raises:
-        StepFlowInputError: the folder holds a run by another recipe.
+        StepFlowInputError: The folder holds a run with another recipe.
     """
     kept = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism on a GPU asks for
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed for determinism on a GPU
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     try:
@@ -271,9 +271,9 @@ def _train(recipe: Recipe, out: Path, threads: int, device: str) -> Any:
 
 
 def _accumulate(model: Any, parts: list[dict[str, torch.Tensor]], pool: Executor) -> tuple[float, float]:
-    """Leaves the gradients of a batch on the model: its loss, and the share of its rows with every token right.
+    """Sets the gradients of a batch, and returns its loss and the share of its rows with every token right.
 
-    The parts run side by side, and are summed in their order, so that the number of threads changes nothing.
+    The parts run in parallel and are summed in their order, so that the number of threads does not matter.
     """
     parameters = list(model.parameters())
     total = sum(int((part["labels"] != _IGNORED).sum()) for part in parts)
@@ -303,7 +303,7 @@ def _save(out: Path, recipe: Recipe, model: Any, optimizers: _Optimizers, step: 
 
 
 def _resume(out: Path, recipe: Recipe, model: Any, optimizers: _Optimizers) -> tuple[int, float]:
-    """Goes back to the last checkpoint, if there is one: steps done and seconds spent."""
+    """Restores the last checkpoint, if there is one, and returns the steps done and the seconds spent."""
     from safetensors import safe_open
 
     path = out / "checkpoint.safetensors"
@@ -315,24 +315,24 @@ def _resume(out: Path, recipe: Recipe, model: Any, optimizers: _Optimizers) -> t
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if json.loads(about["recipe"]) != dataclasses.asdict(recipe):
         raise StepFlowInputError(
-            f"{out} holds a run by another recipe: {about['recipe']}", hint="train into another folder, or remove it"
+            f"{out} holds a run with another recipe: {about['recipe']}", hint="train into another folder, or remove it"
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
     optimizers.load(tensors)
     step = int(about["step"])
-    lines = (out / "log.jsonl").read_text().split("\n")[:-1]  # what follows the last line end was cut off
+    lines = (out / "log.jsonl").read_text().split("\n")[:-1]  # a last line without its end was cut off
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     (out / "log.jsonl").write_text("".join(f"{line}\n" for line in kept))
     return step, float(about["seconds"])
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m hf_stepflow.reasoner.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and log")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and log")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data (default: 0)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()

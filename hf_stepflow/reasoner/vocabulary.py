@@ -1,8 +1,8 @@
-"""The reasoner's tokenizer: a token a word, number or phrase, bytes for everything else, nothing ever lost.
+"""The reasoner's tokenizer: one token for each word, number or phrase, and bytes for everything else.
 
-The phrases are what the model has to look up by: of `Ben has 12 more than Ann.` it finds ` 12 more than` and ` Ann`
-right behind tokens that hardly another premise shares, so that one induction head is enough. With a token a word the
-keys lie further back, and whether a model this small learns to use them is chance.
+The phrases are what the model looks premises up by. In `Ben has 12 more than Ann.`, the tokens ` 12 more than` and
+` Ann` directly follow tokens that hardly any other premise shares, so one induction head is enough. If every word were
+a token, the keys would lie further back, and a model this small would learn to use them only by chance.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ WORDS = (
     *"many more fewer needs next now of points so sum than the then there to".split(),
 )  # fmt: skip
 MARKS = (*"+-*=/", *".?,:;!")
-# What follows a name, what follows a number, and what stands before one.
+# The words after a name, after a number, and before a number.
 _VERBS = ("has", "counts")
 _UNITS = ("points", *RELATIONS)
 _PREPOSITIONS = ("from", "to", "by")
@@ -32,17 +32,17 @@ PHRASES = (
     *(f"{preposition} {number}" for preposition in _PREPOSITIONS for number in range(LARGEST + 1)),
 )
 
-# Room for words of later problem families, so that they do not change the model's shape.
+# Leaves room for the words of later problem families, so that they do not change the model's shape.
 SIZE = 1280
 
-# A blank belongs to the word that follows it; a number is read two digits at a time.
+# A blank belongs to the word after it; a number is split into two digits at a time.
 _PIECES = (
     rf" (?:{'|'.join(NAMES)}) (?:{'|'.join(_VERBS)})\b| [0-9]{{1,2}} (?:{'|'.join(_UNITS)})\b"
     rf"| (?:{'|'.join(_PREPOSITIONS)}) [0-9]{{1,2}}\b"
     r"| ?[A-Za-z]+| ?[0-9]{1,2}| [^\sA-Za-z0-9]|[^\sA-Za-z0-9]+|\s+"
 )
 
-# The blank after each marker makes the first word of a text the token that it is anywhere else.
+# With the blank after each marker, the first word of a text is the same token as elsewhere.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<|assistant|><think>{{ message['content'] }}<|end|>"
@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> Any:
-    """The tokenizer: byte-level, with words, two-digit numbers and phrases as tokens of their own and no merges."""
+    """Builds the tokenizer: byte-level, with words, two-digit numbers and phrases as whole tokens, and no merges."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def build_tokenizer() -> Any:
     tokens += [f"Ġ{phrase.replace(' ', 'Ġ')}" for phrase in PHRASES]
     tokens += [f"<|reserved_{number}|>" for number in range(SIZE - len(tokens))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    # ignore_merges: a piece that is in the vocabulary is taken whole, any other byte by byte.
+    # ignore_merges: a piece in the vocabulary is one token, and any other is split into bytes.
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

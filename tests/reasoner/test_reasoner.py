@@ -219,7 +219,7 @@ def test_release_ships_a_run_and_reports_others_beside_it(tmp_path: Path, monkey
         release.main([str(tmp_path), *ask])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(StepFlowInputError, match="something that is no reasoner"):
+    with pytest.raises(StepFlowInputError, match="something other than a reasoner"):
         release.main([str(tmp_path / "run-0"), "--problems", "1", "--out", str(tmp_path / "other")])
 
 
