@@ -13,6 +13,7 @@ def encode_problem(tokenizer: Any, problem: Problem) -> tuple[list[int], list[in
     Example:
         >>> from hf_stepflow import load_reasoner
         >>> from hf_stepflow.reasoner.levels import problems_of
+        >>> from hf_stepflow.reasoner.prompts import encode_problem
         >>> _, tokenizer = load_reasoner()
         >>> prompt, response = encode_problem(tokenizer, problems_of("chains-4", "test", 1)[0])
     """

@@ -1,9 +1,11 @@
 """The embedded reasoner: its problems are true and kept apart, its training repeats, its files are what they claim."""
 
 import dataclasses
+import doctest
 import json
 import re
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -290,3 +292,10 @@ def test_a_question_of_ones_own() -> None:
     prompt = encode_prompt(tokenizer, "What is the capital of France, s'il vous plaît?")
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)
     assert ids.shape[1] <= len(prompt) + 5
+
+
+@pytest.mark.parametrize("name", ["reasoner", "reasoner.levels", "reasoner.prompts"])
+def test_examples_run(name: str) -> None:
+    found = doctest.testmod(import_module(f"hf_stepflow.{name}"))
+    assert found.attempted
+    assert not found.failed
