@@ -5,34 +5,20 @@ import io
 import json
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .arguments import demand_folders, read_seed
 
+if TYPE_CHECKING:
+    from .terminal import Answer
+
 _LONGEST = 1000  # tokens of an answer to the user's own question
 _ROWS = 40
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One greedy answer.
-
-    Attributes:
-        steps: The texts of its thinking and summary steps.
-        text: Its whole text.
-        tokens: The number of its tokens.
-        outcome: The judgement, or None if the right answer is not known.
-    """
-
-    steps: list[str]
-    text: str
-    tokens: int
-    outcome: str | None
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +43,15 @@ def run(args: argparse.Namespace) -> int:
     """Answers one problem, prints what StepFlow did, and compares both on more problems."""
     from transformers.utils import logging
 
+    from hf_stepflow.evaluation.answers import judge
     from hf_stepflow.evaluation.problem import EvalProblem
     from hf_stepflow.evaluation.run import evaluate
+    from hf_stepflow.evaluation.sampler import Sampler
     from hf_stepflow.problems import reasoner_problems
     from hf_stepflow.prompts import encode_response
     from hf_stepflow.reasoner import load_reasoner
+
+    from .terminal import answer, effect_of
 
     demand_folders(args.html, args.svg)
     console = _console(args)
@@ -77,10 +67,21 @@ def run(args: argparse.Namespace) -> int:
         problem = EvalProblem("your own", args.problem, "0", kind="number")
         source, longest = "your own", _LONGEST
     right = problem.answer if is_known else None
-    base, with_stepflow = (_answer(model, tokenizer, problem, is_on, is_known, longest) for is_on in (False, True))
+    sampler = Sampler(model, tokenizer, model.stepflow_runtime.rules.vocabulary, longest)
+    prompt = sampler.encode(problem)
+    answers = [answer(sampler, prompt, is_on) for is_on in (False, True)]
     report = model.stepflow_report()
+    outcomes = [
+        judge(problem, one.response.summary, one.response.is_finished).outcome if is_known else None for one in answers
+    ]
     if console is not None:
-        _print_answers(console, source, problem.question, right, base, with_stepflow, report)
+        from rich.markup import escape
+
+        console.print(f"[bold]Question[/] ({source}): {escape(problem.question)}\n")
+        console.print(_side_by_side(answers, outcomes))
+        if right is not None:
+            console.print(f"The right answer is [bold]{right}[/].\n")
+        console.print(f"[bold]What StepFlow did[/]\n{effect_of(report)}\n")
     result = None
     if others:
         result = evaluate(model, others, batch_size=50, max_new_tokens=limit, seed=seed, progress=not args.json)
@@ -91,12 +92,16 @@ def run(args: argparse.Namespace) -> int:
             console.print(str(result), markup=False)
         _write(console, args)
     if args.json:
+        base, with_stepflow = (
+            {"steps": one.lines, "text": one.response.text, "tokens": len(one.response.ids), "outcome": outcome}
+            for one, outcome in zip(answers, outcomes, strict=True)
+        )
         data = {
             "problem": source,
             "question": problem.question,
             "right": right,
-            "base": vars(base),
-            "stepflow": vars(with_stepflow),
+            "base": base,
+            "stepflow": with_stepflow,
             "report": report.to_dict(),
             "comparison": None if result is None else result.to_dict(),
         }
@@ -123,40 +128,22 @@ def _write(console: Any, args: argparse.Namespace) -> None:
         console.save_html(str(args.html), clear=False)
 
 
-def _answer(model: Any, tokenizer: Any, problem: Any, stepflow: bool, is_known: bool, longest: int) -> Answer:
-    from hf_stepflow.evaluation.answers import judge
-    from hf_stepflow.evaluation.arms import Arm
-    from hf_stepflow.evaluation.sampler import Sampler
-
-    from .terminal import line_of, written_steps
-
-    vocabulary = model.stepflow_runtime.rules.vocabulary
-    sampler = Sampler(model, tokenizer, vocabulary, longest)
-    prompt = sampler.encode(problem)
-    (response,), _ = sampler.respond(Arm(stepflow=stepflow), [prompt], seed=0)
-    steps = [line_of(step) for step in written_steps(tokenizer, prompt, response.ids, vocabulary)]
-    outcome = judge(problem, response.summary, response.is_finished).outcome if is_known else None
-    return Answer(steps, response.text, len(response.ids), outcome)
-
-
-def _print_answers(
-    console: Any, source: str, question: str, right: str | None, base: Answer, with_stepflow: Answer, report: Any
-) -> None:
-    """Prints the question, both answers in columns with the first difference marked, and what StepFlow did."""
+def _side_by_side(answers: "list[Answer]", outcomes: Sequence[str | None]) -> Any:
+    """Makes a table of both answers, with numbered steps and the first difference marked."""
     from rich.markup import escape
     from rich.table import Table
 
-    from .terminal import effect_of, first_difference
+    from .terminal import first_difference
 
-    console.print(f"[bold]Question[/] ({source}): {escape(question)}\n")
     table = Table(expand=True)
     table.add_column("", justify="right", no_wrap=True)
-    for name, answer in (("Base model", base), ("With StepFlow", with_stepflow)):
-        colour = {None: "", "correct": "[green]"}.get(answer.outcome, "[red]")
-        verdict = "" if answer.outcome is None else f", {colour}{answer.outcome}[/]"
-        table.add_column(f"{name} ({answer.tokens} tokens{verdict})", ratio=1)
-    pairs = list(zip_longest(base.steps, with_stepflow.steps, fillvalue=""))
-    first = first_difference(base.steps, with_stepflow.steps)
+    for name, one, outcome in zip(("Base model", "With StepFlow"), answers, outcomes, strict=True):
+        colour = {None: "", "correct": "[green]"}.get(outcome, "[red]")
+        verdict = "" if outcome is None else f", {colour}{outcome}[/]"
+        table.add_column(f"{name} ({len(one.response.ids)} tokens{verdict})", ratio=1)
+    base, with_stepflow = (one.lines for one in answers)
+    pairs = list(zip_longest(base, with_stepflow, fillvalue=""))
+    first = first_difference(base, with_stepflow)
     for place in _visible_rows(len(pairs), first):
         if place is None:
             table.add_row("...", "...", "...")
@@ -164,10 +151,7 @@ def _print_answers(
         style = "bold yellow" if place == first else None
         table.add_row(f"{place + 1}{' !' if place == first else ''}", *map(escape, pairs[place]), style=style)
     table.caption = "! first difference" if first is not None else "no difference"
-    console.print(table)
-    if right is not None:
-        console.print(f"The right answer is [bold]{right}[/].\n")
-    console.print(f"[bold]What StepFlow did[/]\n{effect_of(report)}\n")
+    return table
 
 
 def _visible_rows(length: int, first: int | None) -> list[int | None]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,46 +11,9 @@ from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from .arguments import add_model_arguments, add_sampling_arguments, find_stepflow, load, sampling_of
 
 if TYPE_CHECKING:
-    from hf_stepflow.evaluation.sampler import Sampler
-    from hf_stepflow.runtime.report import FlowReport
-    from hf_stepflow.runtime.trace import TraceStep
+    from .terminal import Answer
 
 _NAMES = {"base": "Base model", "stepflow": "With StepFlow"}
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One answer.
-
-    Attributes:
-        text: Its whole text, markers included.
-        summary: The text after the thinking.
-        steps: Its thinking and summary steps.
-        tokens: The number of its tokens.
-        seconds: The time that it took.
-        is_finished: Whether the turn was ended, and not in the middle of thinking.
-        report: The effect of StepFlow; None if it was off or its settings do nothing.
-    """
-
-    text: str
-    summary: str
-    steps: "list[TraceStep]"
-    tokens: int
-    seconds: float
-    is_finished: bool
-    report: "FlowReport | None"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON-ready data."""
-        return {
-            "text": self.text,
-            "summary": self.summary,
-            "steps": [{"label": step.label, "index": step.index, "text": step.text} for step in self.steps],
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "is_finished": self.is_finished,
-            "report": None if self.report is None else self.report.to_dict(),
-        }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.runtime.step_detector import StepVocabulary
     from hf_stepflow.runtime.tokenization_stepflow import end_of_turn_ids
 
-    from .terminal import StepPrinter, first_difference, line_of
+    from .terminal import StepPrinter, answer, first_difference
 
     model, tokenizer = load(args)
     ids = _encode(model, tokenizer, prompt, args)
@@ -114,23 +76,21 @@ def run(args: argparse.Namespace) -> int:
     for name in _NAMES if args.compare else ["stepflow" if is_on else "base"]:
         if args.compare and not args.json:
             print(_NAMES[name])
-        answers[name] = answer = _answer(sampler, ids, name == "stepflow", args.seed, ends)
+        answers[name] = last = answer(sampler, ids, name == "stepflow", args.seed)
         if not args.json:
-            print(f"\n{_length(answer, args.max_new_tokens)}\n")
-    lines = [list(map(line_of, one.steps)) for one in answers.values()]
+            print(f"\n{_length(last, args.max_new_tokens)}\n")
+    lines = [one.lines for one in answers.values()]
     first = first_difference(*lines) if args.compare else None
     if args.json:
         settings = model.stepflow_runtime.settings.to_dict() if is_on else None
         data = {"model": args.model, "prompt": prompt, "settings": settings}
-        if args.compare:
-            data |= {name: one.to_dict() for name, one in answers.items()} | {"first_difference": first}
-        else:
-            data |= answer.to_dict()
+        found = {name: _data(one, tokenizer, ends) for name, one in answers.items()}
+        data |= {**found, "first_difference": first} if args.compare else found[name]
         print(json.dumps(data, indent=2))
         return 0
     if args.compare:
         print(f"{_difference(first, *lines)}\n")
-    print(_effect(answer, args.model) if is_on else "StepFlow was off.")
+    print(_effect(last, args.model) if is_on else "StepFlow was off.")
     return 0
 
 
@@ -193,31 +153,30 @@ def _encode(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -
     return ids
 
 
-def _answer(sampler: "Sampler", ids: list[int], is_on: bool, seed: int, ends: list[int]) -> _Answer:
-    from hf_stepflow.evaluation.arms import Arm
+def _data(answer: "Answer", tokenizer: Any, ends: list[int]) -> dict[str, Any]:
+    """Returns an answer as JSON-ready data; its text ends before the end of the turn."""
     from hf_stepflow.runtime.report import FlowReport
 
-    from .terminal import written_steps
-
-    (response,), seconds = sampler.respond(Arm(stepflow=is_on), [ids], seed)
-    own = response.ids[:-1] if response.ids[-1] in ends else response.ids
-    return _Answer(
-        text=sampler.tokenizer.decode(own),
-        summary=response.summary.strip(),
-        steps=written_steps(sampler.tokenizer, ids, own, sampler.vocabulary),
-        tokens=len(response.ids),
-        seconds=seconds,
-        is_finished=response.is_finished,
-        report=None if response.report is None else FlowReport([response.report]),
-    )
+    response = answer.response
+    ids = response.ids[:-1] if response.ids[-1] in ends else response.ids
+    return {
+        "text": tokenizer.decode(ids),
+        "summary": response.summary.strip(),
+        "steps": [{"label": step.label, "index": step.index, "text": step.text} for step in answer.steps],
+        "tokens": len(response.ids),
+        "seconds": round(answer.seconds, 3),
+        "is_finished": response.is_finished,
+        "report": None if response.report is None else FlowReport([response.report]).to_dict(),
+    }
 
 
-def _length(answer: _Answer, limit: int) -> str:
+def _length(answer: "Answer", limit: int) -> str:
     """Says how long an answer is, and whether it is complete."""
-    text = f"{answer.tokens} tokens in {answer.seconds:.1f} s"
-    if answer.is_finished:
+    tokens = len(answer.response.ids)
+    text = f"{tokens} tokens in {answer.seconds:.1f} s"
+    if answer.response.is_finished:
         return text
-    return f"{text}; " + ("cut off by --max-new-tokens" if answer.tokens >= limit else "ended before its summary")
+    return f"{text}; " + ("cut off by --max-new-tokens" if tokens >= limit else "ended before its summary")
 
 
 def _difference(first: int | None, base: list[str], other: list[str]) -> str:
@@ -228,14 +187,17 @@ def _difference(first: int | None, base: list[str], other: list[str]) -> str:
     return "\n".join([f"First difference: step {first + 1}", *lines])
 
 
-def _effect(answer: _Answer, model: str) -> str:
+def _effect(answer: "Answer", model: str) -> str:
     """Says what StepFlow did, or why it did nothing."""
+    from hf_stepflow.runtime.report import FlowReport
+
     from .terminal import effect_of
 
-    if answer.report is None:
+    report = answer.response.report
+    if report is None:
         return "StepFlow had nothing to do: its settings ask for nothing."
-    if any(step.label == "thinking" for step in answer.report.rows[0].steps):
-        return effect_of(answer.report)
+    if any(step.label == "thinking" for step in report.steps):
+        return effect_of(FlowReport([report]))
     return (
         "StepFlow had nothing to do: no thinking was found.\n"
         f"`hf-stepflow doctor {model}` shows the markers of thinking; implicit_thinking=true is for models without."

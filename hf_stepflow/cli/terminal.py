@@ -3,12 +3,15 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TextIO
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from hf_stepflow.evaluation.arms import Arm
+from hf_stepflow.evaluation.sampler import Response, Sampler
 from hf_stepflow.runtime.report import FlowReport
 from hf_stepflow.runtime.step_detector import THINKING, Field, StepVocabulary, empty_record
 from hf_stepflow.runtime.trace import TraceStep, segment_trace
@@ -17,22 +20,33 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _INDENT = 6
 
 
-def written_steps(tokenizer: Any, prompt: list[int], ids: list[int], vocabulary: StepVocabulary) -> list[TraceStep]:
-    """Finds the thinking and summary steps of an answer.
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The token ids of the prompt, whose own steps are left out.
-        ids: The token ids of the answer.
-        vocabulary: The step rules.
+    Attributes:
+        response: The response of the model.
+        steps: Its thinking and summary steps.
+        seconds: The time that it took.
     """
-    trace = segment_trace(tokenizer, prompt + ids, vocabulary, prompt_length=len(prompt))
-    return [step for step in trace.steps if step.label != "question" and step.end > len(prompt)]
+
+    response: Response
+    steps: list[TraceStep]
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        """The text of each step as one line."""
+        return [" ".join((step.text or "").split()) for step in self.steps]
 
 
-def line_of(step: TraceStep) -> str:
-    """Returns the text of a step as one line."""
-    return " ".join((step.text or "").split())
+def answer(sampler: Sampler, prompt: list[int], is_on: bool, seed: int = 0) -> Answer:
+    """Answers a prompt, given as token ids, with StepFlow on or off."""
+    (response,), seconds = sampler.respond(Arm(stepflow=is_on), [prompt], seed)
+    ids, length = prompt + response.ids, len(prompt)
+    trace = segment_trace(sampler.tokenizer, ids, sampler.vocabulary, prompt_length=length)
+    written = [step for step in trace.steps if step.label != "question" and step.end > length]
+    return Answer(response, written, seconds)
 
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int | None:

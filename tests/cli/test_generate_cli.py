@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow import StepFlowModelForCausalLM, StepVocabulary, load_problems, load_reasoner, segment_trace
-from hf_stepflow.cli import generate, main
+from hf_stepflow.cli import generate, main, terminal
 from hf_stepflow.cli.terminal import StepPrinter
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.reasoner import FOLDER
@@ -162,7 +162,7 @@ def test_what_the_model_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         given.append(ids)
         raise StepFlowInputError("that will do")
 
-    monkeypatch.setattr(generate, "_answer", take)
+    monkeypatch.setattr(terminal, "answer", take)
     for more in ([], ["--system", "Be brief."], ["--no-chat-template"]):
         assert main([*ASK, *more]) == 2
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
