@@ -132,6 +132,12 @@ def _setting(name: str) -> Check:
     return check
 
 
+def _settings(value: Any, field: str) -> Iterator[Problem]:
+    checks = {name: _setting(name) for name in PRESET_SETTINGS}
+    newer = {name: checks.pop(name) for name in PRESET_SETTINGS if SETTINGS[name].is_new}
+    yield from record(checks, newer)(value, field)
+
+
 def _provenance(value: Any, field: str) -> Iterator[Problem]:
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in KINDS:
@@ -169,7 +175,6 @@ _REVISION: Check = or_null(
 _IDENTITY: dict[str, Check] = {"name": _NAME_CHECK, "base_model": _BASE}
 _REVISED: dict[str, Check] = {"base_model_revision": _REVISION}
 _OPTIONAL: dict[str, Check] = {"notes": text}
-_SETTINGS: dict[str, Check] = {name: _setting(name) for name in PRESET_SETTINGS}
 _ARCHITECTURE = record(
     {
         "model_type": partial(text, longest=100, pattern=r"[A-Za-z0-9_-]+", what="a model type of transformers"),
@@ -232,7 +237,7 @@ _PRESET = record(
         "schema_version": one_of(SCHEMA_VERSION),
         **_IDENTITY,
         "architecture": _architecture,
-        "settings": record(_SETTINGS),
+        "settings": _settings,
         "provenance": _provenance,
     },
     _REVISED | _OPTIONAL,

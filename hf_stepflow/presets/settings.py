@@ -35,7 +35,7 @@ def settings_schema() -> dict[str, Any]:
         "description": "Every setting of StepFlowConfig, none left to a default.",
         "type": "object",
         "additionalProperties": False,
-        "required": list(PRESET_SETTINGS),
+        "required": [name for name in PRESET_SETTINGS if not SETTINGS[name].is_new],
         "properties": {name: _setting_schema(SETTINGS[name]) for name in PRESET_SETTINGS},
     }
 

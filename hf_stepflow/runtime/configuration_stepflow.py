@@ -46,6 +46,7 @@ class Setting:
         choices: The values of a choice.
         optional: Whether null is a value.
         labels: Whether the labels of tokens depend on it.
+        is_new: Whether it is newer than presets of schema version 1, which then leave it at its default.
         search: The range, or the values, that calibration searches; empty for settings that it leaves alone.
     """
 
@@ -57,6 +58,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     optional: bool = False
     labels: bool = False
+    is_new: bool = False
     search: tuple[Any, ...] = ()
 
     @property

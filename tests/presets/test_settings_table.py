@@ -60,6 +60,15 @@ def test_a_bound_changed_in_the_table_changes_everywhere(monkeypatch, tmp_path):
     assert trial.ranges["alpha"] == (0.02, 4.0)
 
 
+def test_presets_may_leave_out_a_newer_setting(monkeypatch, tmp_path):
+    file = written(tmp_path, edited(settings__alpha=...))
+    with pytest.raises(StepFlowConfigError, match=r"settings\.alpha is missing"):
+        load_preset(file)
+    monkeypatch.setitem(SETTINGS, "alpha", dataclasses.replace(SETTINGS["alpha"], is_new=True))
+    assert load_preset(file).settings.alpha == StepFlowSettings().alpha
+    assert not list(Draft202012Validator(settings_schema()).iter_errors(json.loads(file.read_text())["settings"]))
+
+
 def test_a_setting_moved_to_another_part_moves_in_the_card(monkeypatch):
     monkeypatch.setitem(SETTINGS, "alpha", dataclasses.replace(SETTINGS["alpha"], group="another part"))
     assert "| another part | `alpha` |" in str(preset_card(load_preset("qwen3-8b")))
