@@ -266,13 +266,14 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
         if provenance["verdict"] == "gain" and not gains:
             yield from wrong("gain", "provenance.verdict", "a delta whose interval lies above 0, or another verdict")
         return
-    stated = StepFlowSettings().to_dict() | {"bridge_floor": _FLOOR[kind]}
-    for name, value in settings.to_dict().items():
-        if name not in _READING and value != stated[name]:
+    stated = StepFlowSettings(bridge_floor=_FLOOR[kind])
+    for name in SETTING_NAMES:
+        value, expected = getattr(settings, name), getattr(stated, name)
+        if name not in _READING and value != expected:
             yield Problem(
                 f"settings.{name}",
                 f"is {shown(value)}",
-                f"{stated[name]!r} where provenance.kind is {kind!r}",
+                f"{expected!r} where provenance.kind is {kind!r}",
                 hint='settings that were chosen for a model by measurement are of the kind "measured"',
             )
 

@@ -105,7 +105,7 @@ class Preset:
             "base_model": self.base_model,
             "base_model_revision": self.base_model_revision,
             "architecture": None if self.architecture is None else self.architecture.to_dict(),
-            "settings": {name: settings[name] for name in PRESET_SETTINGS},
+            "settings": {name: settings[name] for name in PRESET_SETTINGS if name in settings},
             "provenance": self.provenance,
         }
         return data if self.notes is None else data | {"notes": self.notes}

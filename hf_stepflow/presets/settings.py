@@ -22,9 +22,9 @@ PRESET_SETTINGS = tuple(name for name in SETTINGS if name not in BASE_SETTINGS)
 
 def settings_rows() -> list[tuple[str, str, str, str, str]]:
     """Group, name, default, values and meaning of every setting."""
-    defaults = StepFlowSettings().to_dict()
+    defaults = StepFlowSettings()
     return [
-        (setting.group, name, json.dumps(defaults[name]), setting.expected, setting.meaning)
+        (setting.group, name, json.dumps(getattr(defaults, name)), setting.expected, setting.meaning)
         for name, setting in SETTINGS.items()
     ]
 

@@ -279,10 +279,15 @@ class StepFlowSettings:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready data (head tables get text keys)."""
+        """The settings as JSON-ready data: head tables get text keys.
+
+        A newer setting at its default is left out, so that earlier releases read the data.
+        """
         data = dataclasses.asdict(self)
         for name, setting in SETTINGS.items():
-            if setting.kind == "heads" and data[name] is not None:
+            if setting.is_new and data[name] == _DEFAULTS[name]:
+                del data[name]
+            elif setting.kind == "heads" and data[name] is not None:
                 data[name] = {str(layer): heads for layer, heads in data[name].items()}
         return data
 
