@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_imports
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_stepflow import StepFlowModelForCausalLM, list_presets, load_preset
 from hf_stepflow.cli import main
@@ -297,13 +297,6 @@ def test_a_presets_data_brings_no_code_and_no_paths(base, tmp_path):
         with pytest.raises(StepFlowConfigError, match="name"):
             export_preset(written(tmp_path, edited(name=name), "bad.json"), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
-
-
-@pytest.mark.parametrize("entry", [*PRESET_CODE, "generate"])
-def test_an_entry_names_all_that_it_needs(entry):
-    """Old releases of transformers copy, of a local folder, only what the entry itself imports."""
-    (file,) = (file for file in code_files(entry) if file.stem == entry)
-    assert {*get_relative_imports(file), entry} == {file.stem for file in code_files(entry)}
 
 
 def test_copies_of_the_code_have_names_of_their_own(tmp_path):
