@@ -30,7 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--compare", nargs=2, type=Path, metavar=("CORRECT", "WRONG"), help="two JSONL files")
     parser.add_argument("--paired", action="store_true", help="the two files hold the same problems, line by line")
     parser.add_argument(
-        "--stepflow", metavar="CONFIG", help="turn StepFlow on: a preset, JSON file, folder or KEY=VALUE,..."
+        "--stepflow",
+        metavar="CONFIG",
+        help="turn StepFlow on: a preset, JSON file, folder, or settings KEY=VALUE,... of `presets settings`",
     )
     parser.add_argument("--steps", metavar="CONFIG", help="JSON file or folder with markers and step rules alone")
     parser.add_argument("--implicit-thinking", action="store_true", help="thinking starts where the prompt ends")

@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument(
-        "--stepflow", metavar="CONFIG", help="preset, JSON file, folder or KEY=VALUE,...: where arms start from"
+        "--stepflow",
+        metavar="CONFIG",
+        help="where arms start from: preset, JSON file, folder, or settings KEY=VALUE,... of `presets settings`",
     )
     parser.add_argument("--problems", required=True, help="JSONL file, benchmark or reasoner:LEVEL")
     parser.add_argument("--split", default="test", help="split of the reasoner's problems (default: test)")

@@ -23,8 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "greedy unless --temperature or --top-p is given.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
         "CONFIG is a preset (name, base model, path, or Hub id), a JSON file or folder with settings, settings as\n"
-        "KEY=VALUE,... (the rest: the paper's), `auto` for MODEL's preset or else the rule, or `off`. Without it,\n"
-        "MODEL's saved settings apply, or else the paper's."
+        "KEY=VALUE,... (`hf-stepflow presets settings` lists them; the rest are the paper's), `auto` for MODEL's\n"
+        "preset or else the rule, or `off`. Without it, MODEL's saved settings apply, or else the paper's."
     )
     parser.epilog = (
         "examples:\n"

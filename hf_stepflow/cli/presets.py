@@ -1,4 +1,4 @@
-"""`hf-stepflow presets`: lists and shows presets, writes their cards, and validates files."""
+"""`hf-stepflow presets`: lists and shows presets and settings, writes cards, and checks files."""
 
 import argparse
 import json
@@ -42,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     example = "hf-stepflow presets validate my-model.json"
     validate = _action(actions, "validate", "check files before they are contributed", example)
     validate.add_argument("files", metavar="FILE", nargs="+", type=Path, help="preset file, or folder with one")
+    _action(actions, "settings", "list all settings, with default, values and meaning", "hf-stepflow presets settings")
     example = "hf-stepflow presets verify-code DIR"
     verify = _action(actions, "verify-code", "compare a repository's code with the releases", example)
     verify.add_argument("source", metavar="DIR|REPO_ID", help="folder, or repository on the Hub")
@@ -59,7 +60,10 @@ def _action(actions: Any, name: str, summary: str, example: str) -> argparse.Arg
 
 def run(args: argparse.Namespace) -> int:
     """Runs the action; `validate` and `verify-code` return 2 if a file is wrong."""
-    actions = {"list": _list, "show": _show, "card": _card, "validate": _validate, "verify-code": _verify_code}
+    actions = {
+        "list": _list, "show": _show, "card": _card, "validate": _validate, "settings": _settings,
+        "verify-code": _verify_code,
+    }  # fmt: skip
     return actions[args.action](args)
 
 
@@ -88,6 +92,24 @@ def _show(args: argparse.Namespace) -> int:
 
     preset = load_preset(args.name, revision=args.revision)
     print(json.dumps(_data(preset), indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(preset)))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> int:
+    from hf_stepflow.presets.settings import settings_rows
+
+    names = ("part", "name", "default", "values", "meaning")
+    rows = [dict(zip(names, row, strict=True)) for row in settings_rows()]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for part in dict.fromkeys(row["part"] for row in rows):
+        print(f"{part[0].upper()}{part[1:]}")
+        for row in rows:
+            if row["part"] == part:
+                print(f"  {row['name']} (default {row['default']})")
+                for text in (row["meaning"], f"Values: {row['values']}."):
+                    print(textwrap.fill(text, _WIDTH, initial_indent="      ", subsequent_indent="      "))
     return 0
 
 
