@@ -3,10 +3,10 @@
 import datetime
 import json
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import hf_stepflow
 from hf_stepflow.evaluation.result import amount, percent
 from hf_stepflow.evaluation.statistics import CONFIDENCE, Estimate
 from hf_stepflow.presets.architecture import Architecture
@@ -194,7 +194,7 @@ class Calibration:
         provenance = {
             "kind": "measured",
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "library_version": hf_stepflow.__version__,
+            "library_version": version("hf-stepflow"),
             "dataset": dataset[:_TEXT],
             "n": self.gate.problems if measured is None else measured.problems,
             "deltas": deltas,

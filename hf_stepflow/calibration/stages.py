@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import hf_stepflow
 from hf_stepflow.evaluation.answers import check_may_run
 from hf_stepflow.evaluation.checkers import demand_math_verify
 from hf_stepflow.evaluation.problem import EvalProblem, as_problems
@@ -129,7 +129,7 @@ def calibrate(
             "seed": seed,
             "budget": vars(spend),
             "scored": scored,
-            "library": hf_stepflow.__version__,
+            "library": version("hf-stepflow"),
         }
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         workers = Workers.join()

@@ -52,8 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Computes the maps and prints the result."""
     _check_out(args)
-    from hf_stepflow import step_saliency
     from hf_stepflow.runtime.configuration_stepflow import read_settings
+    from hf_stepflow.saliency.api import step_saliency
     from hf_stepflow.saliency.traces import read_traces
 
     groups = [read_traces(path) for path in args.compare or ([args.trace] if args.trace else [])]

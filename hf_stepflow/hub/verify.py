@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import hf_stepflow
 from hf_stepflow.runtime.configuration_stepflow import read_object
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import PRESET_CODE, code_files
@@ -112,7 +112,7 @@ def code_hashes() -> dict[str, dict[str, str]]:
     Returns:
         The recorded releases; and the installed package, where its version is not recorded yet.
     """
-    releases, version = read_object(RELEASES, RELEASES.name), hf_stepflow.__version__
+    releases, version = read_object(RELEASES, RELEASES.name), metadata.version("hf-stepflow")
     return releases if version in releases else releases | {f"{version} (installed here, not released)": _own_hashes()}
 
 
@@ -122,7 +122,7 @@ def record_release() -> str:
     Raises:
         StepFlowInputError: Other files are recorded under this version already.
     """
-    releases, version = read_object(RELEASES, RELEASES.name), hf_stepflow.__version__
+    releases, version = read_object(RELEASES, RELEASES.name), metadata.version("hf-stepflow")
     if releases.get(version, _own_hashes()) != _own_hashes():
         raise StepFlowInputError(
             f"version {version} is released, with other files", hint="raise the version in pyproject.toml"

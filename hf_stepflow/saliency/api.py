@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -183,8 +184,6 @@ class _Call:
 
     def _about(self) -> dict[str, Any]:
         """The origin of the maps, for their file."""
-        import hf_stepflow
-
         model, rules = self.capture.model, self.capture.rules
         return {
             "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
@@ -193,7 +192,7 @@ class _Call:
             "dtype": str(model.dtype).removeprefix("torch."),
             "loss": self.loss if isinstance(self.loss, str) else list(self.loss),
             "stepflow": None if rules is None else rules.plan.settings.to_dict(),
-            "hf_stepflow": hf_stepflow.__version__,
+            "hf_stepflow": version("hf-stepflow"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
