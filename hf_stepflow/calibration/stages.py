@@ -100,8 +100,11 @@ def calibrate(
         StepFlowError: The model is not supported, or its tokenizer cannot write the markers.
 
     Example:
-        >>> result = calibrate(model, tokenizer, problems, budget="20m", work="my-calibration")
-        >>> print(result.verdict, result.settings)
+        >>> from hf_stepflow import load_problems
+        >>> problems = load_problems("reasoner:chains-2", 24)  # some hundreds, with a budget of hours, for a verdict
+        >>> result = calibrate(model, tokenizer, problems, budget=2, max_new_tokens=60, work="my-calibration")
+        >>> result.verdict
+        'no measurable gain'
     """
     spend = parse_budget(budget)
     sampling = Sampling(seed, samples, temperature, max_new_tokens, batch_size, run_code, dict(template or {}))

@@ -51,18 +51,23 @@ _LIST_HINT = "`hf-stepflow presets list` shows the names; a path or the Hub id o
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings for one model.
+    """Settings for one model, and their provenance.
 
     Attributes:
-        name: what it is called.
-        base_model: Hub id of the model that it is for; None where that is unknown.
-        base_model_revision: its revision, None for any.
-        architecture: what a model must be like; None where the file does not say.
-        settings: the settings, with the base model in them.
-        provenance: where they come from; `kind` is "paper", "rule", "measured", or "unstated" for a config.json
+        name: The name of the preset.
+        base_model: The Hub id of its model, or None if unknown.
+        base_model_revision: The model's revision, or None for any.
+        architecture: The architecture that a model must have, or None if the file does not say.
+        settings: The settings, with the base model in them.
+        provenance: The origin of the settings; `kind` is "paper", "rule", "measured", or "unstated" for a config.json
             without provenance.
-        path: its file; None for one that was made here.
-        notes: what a user should know, or None.
+        path: The file, or None for a preset that was made here.
+        notes: Notes for users, or None.
+
+    Example:
+        >>> preset = load_preset("qwen3-8b")
+        >>> preset.kind, preset.settings.replace(tau_max=0.1).tau_max
+        ('rule', 0.1)
     """
 
     name: str
@@ -153,10 +158,14 @@ class Preset:
 
 
 def list_presets() -> list[Preset]:
-    """The presets that come with the package, by name.
+    """Lists the presets that come with the package, by name.
 
     Raises:
-        StepFlowError: one of their files is broken.
+        StepFlowError: A file of the collection is broken.
+
+    Example:
+        >>> [preset.name for preset in list_presets() if preset.kind == "measured"]
+        ['smollm2-135m-instruct', 'stepflow-tiny-reasoner']
     """
     return [_read(file) for file in _preset_files()]
 
@@ -164,18 +173,22 @@ def list_presets() -> list[Preset]:
 def load_preset(
     name_or_path_or_hub_id: "str | Path | Preset", *, revision: str | None = None, token: str | bool | None = None
 ) -> Preset:
-    """A preset, wherever it is.
+    """Loads a preset from the package, a file, a folder or the Hub.
 
     Args:
-        name_or_path_or_hub_id: the name of a preset that comes with the package; a base model's Hub id, in any case;
-            the path of a JSON file, or of a folder with a preset.json or a config.json of model type "stepflow"; else
+        name_or_path_or_hub_id: The name of a preset that comes with the package; a base model's Hub id, in any case;
+            the path of a JSON file, or of a folder with a preset.json or a config.json of model type "stepflow"; or
             the Hub id of a preset repository, of which only the config.json is fetched.
-        revision: of the preset repository.
-        token: for it, as in huggingface_hub.
+        revision: The revision of the preset repository.
+        token: The token for the preset repository, as in huggingface_hub.
 
     Raises:
-        StepFlowFileError: nothing there, or a file that cannot be read.
-        StepFlowConfigError: a file that is no preset or not a right one; the message names file, field and value.
+        StepFlowFileError: There is no such preset, or its file cannot be read.
+        StepFlowConfigError: The file is not a valid preset; the message names file, field and value.
+
+    Example:
+        >>> print(load_preset("Qwen/Qwen3-8B"))
+        rule (NOT calibrated for this model): qwen3-8b for Qwen/Qwen3-8B, ...
     """
     if isinstance(name_or_path_or_hub_id, Preset):
         return name_or_path_or_hub_id

@@ -22,6 +22,11 @@ class StepFlowError(Exception):
     Attributes:
         message: As given.
         hint: As given.
+
+    Example:
+        >>> print(StepFlowError("tau_max must be a number in [0, 1], got 2", hint="try 0.15"))
+        tau_max must be a number in [0, 1], got 2
+        Hint: try 0.15
     """
 
     def __init__(self, message: str, hint: str | None = None):

@@ -226,7 +226,7 @@ class StepBudgetLogitsProcessor(StepFollower):
 
     Example:
         >>> budget = StepBudgetLogitsProcessor(model.stepflow_runtime.rules.vocabulary, max_steps=2)
-        >>> output = model.generate(inputs, logits_processor=[budget], max_new_tokens=8)
+        >>> output = model.generate(**inputs, logits_processor=[budget], max_new_tokens=8)
     """
 
     def __init__(
@@ -361,8 +361,9 @@ class StepStreamer(BaseStreamer):
     A step comes out as soon as it is known to be whole: with the first token of the next one, or with its segment.
 
     Example:
+        >>> from threading import Thread
         >>> streamer = StepStreamer(tokenizer, timeout=60)
-        >>> call = {"inputs": inputs, "streamer": streamer, "max_new_tokens": 40}
+        >>> call = {**inputs, "streamer": streamer, "max_new_tokens": 40}
         >>> Thread(target=model.generate, kwargs=call).start()
         >>> first = next(iter(streamer))
 

@@ -36,6 +36,10 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
     Instances are made by `from_pretrained` and `attach`, never by the constructor. They are instances of this class
     and of their base model's class.
+
+    Example:
+        >>> output = model.generate(**inputs, max_new_tokens=20, stepflow={"tau_max": 0.1})
+        >>> print(model.stepflow_report())
     """
 
     config_class = StepFlowConfig
@@ -78,8 +82,8 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             StepFlowError: As `attach`.
 
         Example:
-            >>> from hf_stepflow import StepFlowModelForCausalLM
-            >>> model = StepFlowModelForCausalLM.from_pretrained(folder, stepflow={"tau_max": 0.1})
+            >>> from hf_stepflow.reasoner import FOLDER  # or the Hub id of your model
+            >>> model = StepFlowModelForCausalLM.from_pretrained(FOLDER, stepflow={"tau_max": 0.1})
         """
         stepflow = find_preset(stepflow)  # a misspelt name is refused before the weights are loaded
         loaded = load(pretrained_model_name_or_path, args, stepflow, tokenizer, config, kwargs)
@@ -118,7 +122,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
 
         Example:
             >>> model = StepFlowModelForCausalLM.attach(model.detach_stepflow(), {"alpha": 0.1}, tokenizer=tokenizer)
-            >>> output = model.generate(torch.tensor([ids[:8]]), max_new_tokens=2)
+            >>> output = model.generate(**inputs, max_new_tokens=20)
         """
         return cls._put_on(model, config, tokenizer)
 

@@ -21,6 +21,11 @@ class TraceStep:
         index: Number of the step inside its round; 0 for a question.
         start, end: Token range [start, end).
         text: Its text, or None where no tokenizer was at hand.
+
+    Example:
+        >>> step = segment_trace(tokenizer, ids).steps[1]
+        >>> step.label, step.index
+        ('thinking', 1)
     """
 
     label: str
