@@ -1,8 +1,8 @@
 """The public names have an example in their docstring, and every example in the package runs.
 
 Examples may use these names: `model` (the embedded reasoner with StepFlow attached), its `tokenizer`, `inputs` (what
-the chat template gives for a problem), `ids` (a whole trace) and `problems` (five of the reasoner's). The current folder
-is empty and goes away. Output is compared if the example shows any.
+the chat template gives for a problem), `ids` (a whole trace) and `problems` (five of the reasoner's). The current
+folder is empty and temporary. Output is compared if the example shows any.
 """
 
 import doctest
