@@ -1,5 +1,6 @@
 """Names that come from outside (chat templates, weights, presets, auto_map) write nothing outside the folder."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def written(root: Path, *allowed: Path) -> list[Path]:
 def test_chat_templates(name, inside, tmp_path):
     """Transformers refuses them from 5.10.1 on, which is the lowest release that is supported."""
     name = name.format(outside=tmp_path / "outside")
-    tokenizer = byte_tokenizer()
+    tokenizer = copy.deepcopy(byte_tokenizer())  # the tests share theirs
     tokenizer.chat_template = {"default": "{{ messages }}", name: "evil"}
     model = StepFlowModelForCausalLM.attach(tiny_model("llama"), SETTINGS, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="Invalid chat template name"):
