@@ -311,7 +311,7 @@ class BridgedCall(AttentionCall):
 def _temperature(
     flow: FlowPass, query: torch.Tensor, keys: int, mask: Any, gamma: "float | tuple[float, ...]"
 ) -> torch.Tensor:
-    """The factor max(1, ln n / ln n0) ** gamma of each query (docs/method.md, section 4b), [B, H or 1, q, 1]."""
+    """The factor max(1, ln n / ln n0) ** gamma, [B, H or 1, q, 1] (docs/method.md, "Length temperature")."""
     base = flow.plan.settings.length_temperature_base
     assert base is not None
     queries = query.shape[2]

@@ -1,7 +1,7 @@
 """The Odds-Equal Bridge (OEB): a floor under the attention mass on earlier context.
 
-Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), Odds-Equal Bridge; docs/method.md, section 3. The
-keys that a query sees fall into the current segment S, the bridge B and the others O. Where the mass p(B) is below the
+Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), docs/method.md, "Odds-Equal Bridge". The keys
+that a query sees fall into the current segment S, the bridge B and the others O. Where the mass p(B) is below the
 floor, attention becomes the KL projection of p on {q : q(O) = p(O), q(B) = floor}: the masses of S and B change, the
 proportions inside each group do not.
 

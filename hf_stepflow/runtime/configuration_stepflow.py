@@ -146,7 +146,7 @@ def _setting(default: Any, kind: str, group: str, meaning: str, **rest: Any) -> 
 class StepFlowSettings:
     """The settings of StepFlow as plain data: the table that checks, schema, cards and search are derived from.
 
-    Bands ("bottom:0.25", "top:0.25") count the layers that have softmax attention (docs/method.md, section 2).
+    Bands ("bottom:0.25", "top:0.25") count the layers that have softmax attention (docs/method.md, "Layers").
 
     Raises:
         StepFlowConfigError: A value is wrong by itself or beside another; the message names it and what is expected.
@@ -469,7 +469,7 @@ def resolve_layers(name: str, spec: Layers, layers: list[int]) -> list[int]:
     Args:
         name: The setting, for messages.
         spec: A list of layer indices, "bottom:F", "top:F", "all" or "none". A band holds floor(F * n) of the n
-            attention layers, at least one (docs/method.md, section 2).
+            attention layers, at least one (docs/method.md, "Layers").
         layers: The indices of the model's softmax attention layers, ascending.
 
     Raises:

@@ -210,7 +210,7 @@ class FlowPass:
     def key_groups(
         self, records: torch.Tensor, keys: int, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys of the current segment S and of the bridge B for some queries (docs/method.md, section 3).
+        """Finds the keys of the segment S and of the bridge B of some queries (docs/method.md, "Odds-Equal Bridge").
 
         Groups are compared by label, which serves any mixture of rounds, tool results and padding.
 

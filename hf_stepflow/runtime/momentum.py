@@ -1,7 +1,7 @@
 """Step Momentum Injection (SMI): at the first token of each step, the mean value vector of the step before it.
 
-Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695), Step Momentum Injection; docs/method.md, section
-4. Every head output of that token, before the output projection, receives alpha times the mean.
+Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695); docs/method.md, "Step Momentum Injection". Every
+head output of that token, before the output projection, receives alpha times the mean.
 
 * `step_momentum` is the mean of a step given by its slots: the reference.
 * `inject` is what models run, on the records of a pass.

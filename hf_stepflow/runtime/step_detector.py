@@ -1,6 +1,6 @@
 """The step detector: the record that describes one token, and how one more token advances it.
 
-Source: docs/method.md, section 1 ("Steps"). Everything about a token depends on the tokens up to it alone, so a
+Source: docs/method.md, "Steps". Everything about a token depends on the tokens up to it alone, so a
 finished trace, a prefill and a token-by-token decode give the same labels.
 
 A *record* is the row of integers (`Field`) that describes one token and is also the whole state of the detector after

@@ -2,7 +2,7 @@
 
 The rules are a finite automaton that reads one character class at a time. Compiled for a tokenizer, every token
 becomes a table from state to state, so the same rules serve a finished text, a stream of tokens, and a batch of
-streams in tensors. Source: docs/method.md, section 1 ("Steps"): sentence ends for thinking, blank lines for the
+streams in tensors. Source: docs/method.md, "Steps": sentence ends for thinking, blank lines for the
 summary.
 
 An *event* stands at the character that begins new text: SENTENCE after a sentence end, PARAGRAPH after a blank line,

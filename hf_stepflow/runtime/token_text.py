@@ -3,7 +3,7 @@
 Step detection reads bytes instead of decoded strings. A marker (`<think>`, `</think>`, tool results) is a sequence of
 symbols: where the tokenizer has a piece of it as an added token (`<|channel|>`), that token is one symbol; everything
 else is bytes. So a marker may be one token, several tokens, or plain text that is cut into tokens in any way. One
-automaton reads all markers, token by token. Source: docs/method.md, section 1 ("Markers and control tokens").
+automaton reads all markers, token by token. Source: docs/method.md, "Steps".
 """
 
 import json

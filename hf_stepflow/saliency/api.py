@@ -46,9 +46,9 @@ def step_saliency(
     checkpoints: bool | None = None,
     progress: bool = True,
 ) -> "StepSaliency | list[StepSaliency]":
-    """Measures how much each step of a trace draws on each other step, layer by layer (paper; METHOD section 2).
+    """Measures how much each step of a trace draws on each other step, layer by layer.
 
-    The saliency of a pair of tokens is I = mean over heads of |A * dL/dA|, where A are the attention weights of a
+    Source: docs/method.md, "Step-Saliency". The saliency of a pair of tokens is I = mean over heads of |A * dL/dA|, where A are the attention weights of a
     layer and L is the loss; the saliency of a pair of steps is the mean of I over their token pairs. The result is
     exact and takes memory linear in the trace. With StepFlow attached and on, A are the weights after the bridge. No
     other thread may call the model meanwhile; calls of step_saliency in other threads wait.

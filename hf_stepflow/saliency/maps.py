@@ -1,6 +1,6 @@
-"""Step maps: saliency pooled from pairs of tokens to pairs of steps, and the indices read from it (METHOD section 2).
+"""Step maps: saliency pooled from pairs of tokens to pairs of steps, and the indices read from it.
 
-Shapes: L layers, T tokens, S steps, H heads, c queries and k keys of a tile, B traces of a batch.
+Source: docs/method.md, "Step-Saliency". Shapes: L layers, T tokens, S steps, H heads, c queries and k keys of a tile, B traces of a batch.
 """
 
 from collections.abc import Callable
@@ -228,7 +228,7 @@ class BatchSums:
 def saliency_indices(sums: Tensor, counts: Tensor, trace: Trace) -> dict[str, Tensor]:
     """Computes Shallow Lock-in, Deep Decay and the shares behind them, layer by layer.
 
-    Shares are shares of sums over token pairs, not of block means (METHOD section 2).
+    Shares are shares of sums over token pairs, not of block means (docs/method.md, "Step-Saliency").
 
     Args:
         sums: Saliency summed over the token pairs of two steps, [L, S, S]; row i draws on column j.

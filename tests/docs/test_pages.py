@@ -59,6 +59,16 @@ def test_the_functions_of_the_method_exist() -> None:
             assert NAMED.search(row), row
 
 
+def test_sources_refer_to_pages_and_sections_that_exist() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "hf_stepflow").rglob("*.py")]
+    references = re.findall(r'docs/(\w+\.md)(?:, "([^"]+)")?', "\n".join(sources))
+    assert len(references) > 10
+    for page, section in references:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert not section or f"\n## {' '.join(section.split())}\n" in text, (page, section)
+    assert not re.search(r"docs/method\.md, section|METHOD section", "\n".join(sources))
+
+
 def test_readme_has_short_paragraphs() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     paragraphs = [

@@ -1,6 +1,6 @@
 """What attention did in one forward pass, call by call, and what StepFlow should have done there.
 
-The bridge and the injection of METHOD sections 3 and 4, written as sums and loops on the family's own attention.
+The bridge and the injection of docs/method.md, written as sums and loops on the family's own attention.
 """
 
 import sys

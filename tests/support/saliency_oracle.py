@@ -11,7 +11,7 @@ from tests.support.oracles import OracleSettings, OracleTrace, _registered, orac
 
 
 class SaliencyOracle:
-    """Token-level saliency of one trace (METHOD section 2), on a float64 copy of the model.
+    """Token-level saliency of one trace (docs/method.md, "Step-Saliency"), on a float64 copy of the model.
 
     Args:
         model: a causal language model without StepFlow.

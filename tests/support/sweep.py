@@ -160,7 +160,7 @@ class _Sweep:
         self.judge(gap, "left padding changes the logits", off_gap)
 
     def check_calls(self, calls: list[AttentionCall]) -> None:
-        """Every call of attention against METHOD sections 3 and 4, and the report against the calls."""
+        """Every call of attention against docs/method.md, and the report against the calls."""
         runtime, plan = self.model.stepflow_runtime, self.model.stepflow_runtime.plan_for(SETTINGS)
         reports = {layer.layer: layer for layer in self.model.stepflow_report().rows[0].layers}
         self.demand([call.layer for call in calls] == list(plan.layers), "layers are not called once each, in order")
