@@ -48,10 +48,11 @@ def step_saliency(
 ) -> "StepSaliency | list[StepSaliency]":
     """Measures how much each step of a trace draws on each other step, layer by layer.
 
-    Source: docs/method.md, "Step-Saliency". The saliency of a pair of tokens is I = mean over heads of |A * dL/dA|, where A are the attention weights of a
-    layer and L is the loss; the saliency of a pair of steps is the mean of I over their token pairs. The result is
-    exact and takes memory linear in the trace. With StepFlow attached and on, A are the weights after the bridge. No
-    other thread may call the model meanwhile; calls of step_saliency in other threads wait.
+    The saliency of a pair of tokens is I = mean over heads of |A * dL/dA|, where A are the attention weights of a
+    layer and L is the loss; the saliency of a pair of steps is the mean of I over their token pairs (docs/method.md,
+    "Step-Saliency"). The result is exact and takes memory linear in the trace. With StepFlow attached and on, A are
+    the weights after the bridge. No other thread may call the model meanwhile; calls of step_saliency in other
+    threads wait.
 
     Args:
         model: A causal language model that StepFlow supports, with StepFlow attached or not, quantised or with

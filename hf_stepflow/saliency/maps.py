@@ -1,6 +1,7 @@
 """Step maps: saliency pooled from pairs of tokens to pairs of steps, and the indices read from it.
 
-Source: docs/method.md, "Step-Saliency". Shapes: L layers, T tokens, S steps, H heads, c queries and k keys of a tile, B traces of a batch.
+Source: docs/method.md, "Step-Saliency". Shapes: L layers, T tokens, S steps, H heads, c queries and k keys of a tile,
+B traces of a batch.
 """
 
 from collections.abc import Callable
