@@ -196,14 +196,15 @@ class BridgedCall(AttentionCall):
         groups = self.flow.found(self.mask, ("groups", keys, dtype, device), lambda: self._groups(keys, dtype))
         key = ("floors", keys, dtype, device, self.tau)
         floors = self.flow.found(self.mask, key, lambda: self._floors(groups, dtype))
-        weights, before, after = bridged_decode(
+        weights, before, after, whole = bridged_decode(
             logits, groups, floors=floors, floor=self.flow.plan.settings.bridge_floor, sink_logits=self.sink_logits
         )
         if self.flow.state.tally is not None:
             if isinstance(total, int):
-                self.flow.state.tally.note_bridge(self.layer, before, after, floors[0])
+                self.flow.state.tally.note_bridge(self.layer, before, after, whole, floors)
             else:
-                self.flow.state.tally.add_bridge(self.layer, before[..., None], after[..., None], floors[0][..., None])
+                before, after = ((mass / whole)[..., None] for mass in (before, after))
+                self.flow.state.tally.add_bridge(self.layer, before, after, floors[..., None])
         shape = (batch, self.key.shape[1], heads // self.key.shape[1], keys)
         output = torch.matmul(weights.to(self.value.dtype).view(shape), self.value[:, :, :keys])
         output = output.view(batch, 1, heads, -1)
@@ -220,7 +221,7 @@ class BridgedCall(AttentionCall):
         same, bridge = self.flow.key_groups(self.flow.records.to(device), keys, visible)
         return DecodeGroups.of(same[:, 0, 0], bridge[:, 0, 0], bias, dtype)
 
-    def _floors(self, groups: DecodeGroups, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _floors(self, groups: DecodeGroups, dtype: torch.dtype) -> torch.Tensor:
         cap = torch.tensor(self.tau, dtype=dtype, device=self.query.device)
         return bridge_floors(groups.n_same, groups.n_bridge, cap, dtype)
 

@@ -199,7 +199,7 @@ def bridged_weights(
         lead = (logits + (1 - in_bridge) * nothing).amax(-1, keepdim=True) - top
     weights = torch.exp(logits - top - in_bridge * lead)
     sums = torch.stack([(weights * group).sum(-1) for group in (others, in_same, in_bridge)], -1)
-    factors, before, after = _merged(
+    factors, before, after, total = _merged(
         sums,
         lead[..., 0],
         bridge_floors(same.sum(-1), bridge.sum(-1), tau_max, logits.dtype),
@@ -208,7 +208,7 @@ def bridged_weights(
     )
     factor_others, factor_same, factor_bridge = factors.split(1, -1)
     scale = (others * factor_others).addcmul(in_same, factor_same).addcmul(in_bridge, factor_bridge)
-    return weights * scale, before, after
+    return weights * scale, before / total, after / total
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class DecodeGroups:
 
     Attributes:
         indicator: [B, 3, K] of 0 and 1: which keys are others or invisible, current segment, bridge.
+        tops: [B, 2, K] of 0 and 1: which keys are outside the bridge, which are in it.
         outside: [B, 1, K]: 0 for the keys of the bridge, far below any logit for the rest.
         n_same: Number of visible keys in S, [B, 1].
         n_bridge: Number of visible keys in B, [B, 1].
@@ -224,6 +225,7 @@ class DecodeGroups:
     """
 
     indicator: Tensor
+    tops: Tensor
     outside: Tensor
     n_same: Tensor
     n_bridge: Tensor
@@ -235,15 +237,16 @@ class DecodeGroups:
         groups = torch.stack((~(same | bridge), same, bridge), 1)
         counts = groups.sum(-1)
         indicator = groups.to(dtype)
-        outside = (1 - indicator[:, 2:]) * (torch.finfo(dtype).min / 2)
+        tops = torch.cat((1 - indicator[:, 2:], indicator[:, 2:]), 1)
+        outside = tops[:, :1] * (torch.finfo(dtype).min / 2)
         return cls(
-            indicator, outside, counts[:, 1:2], counts[:, 2:], None if bias is None else bias[:, None].to(dtype)
+            indicator, tops, outside, counts[:, 1:2], counts[:, 2:], None if bias is None else bias[:, None].to(dtype)
         )
 
 
 def bridged_decode(
-    logits: Tensor, groups: DecodeGroups, *, floors: tuple[Tensor, Tensor], floor: str, sink_logits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, groups: DecodeGroups, *, floors: Tensor, floor: str, sink_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the attention weights of one query a row with the bridge.
 
     Args:
@@ -254,28 +257,25 @@ def bridged_decode(
         sink_logits: Learned sinks [H], in the denominator only.
 
     Returns:
-        The weights [B, H, K], and the mass of the bridge before and after, [B, H].
+        The weights [B, H, K]; and the mass of the bridge before and after and of everything, in one unit, [B, H].
     """
     if groups.bias is not None:
         logits = (logits + groups.bias).clamp(min=torch.finfo(logits.dtype).min / 2)
     with torch.no_grad():
-        top = logits.amax(-1, keepdim=True)
-        lead = (logits + groups.outside).amax(-1, keepdim=True) - top
-    weights = torch.addcmul(logits - top, groups.indicator[:, 2:], lead, value=-1).exp()
-    factors, before, after = _merged(
+        top, own = logits.amax(-1, keepdim=True), (logits + groups.outside).amax(-1, keepdim=True)
+    weights = torch.baddbmm(logits, torch.cat((top, own), -1), groups.tops, alpha=-1).exp()
+    factors, before, after, total = _merged(
         torch.matmul(weights, groups.indicator.mT),
-        lead[..., 0],
+        (own - top)[..., 0],
         floors,
         floor,
         None if sink_logits is None else sink_logits.to(logits.dtype) - top[..., 0],
     )
-    return weights * torch.matmul(factors, groups.indicator), before, after
+    return weights * torch.matmul(factors, groups.indicator), before, after, total
 
 
-def bridge_floors(
-    n_same: Tensor, n_bridge: Tensor, tau_max: float | Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Returns tau = min(sqrt(n_bridge / (n_bridge + n_same)), tau_max), 0 where a group is empty, and 1 - tau.
+def bridge_floors(n_same: Tensor, n_bridge: Tensor, tau_max: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns tau = min(sqrt(n_bridge / (n_bridge + n_same)), tau_max), and 0 where a group is empty.
 
     Args:
         n_same: Number of visible keys in S.
@@ -283,31 +283,29 @@ def bridge_floors(
         tau_max: Cap of the floor, a float or a tensor that broadcasts.
         dtype: Dtype of the result.
     """
-    usable = (n_same > 0) & (n_bridge > 0)
-    n_same, n_both = n_same.to(dtype), (n_same + n_bridge).clamp(min=1).to(dtype)
-    root = (n_bridge.to(dtype) / n_both).sqrt()
+    root = (n_bridge.to(dtype) / (n_same + n_bridge).clamp(min=1).to(dtype)).sqrt()
     cap = tau_max.to(dtype) if isinstance(tau_max, Tensor) else root.new_full((), tau_max)
-    # 1 - sqrt(r) = (1 - r) / (1 + sqrt(r)) keeps its digits where sqrt(r) is near 1.
-    return torch.minimum(root, cap) * usable, torch.maximum(n_same / (n_both * (1 + root)), 1 - cap)
+    return torch.minimum(root, cap) * ((n_same > 0) & (n_bridge > 0))
 
 
 def _merged(
-    sums: Tensor, lead: Tensor, floors: tuple[Tensor, Tensor], floor: str, sink_lead: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    sums: Tensor, lead: Tensor, floors: Tensor, floor: str, sink_lead: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merges the softmaxes of the groups O, S and B, which the last dimension of size 3 lists.
 
-    B has a greatest logit of its own, since it is lifted exactly where its mass may be too small for the number
-    format. S and O need none: where their mass is that small, so is everything that becomes of it.
+    B has its own greatest logit, since it is lifted exactly where its mass may be too small for the number format. S
+    and O need none: where their mass is that small, so is everything that becomes of it.
 
     Args:
         sums: The sum of exp(logit - top) of each group, [..., 3]; for B the top is that of B, else that of all keys.
         lead: The top of B minus that of all keys, [...].
-        floors: As `bridge_floors` returns them, broadcastable to [...].
+        floors: The floors, as `bridge_floors` returns them, broadcastable to [...].
         floor: "share" or "absolute".
         sink_lead: Learned sinks minus the top of all keys, broadcastable to [...], or None.
 
     Returns:
-        The factor of each group's exp(logit - top), [..., 3]; the mass of B before and after, [...].
+        The factor of each group's exp(logit - top), [..., 3]; and the mass of B before and after and of everything, in
+        one unit, [...].
     """
     others, same, own = sums.unbind(-1)
     bridge = own * lead.exp()
@@ -315,13 +313,8 @@ def _merged(
     total = others + held
     if sink_lead is not None:
         total = total + sink_lead.exp()
-    share, rest = floors
     if floor == "absolute":
-        share = torch.where(share * total < held, share * total / held, 0.0)
-        rest = 1 - share
-    least = share * held
-    low = bridge < least
-    after = torch.where(low, least, bridge)
-    masses = torch.stack((others, torch.where(low, rest * held, same), after), -1)
-    factors = masses / (sums.clamp(min=torch.finfo(sums.dtype).tiny) * total[..., None])
-    return factors, bridge / total, after / total
+        floors = torch.where(floors * total < held, floors * total / held, 0.0)
+    after = torch.maximum(bridge, floors * held)
+    masses = torch.stack((others, held - after, after), -1)
+    return masses / (sums.clamp(min=torch.finfo(sums.dtype).tiny) * total[..., None]), bridge, after, total

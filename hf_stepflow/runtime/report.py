@@ -16,7 +16,7 @@ COLUMNS = 6
 # Decode steps that a layer may note before they are added up: bounds memory, and spreads the cost of adding.
 _NOTES = 32
 
-Note = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Note = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Tally:
@@ -57,10 +57,12 @@ class Tally:
         counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1)
         self.sums[:, self._place[layer], : MASS_AFTER + 1] += counts.sum((1, 2)).to(self.sums.device, self.sums.dtype)
 
-    def note_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
-        """As `add_bridge` for one query a row, added up later: before, after [B, H], usable [B, 1 or H]."""
+    def note_bridge(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, whole: torch.Tensor, usable: torch.Tensor
+    ) -> None:
+        """As `add_bridge` for one query a row, added up later: masses in units of `whole`, [B, H]; usable [B, 1|H]."""
         notes = self._notes.setdefault(layer, [])
-        notes.append((before.detach(), after.detach(), usable))
+        notes.append((before.detach(), after.detach(), whole.detach(), usable))
         if len(notes) >= _NOTES:
             self._add_notes_of(layer)
 
@@ -71,9 +73,9 @@ class Tally:
 
     def _add_notes_of(self, layer: int) -> None:
         notes = self._notes.pop(layer)
-        before, after = (torch.stack([note[column] for note in notes], 2) for column in (0, 1))
-        usable = torch.stack([note[2].expand_as(note[0]) for note in notes], 2)
-        self.add_bridge(layer, before, after, usable)
+        before, after, whole = (torch.stack([note[column] for note in notes], 2) for column in range(3))
+        usable = torch.stack([note[3].expand_as(note[0]) for note in notes], 2)
+        self.add_bridge(layer, before / whole, after / whole, usable)
 
     def select(self, rows: torch.Tensor) -> None:
         """Takes rows by index."""

@@ -152,9 +152,12 @@ def test_weights_in_both_forms_equal_the_oracle(row: Row) -> None:
     groups = DecodeGroups.of(same[None], bridge[None], bias, torch.float64)
     rest = dict(settings)
     floors = bridge_floors(groups.n_same, groups.n_bridge, rest.pop("tau_max"), torch.float64)
+    weights, *masses, whole = bridged_decode(
+        row.logits.nan_to_num(neginf=0.0)[None, None], groups, floors=floors, **rest
+    )
     for form in (
         bridged_weights(row.logits[None, None, None], same[None, None, None], bridge[None, None, None], **settings),
-        bridged_decode(row.logits.nan_to_num(neginf=0.0)[None, None], groups, floors=floors, **rest),
+        (weights, *(mass / whole for mass in masses)),
     ):
         weights, before, after = (tensor.flatten() for tensor in form)
         torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
