@@ -1,4 +1,4 @@
-"""README.md: its Python runs as it is written, and its figures are those of the committed outputs.
+"""README.md and the quickstart: their Python runs as it is written, and the figures are those of committed outputs.
 
 Only ids and the question are replaced: a Hub on the loopback serves the ids, and the embedded reasoner understands the
 question.
@@ -22,7 +22,9 @@ from tests.support.presets import edited, written
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FIRST, ATTACHED, STEPS, LOADED, PIPELINE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+FIRST, ATTACHED, STEPS, LOADED, PIPELINE = BLOCK.findall(README)
 BASE, PRESET = "org/Reasoner", "test-org/preset"
 STANDS_FOR = {
     "Qwen/Qwen3-8B": BASE,
@@ -35,7 +37,8 @@ SETTINGS = {"tau_max": 0.15, "alpha": 0.06}
 
 # Runs programs, each made of blocks, and prints what each printed and the model that it leaves.
 RUN = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
+os.chdir(given["folder"])
 if given["alone"]:
     sys.modules["hf_stepflow"] = None  # as where transformers alone is installed
 import torch
@@ -81,7 +84,7 @@ def run(hub, tmp_path, tokenizer):
         for text, other in STANDS_FOR.items():
             assert text in README
             programs = [[block.replace(text, other) for block in blocks] for blocks in programs]
-        given = {"programs": programs, "alone": alone, "ids": trace(tokenizer)[0].tolist()}
+        given = {"programs": programs, "alone": alone, "ids": trace(tokenizer)[0].tolist(), "folder": str(tmp_path)}
         done = hub.run(f"given = {given!r}\n{RUN}", tmp_path / "cache")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
@@ -136,6 +139,20 @@ def test_a_preset_repository(run, tokenizer):
     assert loaded["printed"] == [""]
     (answer,) = piped["printed"]
     assert len(segment_trace(tokenizer, tokenizer("<think>" + answer).input_ids).steps) > 2
+
+
+def test_the_quickstart(run, tokenizer):
+    blocks = BLOCK.findall(QUICKSTART)
+    (result,) = run(blocks, alone=False)
+    printed = dict(zip(blocks, result["printed"], strict=True))
+    (report,) = (text for block, text in printed.items() if "stepflow_report" in block)
+    assert report.startswith("Row 0: ")
+    found = segment_trace(tokenizer, result["ids"]).steps
+    (steps,) = (text for block, text in printed.items() if "segment_trace" in block)
+    assert len(steps.splitlines()) == len(found) > 3
+    (followed,) = (text for block, text in printed.items() if "on_step" in block)
+    assert followed.count("label='thinking'") >= 3
+    assert result["tau_max"] is None
 
 
 def test_the_costs_are_those_of_the_benchmark():
