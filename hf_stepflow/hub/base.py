@@ -28,7 +28,7 @@ _LONGEST = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a base model's repository says about it.
+    """Facts that a base model's repository states.
 
     Attributes:
         config: The model's config, None where it cannot be had.

@@ -266,7 +266,7 @@ def rule_preset(model: Any) -> Preset:
 
 
 def preset_for(model: Any) -> Preset:
-    """What "auto" takes: the preset whose base model this is, else the rule, with a warning.
+    """Returns the preset that "auto" takes: the one for this base model, else the rule, with a warning.
 
     A preset that was measured to harm is only taken where it is named.
 
@@ -322,7 +322,7 @@ def _file_in(path: Path) -> Path:
 
 
 def _stem(file: Path) -> str | None:
-    """What a file's name says about the preset's name."""
+    """The name that a preset must have to match its file, or None for any."""
     return None if file.name in ("preset.json", "config.json") else file.stem
 
 

@@ -95,7 +95,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What StepFlow did in one layer to one row.
+    """The effect of StepFlow in one layer on one row.
 
     Attributes:
         layer: Index of the layer.
@@ -126,7 +126,7 @@ class RowReport:
 
 @dataclass(frozen=True)
 class FlowReport:
-    """What StepFlow did in the last call: `print(report)` shows a table, `to_dict()` gives JSON-ready data.
+    """The effect of StepFlow in the last call: `print(report)` shows a table, `to_dict()` gives JSON-ready data.
 
     Queries that speculative decoding computed and then rejected count like any other.
 

@@ -51,7 +51,7 @@ def test_the_files(hub, preset, tmp_path):
 
 
 def test_what_is_refused(hub, preset, tmp_path):
-    for name in ("code", "org/a/b", "../code", "org/na--me", "org/name@", "/tmp/code", ""):
+    for name in ("code", "org/a/b", "../code", "org/na--me", "org/name@", "/code", ""):
         with pytest.raises(StepFlowInputError, match="expected a repository on the Hub"):
             export_preset(preset, tmp_path / "out", code_repo=name)
     with pytest.raises(StepFlowInputError, match="do not go together"):
