@@ -8,9 +8,9 @@ import torch
 
 from hf_stepflow import StepSaliency, load_problems, load_reasoner, step_saliency
 from hf_stepflow.cli import main
+from hf_stepflow.cli.diagnose import WrittenTrace, read_traces
 from hf_stepflow.reasoner.levels import problems_of
 from hf_stepflow.runtime.errors import StepFlowFileError
-from hf_stepflow.saliency.traces import WrittenTrace, read_traces
 from tests.support.flow import byte_tokenizer
 from tests.support.tiny_models import tiny_model
 
