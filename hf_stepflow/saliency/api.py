@@ -1,9 +1,7 @@
 """step_saliency: the maps of one trace or of many."""
 
 import math
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +18,7 @@ from hf_stepflow.runtime.trace import Trace, segment_trace
 
 from .capture import Capture
 from .kernel import salient_attention
-from .loss import check_loss, decoder_output, hidden_gradient, loss_weights
+from .loss import hidden_gradient, loss_of_trace
 from .maps import BatchSums, pair_counts
 from .memory import Budget
 from .result import StepSaliency
@@ -102,20 +100,23 @@ def step_saliency(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     for row, one in zip(rows, traces, strict=True):
         pair_counts(one, pooling)
-        check_loss(loss, one, vocabulary)
         if int(row.max()) >= vocabulary or int(row.min()) < 0:
             raise StepFlowInputError(
                 f"input_ids must lie in 0 to {vocabulary - 1}, got {int(row.min())} to {int(row.max())}"
             )
+    with torch.inference_mode(False):  # autograd takes no weights that were made in this mode
+        losses = [loss_of_trace(loss, one, vocabulary) for one in traces]
     if checkpoints not in (None, True, False):
         raise StepFlowInputError(f"checkpoints must be True, False or None, got {checkpoints!r}")
     results: dict[int, StepSaliency] = {}
-    with torch.inference_mode(False), capture.exclusive(), _progress_bar(progress) as bar:
+    # Transformers' tqdm honours the switch that turns all its bars off.
+    bar = logging.tqdm(unit="layer", desc="Step-Saliency", delay=2, leave=False, disable=not progress)
+    with torch.inference_mode(False), capture.exclusive(), bar:
         budget = Budget(capture, wanted, chunk_size, checkpoints)
         call = _Call(capture, budget, wanted, loss, pooling, per_head, bar)
         for batch in budget.plan(_batches(rows, lengths), rows):
-            found = call.maps([rows[i] for i in batch], [traces[i] for i in batch], lengths[batch[0]])
-            results.update(zip(batch, found, strict=True))
+            own = [(rows[index], traces[index], losses[index]) for index in batch]
+            results.update(zip(batch, call.maps(own, lengths[batch[0]]), strict=True))
     return results[0] if is_single else [results[index] for index in range(len(rows))]
 
 
@@ -124,7 +125,7 @@ class _Call:
     """The part of a call that all batches share: the arguments of `step_saliency`, checked.
 
     Attributes:
-        bar: The progress bar, or None.
+        bar: The progress bar.
     """
 
     capture: Capture
@@ -135,12 +136,11 @@ class _Call:
     per_head: bool
     bar: Any
 
-    def maps(self, rows: list[torch.Tensor], traces: list[Trace], prompt_length: int | None) -> list[StepSaliency]:
+    def maps(self, batch: list[tuple[torch.Tensor, Trace, Any]], prompt_length: int | None) -> list[StepSaliency]:
         """Computes the maps of one batch.
 
         Args:
-            rows: Token ids, long [T] each.
-            traces: Their steps.
+            batch: For each row its token ids, long [T], its steps, and its loss as `loss_of_trace` returns it.
             prompt_length: The length of each row's prompt.
 
         Raises:
@@ -148,29 +148,26 @@ class _Call:
             StepFlowInputError: If the loss is not a finite number.
         """
         capture, model, device = self.capture, self.capture.model, self.capture.device
+        rows, traces, losses = (list(column) for column in zip(*batch, strict=True))
         # Padding stands on the right, where no token of a trace sees it.
         ids = torch.nn.utils.rnn.pad_sequence([row.cpu() for row in rows], batch_first=True).to(device)
         mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]).long().to(device)
         chunk_size = self.budget.chunk(*ids.shape)
         # A mean over a long trace leaves half precision few digits.
         scale = 2.0 ** math.ceil(math.log2(ids.shape[1])) if model.dtype == torch.float16 else 1.0
-        sums = BatchSums(traces, self.layers, self.per_head, lambda: self.bar is None or self.bar.update())
-        losses = [self.loss if isinstance(self.loss, tuple) else loss_weights(self.loss, one) for one in traces]
+        sums = BatchSums(traces, self.layers, self.per_head, self.bar.update)
         for_stepflow = {} if capture.rules is None else {"attention_mask": mask, "prompt_length": prompt_length}
-        decoder = capture.decoder
 
         def attend(call: AttentionCall) -> Output:
             collect = sums.collector(call.layer, call.query) if call.layer in self.layers else None
             return salient_attention(call, chunk_size, collect)
 
         def run() -> Any:
-            return decoder_output(
-                decoder, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1, **for_stepflow)
-            )
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1, **for_stepflow)
 
         with capture.running(run, attend, checkpoints=self.budget.checkpoints(ids.shape[1])) as decoded:
             with capture.stepflow_off():
-                gradient, values = hidden_gradient(model, decoder, decoded, ids, losses, scale)
+                gradient, values = hidden_gradient(model, capture.decoder, decoded, ids, losses, scale)
             if not torch.isfinite(gradient).all():
                 raise StepFlowInputError(
                     f"the model's loss or its gradient is not a number on this trace (losses {values})",
@@ -197,21 +194,6 @@ class _Call:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-
-
-@contextmanager
-def _progress_bar(wanted: bool) -> Iterator[Any]:
-    """A bar that appears after two seconds; None where it is not wanted or tqdm is not installed."""
-    if not wanted or not logging.is_progress_bar_enabled():
-        yield None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield None
-        return
-    with tqdm(unit="layer", desc="Step-Saliency", delay=2, file=sys.stderr, leave=False) as bar:
-        yield bar
 
 
 def _plain_model(model: Any) -> Any:

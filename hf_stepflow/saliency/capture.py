@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -21,7 +21,6 @@ from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.forward import FlowPass, FlowRules
 
 Attend = Callable[[AttentionCall], Output]
-Result = TypeVar("Result")
 
 # One call at a time has a model.
 _LOCKS: "weakref.WeakKeyDictionary[Any, threading.Lock]" = weakref.WeakKeyDictionary()
@@ -100,8 +99,8 @@ class Capture:
             yield
 
     @contextmanager
-    def running(self, run: Callable[[], Result], attend: Attend, *, checkpoints: bool) -> Iterator[Result]:
-        """Yields the result of `run`; all self-attention goes through `attend` until the block ends.
+    def running(self, run: Callable[[], Any], attend: Attend, *, checkpoints: bool) -> Iterator[Any]:
+        """Yields the decoder's output in `run`; all self-attention goes through `attend` until the block ends.
 
         Gradients flow to activations only. Layers that are computed again in the block see the pass of `run`.
 
@@ -112,9 +111,11 @@ class Capture:
         """
         with ExitStack() as undo:
             self._take(undo, attend, checkpoints)
-            result = run()
+            outputs: list[Any] = []
+            with self.decoder.register_forward_hook(lambda module, args, output: outputs.append(output)):
+                run()
             self._is_over = True
-            yield result
+            yield outputs[-1]
 
     def _take(self, undo: ExitStack, attend: Attend, checkpoints: bool) -> None:
         self._is_over = False
@@ -157,8 +158,8 @@ class Capture:
                 flow = link.current()
             return flow
 
-        _replace(undo, module, "stepflow_link", AttentionLink(layer, current))
-        _replace(undo, module, "saliency_attend", attend)
+        replace_attribute(undo, module, "stepflow_link", AttentionLink(layer, current))
+        replace_attribute(undo, module, "saliency_attend", attend)
 
     def _take_masks(self, undo: ExitStack) -> None:
         """Makes the model build masks for this attention. Configs are copied: others may hold them too."""
@@ -172,7 +173,7 @@ class Capture:
             config = module.__dict__.get("config")
             is_text = isinstance(config, PretrainedConfig) and (isinstance(config, text) or module is self.model)
             if is_text or module in attention:
-                _replace(undo, module, "config", copy.copy(config))
+                replace_attribute(undo, module, "config", copy.copy(config))
                 module.config._attn_implementation_internal = _register(base)
 
     def _checkpoint(self, undo: ExitStack) -> None:
@@ -189,10 +190,10 @@ class Capture:
             )
         for block in blocks:
             again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            _replace(undo, block, "forward", again)
+            replace_attribute(undo, block, "forward", again)
 
 
-def _replace(undo: ExitStack, module: Any, name: str, value: Any) -> None:
+def replace_attribute(undo: ExitStack, module: Any, name: str, value: Any) -> None:
     """Sets an attribute of the instance until `undo` closes."""
     if name in module.__dict__:
         undo.callback(setattr, module, name, module.__dict__[name])

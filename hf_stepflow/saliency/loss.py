@@ -5,8 +5,8 @@ Shapes: B batch, T tokens, D width of the hidden states, V vocabulary.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,42 +15,36 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.step_detector import SUMMARY
 from hf_stepflow.runtime.trace import Trace
 
+from .capture import replace_attribute
+
 # Elements of the logits that exist at a time.
 LOGITS = 1 << 23
 
 
-def loss_weights(loss: "str | tuple[int, int]", trace: Trace) -> torch.Tensor:
-    """Weighs each position's next-token cross-entropy.
+def loss_of_trace(loss: "str | tuple[int, int]", trace: Trace, vocabulary: int) -> "torch.Tensor | tuple[int, int]":
+    """Resolves a loss on one trace.
 
     Args:
-        loss: "trace", the mean over all tokens but the first, or "summary", over the summary's tokens.
-        trace: The trace.
+        loss: "trace", the mean next-token cross-entropy of all tokens but the first; "summary", that of the summary's
+            tokens; or (position, token_id), the logit of a token at a position.
+        trace: The trace, T tokens.
+        vocabulary: The number of token ids.
 
     Returns:
-        The weights, float64 [T - 1], summing to 1.
+        The weights of the positions' cross-entropies, float64 [T - 1], summing to 1; or the position and the token.
 
     Raises:
-        StepFlowInputError: If the trace has no such tokens.
-    """
-    counts = trace.segment_ids[1:] >= 0 if loss == "trace" else trace.segment_ids[1:] == SUMMARY
-    if not counts.any():
-        what = "two tokens" if loss == "trace" else "a summary"
-        raise StepFlowInputError(
-            f"loss={loss!r} needs a trace with {what}, and this one of {len(trace)} tokens has none",
-            hint='take loss="trace", or a trace that ends its thinking' if loss != "trace" else None,
-        )
-    return counts.double() / counts.sum()
-
-
-def check_loss(loss: Any, trace: Trace, vocabulary: int) -> None:
-    """Checks that a loss exists on this trace.
-
-    Raises:
-        StepFlowInputError: If it does not.
+        StepFlowInputError: If the loss is none of these, or the trace has no such tokens.
     """
     if loss in ("trace", "summary"):
-        loss_weights(loss, trace)
-        return
+        counts = trace.segment_ids[1:] >= 0 if loss == "trace" else trace.segment_ids[1:] == SUMMARY
+        if not counts.any():
+            what = "two tokens" if loss == "trace" else "a summary"
+            raise StepFlowInputError(
+                f"loss={loss!r} needs a trace with {what}, and this one of {len(trace)} tokens has none",
+                hint='take loss="trace", or a trace that ends its thinking' if loss != "trace" else None,
+            )
+        return counts.double() / counts.sum()
     if not (isinstance(loss, tuple) and len(loss) == 2 and all(type(one) is int for one in loss)):
         raise StepFlowInputError(f'loss must be "trace", "summary" or (position, token_id), got {loss!r}')
     position, token = loss
@@ -58,6 +52,7 @@ def check_loss(loss: Any, trace: Trace, vocabulary: int) -> None:
         raise StepFlowInputError(
             f"loss=(position, token_id) needs a position below {len(trace)} and a token below {vocabulary}, got {loss}"
         )
+    return loss
 
 
 def hidden_gradient(
@@ -75,7 +70,7 @@ def hidden_gradient(
         decoder: The part of it that makes hidden states.
         decoded: The output of the decoder; the last hidden states [B, T, D] come first.
         ids: Token ids, long [B, T].
-        losses: For each row the weights of `loss_weights`, or the position and the token whose logit is the loss.
+        losses: For each row the result of `loss_of_trace`.
         scale: A factor of the gradient, so that half precision does not lose it.
 
     Returns:
@@ -106,41 +101,20 @@ def hidden_gradient(
     return gradient, values
 
 
-def decoder_output(decoder: Any, run: Callable[[], Any]) -> Any:
-    """Returns the output of a model's decoder when `run` calls the model."""
-    kept: list[Any] = []
-    hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
-        run()
-    finally:
-        hook.remove()
-    return kept[-1]
-
-
 def _logits(model: Any, decoder: Any, kind: type, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Turns hidden states [1, n, D] into logits [1, n, V] by the model's own head, scaling and softcap."""
+    """Turns hidden states [1, n, D] into logits [1, n, V] by the model's own head, scaling and softcap.
+
+    In this thread, the decoder returns the hidden states meanwhile; hooks on it have acted already.
+    """
     given = (hidden,) if kind is tuple else kind(last_hidden_state=hidden)
-    with _decoder_returns(decoder, given):
-        output = model(input_ids=ids, use_cache=False, return_dict=kind is not tuple)
-    return output[0] if isinstance(output, tuple) else output.logits
-
-
-@contextmanager
-def _decoder_returns(decoder: Any, output: Any) -> Iterator[None]:
-    """Makes the decoder return `output` in this thread; hooks on it have acted already."""
-    own, original, thread = decoder.__dict__.get("forward"), decoder.forward, threading.get_ident()
-    hooks = decoder._forward_hooks, decoder._forward_pre_hooks
+    original, thread = decoder.forward, threading.get_ident()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return output if threading.get_ident() == thread else original(*args, **kwargs)
+        return given if threading.get_ident() == thread else original(*args, **kwargs)
 
-    decoder.forward = forward
-    decoder._forward_hooks, decoder._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        decoder._forward_hooks, decoder._forward_pre_hooks = hooks
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own
+    with ExitStack() as undo:
+        replace_attribute(undo, decoder, "forward", forward)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            replace_attribute(undo, decoder, hooks, OrderedDict())
+        output = model(input_ids=ids, use_cache=False, return_dict=kind is not tuple)
+    return output[0] if isinstance(output, tuple) else output.logits

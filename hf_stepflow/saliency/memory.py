@@ -1,6 +1,8 @@
 """Estimates the memory of a pass, so that a trace that would not fit is refused before it starts."""
 
+import functools
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hf_stepflow.runtime.errors import StepFlowError
 
 from .capture import Capture
 from .kernel import chunk_length, salient_attention, tile_heads
-from .loss import LOGITS, decoder_output
+from .loss import LOGITS
 
 # Traces of at least this many tokens have their layers computed a second time instead of being kept whole.
 CHECKPOINTS_FROM = 4096
@@ -133,13 +135,12 @@ class Budget:
             return salient_attention(call, _TRIAL, _ignore if call.layer in self._layers else None)
 
         def run() -> Any:
-            return decoder_output(capture.decoder, lambda: capture.model(input_ids=trial, use_cache=False))
+            call = functools.partial(capture.model, input_ids=trial, use_cache=False)
+            with capture.running(call, attend, checkpoints=False) as decoded:
+                return decoded
 
-        def measure() -> int:
-            return saved_bytes(capture.model, run)
-
-        with capture.stepflow_off(), capture.running(measure, attend, checkpoints=False) as saved:
-            self._bytes_per_token = saved / trial.shape[1]
+        with capture.stepflow_off():
+            self._bytes_per_token = saved_bytes(capture.model, run) / trial.shape[1]
 
 
 def _ignore(query: int, key: int, heads: slice, tile: torch.Tensor) -> None:
@@ -153,27 +154,15 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    found = [amount for amount in (_available(), _left_in_group()) if amount is not None]
-    return min(found) if found else None
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    table = dict(line.split(":", 1) for line in lines)
-    return int(table["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in table else None
-
-
-def _left_in_group() -> int | None:
-    """Memory that the control group of this process has left, where it has a limit."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-    except OSError:
-        return None
-    return None if limit == "max" else int(limit) - int(used)
+    found = []
+    with suppress(OSError, KeyError):
+        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(int(table["MemAvailable"].split()[0]) * 1024)
+    with suppress(OSError, ValueError):  # a control group without a limit says "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found, default=None)
 
 
 def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
