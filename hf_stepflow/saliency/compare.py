@@ -4,8 +4,8 @@ Shapes: L layers, n traces.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -204,8 +204,9 @@ def compare(
         >>> compare(maps[:4], maps[4:]).separating("question")
         [0]
     """
-    groups = {"correct": list(_sequence(correct, "correct")), "wrong": list(_sequence(wrong, "wrong"))}
-    for name, group in groups.items():
+    for name, group in (("correct", correct), ("wrong", wrong)):
+        if isinstance(group, StepMaps) or not isinstance(group, Sequence):
+            raise StepFlowInputError(f"{name} must be a list of StepSaliency, got {type(group).__name__}")
         if len(group) < 2:
             raise StepFlowInputError(
                 f"{name} must hold 2 traces or more, got {len(group)}",
@@ -220,13 +221,13 @@ def compare(
         raise StepFlowInputError(f"level must lie between 0 and 1, got {level}")
     if resamples < 1:
         raise StepFlowInputError(f"resamples must be 1 or more, got {resamples}")
-    check_comparable([*groups["correct"], *groups["wrong"]])
-    values = [index_values(group) for group in groups.values()]
-    first = groups["correct"][0]
+    check_comparable([*correct, *wrong])
+    values = index_values(correct), index_values(wrong)
+    first = correct[0]
     return SaliencyComparison(
         layers=list(first.layers),
         indices={
-            name: _adjusted(_layers(values[0][name], values[1][name], first.layers, paired, resamples, seed), level)
+            name: _layer_differences(values[0][name], values[1][name], first.layers, paired, resamples, seed, level)
             for name in INDICES
         },
         traces=(len(correct), len(wrong)),
@@ -247,19 +248,21 @@ def check_comparable(group: Sequence[StepMaps]) -> None:
     for one in group:
         if not isinstance(one, StepMaps):
             raise StepFlowInputError(f"traces must be given as StepSaliency, got {type(one).__name__}")
-    first = group[0]
+    expected = _origin(group[0])
     for other in group[1:]:
-        for name, own, its in (
-            ("layers", list(first.layers), list(other.layers)),
-            ("pooling", first.pooling, other.pooling),
-            ("model", first.about.get("model"), other.about.get("model")),
-            ("loss", _loss(first), _loss(other)),
-        ):
-            if own != its:
+        for name, its in _origin(other).items():
+            if expected[name] != its:
                 raise StepFlowInputError(
-                    f"all traces must have the same {name}, got {own!r} and {its!r}",
+                    f"all traces must have the same {name}, got {expected[name]!r} and {its!r}",
                     hint="make all maps by one call of step_saliency, or by calls with the same arguments",
                 )
+
+
+def _origin(maps: StepMaps) -> dict[str, Any]:
+    """What comparable maps share; a file gives the loss (position, token) as a list."""
+    model, loss = maps.about.get("model"), maps.about.get("loss")
+    loss = list(loss) if isinstance(loss, tuple) else loss
+    return {"layers": list(maps.layers), "pooling": maps.pooling, "model": model, "loss": loss}
 
 
 def index_values(group: Sequence[StepMaps]) -> dict[str, np.ndarray]:
@@ -267,18 +270,6 @@ def index_values(group: Sequence[StepMaps]) -> dict[str, np.ndarray]:
     each = [one.indices for one in group]
     found = {name: np.stack([one[name].numpy() for one in each], axis=1) for name in INDICES}
     return {name: np.where(np.isfinite(values), values, np.nan) for name, values in found.items()}
-
-
-def _sequence(group: Any, name: str) -> Sequence[StepMaps]:
-    if isinstance(group, StepMaps) or not isinstance(group, Sequence):
-        raise StepFlowInputError(f"{name} must be a list of StepSaliency, got {type(group).__name__}")
-    return group
-
-
-def _loss(saliency: StepMaps) -> Any:
-    """The loss; a file gives the pair (position, token) as a list."""
-    loss = saliency.about.get("loss")
-    return list(loss) if isinstance(loss, tuple) else loss
 
 
 def _strength(one: LayerDifference) -> tuple[float, float]:
@@ -296,35 +287,30 @@ def _line(one: LayerDifference) -> str:
     )
 
 
-def _layers(
-    correct: np.ndarray, wrong: np.ndarray, layers: list[int], paired: bool, resamples: int, seed: int
+def _layer_differences(
+    correct: np.ndarray, wrong: np.ndarray, layers: list[int], paired: bool, resamples: int, seed: int, level: float
 ) -> list[LayerDifference]:
-    """Compares one index, [L, n] in both groups, without the adjustment."""
+    """Compares one index, [L, n] in both groups."""
     here, there = ~np.isnan(correct), ~np.isnan(wrong)
     if paired:
         here = there = here & there
-    found: dict[int, LayerDifference] = {}
-    for rows, one, other in _alike_rows(here, there):
-        n = int(one.sum()), int(other.sum())
-        x, y = correct[rows][:, one], wrong[rows][:, other]
-        if min(n) < 2:
-            means = [values.mean(-1) if values.shape[1] else np.full(len(rows), np.nan) for values in (x, y)]
-            for row, low, high in zip(rows, *means, strict=True):
-                found[row] = LayerDifference(layers[row], *n, float(low), float(high), float(high - low))
-            continue
-        statistics = np.stack([x.mean(-1), y.mean(-1), *_tested(x, y, paired, resamples, seed)])
-        for row, numbers in zip(rows, statistics.T.tolist(), strict=True):
-            found[row] = LayerDifference(layers[row], *n, *numbers)
-    return [found[row] for row in range(len(layers))]
-
-
-def _alike_rows(here: np.ndarray, there: np.ndarray) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Groups layers in which the same traces have a number, to resample them together: rows, traces of each group."""
-    patterns: dict[bytes, list[int]] = {}
-    for row, both in enumerate(np.concatenate([here, there], axis=1)):
-        patterns.setdefault(both.tobytes(), []).append(row)
-    for rows in patterns.values():
-        yield rows, here[rows[0]], there[rows[0]]
+    x, y = (np.ma.array(values, mask=~some) for values, some in ((correct, here), (wrong, there)))
+    means = [values.mean(-1).filled(np.nan) for values in (x, y)]
+    tested = np.full((5, len(layers)), np.nan)
+    tested[0] = means[1] - means[0]
+    # Layers in which the same traces have a number are resampled together.
+    patterns, kinds = np.unique(np.concatenate([here, there], 1), axis=0, return_inverse=True)
+    for kind, pattern in enumerate(patterns):
+        one, other = np.split(pattern, [correct.shape[1]])
+        if min(one.sum(), other.sum()) >= 2:
+            rows = kinds.reshape(-1) == kind
+            tested[:, rows] = _tested(correct[rows][:, one], wrong[rows][:, other], paired, resamples, seed)
+    adjusted, some = np.full(len(layers), np.nan), ~np.isnan(tested[-1])
+    if some.any():
+        adjusted[some] = stats.false_discovery_control(tested[-1, some], method="bh")
+    numbers = np.stack([*means, *tested, adjusted]).tolist()
+    columns = layers, here.sum(1).tolist(), there.sum(1).tolist(), *numbers, (adjusted <= level).tolist()
+    return [LayerDifference(*row) for row in zip(*columns, strict=True)]
 
 
 def _tested(x: np.ndarray, y: np.ndarray, paired: bool, resamples: int, seed: int) -> np.ndarray:
@@ -364,25 +350,11 @@ def _difference(*data: np.ndarray, axis: int) -> np.ndarray:
 def _effect(*data: np.ndarray) -> np.ndarray:
     """Hedges' g for two groups, Cohen's d_z with the same exact correction for the pairs' differences, [L]."""
     freedom = sum(one.shape[1] - 1 for one in data)
-    squares = sum(((one - one.mean(-1, keepdims=True)) ** 2).sum(-1) for one in data)
-    spread = np.sqrt(squares / freedom)
+    spread = np.sqrt(sum(one.shape[1] * one.var(-1) for one in data) / freedom)
     scale = np.maximum.reduce([np.abs(one).max(-1) for one in data])
     effect = np.full(len(spread), np.nan)
     some = spread > 1e-12 * scale
     if freedom > 1:
-        correction = math.exp(special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2))
-        correction /= math.sqrt(freedom / 2)
+        correction = special.poch((freedom - 1) / 2, 0.5) / math.sqrt(freedom / 2)
         effect[some] = correction * _difference(*data, axis=-1)[some] / spread[some]
     return effect
-
-
-def _adjusted(rows: list[LayerDifference], level: float) -> list[LayerDifference]:
-    """Adjusts the p-values over the layers that have one."""
-    p_values = np.array([one.p_value for one in rows])
-    adjusted, some = np.full(len(rows), np.nan), ~np.isnan(p_values)
-    if some.any():
-        adjusted[some] = stats.false_discovery_control(p_values[some], method="bh")
-    return [
-        replace(one, adjusted=float(p_value), separates=bool(p_value <= level))
-        for one, p_value in zip(rows, adjusted, strict=True)
-    ]
