@@ -7,6 +7,7 @@ Shapes: L layers, S steps, n traces.
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLOCK_COLOURS = {"question": "#0072B2", "thinking": "#E69F00", "summary": "#009E73"}
 _BLOCK_INKS = {"question": "#005A8F", "thinking": "#8F5E00", "summary": "#00664B"}
-_GROUP_COLOURS = ("#0072B2", "#D55E00")
-_LINES: tuple[Any, ...] = ("-", (0, (4, 1.2)))
+_GROUP_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o", "linewidth": 1.3},
+    {"color": "#D55E00", "linestyle": (0, (4, 1.2)), "marker": "s", "linewidth": 1.3},
+)
 _INK = "#333333"
 _SEPARATING = "#e6e6e6"
 _NOTHING = "#d0d0d0"
@@ -155,9 +158,9 @@ def plot_profile(
     check_comparable([one for group in groups for one in group])
     first = groups[0][0]
     names = list(INDICES) if indices is None else list(indices)
-    for name in names:
-        if name not in INDICES:
-            raise StepFlowInputError(f"index must be one of {', '.join(INDICES)}, got {name!r}")
+    unknown = [name for name in names if name not in INDICES]
+    if unknown:
+        raise StepFlowInputError(f"index must be one of {', '.join(INDICES)}, got {unknown[0]!r}")
     if not names:
         raise StepFlowInputError("indices must name one index or more, got none")
     if comparison is not None and comparison.layers != first.layers:
@@ -174,10 +177,12 @@ def plot_profile(
         if comparison is not None:
             for layer in comparison.separating(name):
                 axes.axvspan(layer - 0.5, layer + 0.5, color=_SEPARATING, linewidth=0, zorder=0)
-        is_any = [
-            _draw_profile(axes, first.layers, group[name], place, len(groups)) for place, group in enumerate(values)
-        ]
-        _dress_profile(axes, name, first.layers, any(is_any), is_last=number + columns >= len(names))
+        for place, group in enumerate(values):
+            _draw_profile(axes, first.layers, group[name], place, len(groups))
+        if all(np.isnan(group[name]).all() for group in values):
+            axes.set_yticks([])
+            axes.text(0.5, 0.5, "no trace has it", transform=axes.transAxes, ha="center", fontsize=8, color=_INK)
+        _dress_profile(axes, name, first.layers, is_last=number + columns >= len(names))
     _legend_of_groups(figure, groups, comparison)
     _draw_title(figure, first, title)
     return _written(figure, path)
@@ -287,11 +292,9 @@ def _name_blocks(axes: Any, saliency: StepMaps, side: float, axis_y: bool) -> No
 def _blocks(saliency: StepMaps) -> list[tuple[str, int, int]]:
     """Runs of steps with one label, as (label, first, last + 1)."""
     found: list[tuple[str, int, int]] = []
-    for place, step in enumerate(saliency.steps):
-        if found and found[-1][0] == step.label:
-            found[-1] = (step.label, found[-1][1], place + 1)
-        else:
-            found.append((step.label, place, place + 1))
+    for label, steps in groupby(saliency.steps, lambda step: step.label):
+        start = found[-1][2] if found else 0
+        found.append((label, start, start + len(list(steps))))
     return found
 
 
@@ -307,31 +310,29 @@ def _name_places(runs: list[tuple[str, int, int]], steps_per_inch: float) -> lis
     return [(label, place - 0.5) for label, place, _ in found]
 
 
-def _draw_profile(axes: Any, layers: list[int], values: np.ndarray, place: int, groups: int) -> bool:
-    """Draws a group's mean over depth and its interval, from [L, n]; returns whether any value is a number."""
-    n = (~np.isnan(values)).sum(-1)
-    mean, half = np.full(len(values), np.nan), np.full(len(values), np.nan)
-    some, enough = n > 0, n > 1
-    mean[some] = np.nansum(values[some], -1) / n[some]
-    if enough.any():
-        from scipy import stats
+def _draw_profile(axes: Any, layers: list[int], values: np.ndarray, place: int, groups: int) -> None:
+    """Draws a group's mean over depth and its interval, from [L, n]."""
+    from scipy import stats
 
-        half[enough] = stats.t.ppf(0.975, n[enough] - 1) * np.nanstd(values[enough], -1, ddof=1) / np.sqrt(n[enough])
-    colour = _GROUP_COLOURS[place]
+    known = np.ma.masked_invalid(values)
+    mean, deviation = known.mean(-1).filled(np.nan), known.std(-1, ddof=1).filled(np.nan)
+    n = known.count(-1)
+    half = stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n)
+    style = _GROUP_STYLES[place]
     # With few layers there is room to set the groups apart, and a band between them would be a meaningless wedge.
     is_few = len(layers) <= 6
     shift = 0.1 * (place - (groups - 1) / 2) if is_few else 0.0
     x = np.array(layers) + shift
     if is_few:
-        axes.errorbar(x[enough], mean[enough], half[enough], fmt="none", ecolor=colour, elinewidth=1, capsize=2.5)
+        bars = n > 1
+        axes.errorbar(x[bars], mean[bars], half[bars], fmt="none", ecolor=style["color"], elinewidth=1, capsize=2.5)
     else:
-        axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.22, linewidth=0)
-    style = {"marker": "os"[place], "markersize": 4 if is_few else 2.2, "linewidth": 1.3, "color": colour}
-    axes.plot(x, mean, linestyle=_LINES[place], **style)
-    return bool(some.any())
+        axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.22, linewidth=0)
+    axes.plot(x, mean, markersize=4 if is_few else 2.2, **style)
 
 
-def _dress_profile(axes: Any, name: str, layers: list[int], is_any: bool, is_last: bool) -> None:
+def _dress_profile(axes: Any, name: str, layers: list[int], is_last: bool) -> None:
+    """Writes titles and ticks, and leaves two thin lines of the axes."""
     from matplotlib.ticker import MaxNLocator
 
     title, unit = _PANELS[name]
@@ -344,10 +345,9 @@ def _dress_profile(axes: Any, name: str, layers: list[int], is_any: bool, is_las
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if is_last:
         axes.set_xlabel("layer", fontsize=8, color=_INK)
-    if not is_any:
-        axes.set_yticks([])
-        axes.text(0.5, 0.5, "no trace has it", transform=axes.transAxes, ha="center", fontsize=8, color=_INK)
-    _dress(axes)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=_INK, linewidth=0.6)
+    axes.tick_params(labelsize=8, colors=_INK, width=0.6)
 
 
 def _keys(saliency: StepMaps, side: float, with_blocks: bool, with_nothing: bool) -> list[Any]:
@@ -369,13 +369,12 @@ def _legend_of_groups(figure: Any, groups: list[list[StepMaps]], comparison: "Sa
 
     handles: list[Any] = []
     is_mean = any(len(group) > 1 for group in groups)
-    for place, group in enumerate(groups):
-        name = ("correct", "wrong")[place] if len(groups) == 2 else "mean"
-        style: dict[str, Any] = {"color": _GROUP_COLOURS[place], "marker": "os"[place]}
-        style |= {"markersize": 4, "linewidth": 1.3}
-        handles.append(Line2D([], [], linestyle=_LINES[place], label=f"{name} (n = {len(group)})", **style))
+    names = ("correct", "wrong") if len(groups) == 2 else ("mean",)
+    for name, group, style in zip(names, groups, _GROUP_STYLES, strict=False):
+        handles.append(Line2D([], [], markersize=4, label=f"{name} (n = {len(group)})", **style))
     if is_mean:
-        handles.append(Patch(color=_GROUP_COLOURS[0], alpha=0.22, linewidth=0, label="95 % interval of the mean"))
+        colour = _GROUP_STYLES[0]["color"]
+        handles.append(Patch(color=colour, alpha=0.22, linewidth=0, label="95 % interval of the mean"))
     if comparison is not None:
         label = f"groups differ (adjusted p \N{LESS-THAN OR EQUAL TO} {comparison.level:g})"
         handles.append(Patch(color=_SEPARATING, label=label))
@@ -391,15 +390,6 @@ def _check_extra() -> None:
             f"drawing Step-Saliency needs {' and '.join(missing)}, which is not installed",
             hint='pip install "hf-stepflow[saliency]"',
         )
-
-
-def _dress(axes: Any) -> None:
-    """Leaves two thin lines of the axes."""
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_INK)
-        spine.set_linewidth(0.6)
-    axes.tick_params(labelsize=8, colors=_INK, width=0.6)
 
 
 def _draw_legend(figure: Any, handles: list[Any], inches: float, **place: Any) -> None:
