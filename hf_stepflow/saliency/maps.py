@@ -35,16 +35,7 @@ _BLOCK = 512
 
 @dataclass
 class StepMaps:
-    """The step maps of one trace.
-
-    Attributes:
-        sums: Saliency summed over the token pairs of two steps, float32 or float64, [L, S, S], or [L, H, S, S] where
-            heads are kept apart. Row i shows what step i draws on.
-        layers: The index in the model of each of the L layers.
-        trace: The trace, S steps in order.
-        pooling: The token pairs over which `maps` averages, "causal" or "block".
-        about: The model, the loss and the versions behind the maps.
-    """
+    """The step maps of one trace and what is computed from them; `StepSaliency` describes the fields."""
 
     sums: Tensor
     layers: list[int]
@@ -239,52 +230,45 @@ def saliency_indices(sums: Tensor, counts: Tensor, trace: Trace) -> dict[str, Te
     Returns:
         {name: float64 [L]} by the names of `INDICES`; NaN where the trace has no such steps, or they no saliency.
     """
-    sums, counts = sums.double(), counts.double()
-    steps = trace.steps
+    sums, counts, steps = sums.double(), counts.double(), trace.steps
     rounds = torch.tensor([step.round for step in steps])
-    is_question = torch.tensor([step.label == "question" for step in steps])
-    is_summary = torch.tensor([step.label == "summary" for step in steps])
+    is_question, is_summary = (
+        torch.tensor([step.label == label for step in steps]) for label in ("question", "summary")
+    )
     is_thinking = ~is_question & ~is_summary
-    shares: dict[str, list[Tensor]] = {name: [] for name in list(INDICES)[:5]}
-    order = torch.arange(len(steps))
-    for place in is_thinking.nonzero().flatten().tolist():
-        row = sums[:, place] / sums[:, place].sum(-1, keepdim=True)
-        own = is_thinking & (rounds == rounds[place])
-        before = own & (order < place)
-        last = before & (order == order[before].max()) if before.any() else before
-        groups = {
-            "current_step": order == place,
-            "previous_step": last,
-            "earlier_steps": before & ~last,
-            "question": ~own & (order < place),
-        }
-        # As products, so that a row without saliency gives NaN in every share, even where a group is empty.
-        for name, group in groups.items():
-            shares[name].append(row @ group.double())
-        shares["lock_in"].append(1 - shares["question"][-1] - shares["earlier_steps"][-1])
-    found = {name: _mean(rows, sums) for name, rows in shares.items()}
-    decay, slopes = [], []
-    for place in is_summary.nonzero().flatten().tolist():
-        thinking = is_thinking & (rounds == rounds[place])
-        if thinking.any():
-            decay.append(sums[:, place][:, thinking].sum(-1) / sums[:, place].sum(-1))
+    same_round = rounds[:, None] == rounds
+    # Which columns each row has in a group, [S, S].
+    thinking = same_round & is_thinking
+    earlier = torch.ones_like(thinking).tril(-1)
+    before = thinking & earlier
+    place = before.cumsum(1)
+    previous = before & (place == place[:, -1:])
+    groups = {
+        "current_step": torch.eye(len(steps), dtype=torch.bool),
+        "previous_step": previous,
+        "earlier_steps": before & ~previous,
+        "question": ~thinking & earlier,
+        "decay_share": thinking,
+    }
+    # As products, so that a row without saliency gives NaN in every share, even where a group is empty.
+    rows = sums / sums.sum(-1, keepdim=True)
+    shares = {name: torch.einsum("lij,ij->li", rows, group.double()) for name, group in groups.items()}
+    shares["lock_in"] = 1 - shares["question"] - shares["earlier_steps"]
+    decay = shares.pop("decay_share")[:, is_summary & thinking.any(1)]
+    found = {name: values[:, is_thinking].nanmean(1) for name, values in shares.items()}
+    found["decay_share"] = decay.nanmean(1)
+    slopes = [torch.full((len(sums),), float("nan"), dtype=torch.float64)]
     for number in rounds[is_summary].unique().tolist():
         of_round = rounds == number
-        rows, columns = is_summary & of_round, is_thinking & of_round
+        readers, columns = is_summary & of_round, is_thinking & of_round
         if columns.sum() >= 2:
-            per_pair = sums[:, rows][:, :, columns].sum(1) / counts[rows][:, columns].sum(0)
+            per_pair = sums[:, readers][:, :, columns].sum(1) / counts[readers][:, columns].sum(0)
             slopes.append(torch.stack([_slope(layer) for layer in per_pair]))
-    found["decay_share"], found["decay_slope"] = _mean(decay, sums), _mean(slopes, sums)
-    same_round = rounds[:, None] == rounds
+    found["decay_slope"] = torch.stack(slopes).nanmean(0)
     blocks = [same_round & which[:, None] & which for which in (is_summary, is_thinking)]
     on_summary, on_thinking = (sums[:, block].sum(-1) / counts[block].sum() for block in blocks)
     found["block_ratio"] = torch.where(on_thinking > 0, on_summary / on_thinking, float("nan"))
-    return found
-
-
-def _mean(rows: list[Tensor], like: Tensor) -> Tensor:
-    """The mean of the rows that are numbers, [L]."""
-    return torch.stack(rows).nanmean(0) if rows else torch.full((like.shape[0],), float("nan"), dtype=torch.float64)
+    return {name: found[name] for name in INDICES}
 
 
 def _slope(per_pair: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ class Budget:
         def attend(call: AttentionCall) -> Output:
             heads = tile_heads(call.query.shape[1], call.key.shape[1], call.query.device, bridged=False)
             self._tile_heads = max(self._tile_heads, heads)
-            return salient_attention(call, _TRIAL, _ignore if call.layer in self._layers else None)
+            # The saliency of a trial is dropped.
+            return salient_attention(call, _TRIAL, (lambda *tile: None) if call.layer in self._layers else None)
 
         def run() -> Any:
             call = functools.partial(capture.model, input_ids=trial, use_cache=False)
@@ -141,10 +142,6 @@ class Budget:
 
         with capture.stepflow_off():
             self._bytes_per_token = saved_bytes(capture.model, run) / trial.shape[1]
-
-
-def _ignore(query: int, key: int, heads: slice, tile: torch.Tensor) -> None:
-    """Collects nothing."""
 
 
 def free_bytes(device: torch.device) -> int | None:
