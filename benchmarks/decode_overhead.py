@@ -1,29 +1,49 @@
 """Claim: what a token costs with StepFlow on, against StepFlow off and against the base model untouched.
 
-The shape of SmolLM2-135M (30 layers, random weights, float32), one CPU thread, the paper's settings (both bands a
-quarter of the layers). The three arms decode the same tokens, interleaved token by token in one process and in random
-order, each on its own copy of a synthetic KV cache; the traces are thinking, a step every 28 tokens. Reported: the
-median time a token of each arm, and the median over tokens of the ratio of an arm to the base for the same token, with
-a 95 % bootstrap interval.
+One CPU thread, the paper's settings (both bands a quarter of the layers), in two parts:
 
-Run: python -m benchmarks.decode_overhead [--json benchmarks/decode_overhead.json]
+    steps      single decode steps of a model in the shape of SmolLM2-135M (30 layers, random weights). The three arms
+               decode the same tokens, interleaved token by token in one process and in random order, each on its own
+               copy of a synthetic KV cache; the traces are thinking, a step every 28 tokens. A time is a token's.
+    generate   whole calls of `generate` with the embedded reasoner on problems of `chains-6`, greedy, the prompt
+               included. Every arm makes the same number of new tokens, whatever it says. A time is a call's.
+
+Reported: the median time of each arm, and the median of the ratio of an arm to the base for the same token or call,
+with a 95 % bootstrap interval. Each measurement is written as it finishes, and one that is in the file from the same
+machine, versions and settings is not made again. Shapes that do not fit into the memory are named as skipped.
+
+Run: python -m benchmarks.decode_overhead [--parts steps generate] [--dtype float32] [--batch 1] [--context 512]
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_stepflow import StepFlowModelForCausalLM
-from hf_stepflow.evaluation.store import machine
-from hf_stepflow.runtime.flow_state import FlowState, put_state_on
-from hf_stepflow.runtime.report import Tally
-from tests.support.flow import byte_tokenizer, encode
+from benchmarks.measurements import Measurements, Row, about, compare
+from benchmarks.traces import (
+    ARMS,
+    STEP,
+    arms_of,
+    cache_bytes,
+    labelled,
+    ragged,
+    random_cache,
+    random_model,
+    step_bytes,
+    switched,
+    weight_bytes,
+)
+from hf_stepflow.reasoner import FOLDER, load_reasoner
+from hf_stepflow.reasoner.levels import problems_of
+from hf_stepflow.reasoner.prompts import encode_problem
+from hf_stepflow.runtime.flow_state import put_state_on
 
 SHAPE = LlamaConfig(
     vocab_size=49152,
@@ -32,54 +52,88 @@ SHAPE = LlamaConfig(
     num_hidden_layers=30,
     num_attention_heads=9,
     num_key_value_heads=3,
-    max_position_embeddings=8192,
+    max_position_embeddings=32768,
     tie_word_embeddings=True,
 )
-STEP = encode("We add the next number now. ")
-ARMS = ("base", "off", "on")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BATCHES = (1, 8, 32)
+CONTEXTS = (512, 4096, 16384)
+GENERATE_BATCHES = (1, 16)
+WARM_UP = 3
 
 
-def trace(length: int) -> list[int]:
-    """A question of an eighth of the trace, then thinking."""
-    ids = encode("Q" * (length // 8) + "<think>")
-    while len(ids) < length:
-        ids += STEP
-    return ids[:length]
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--parts", nargs="+", choices=("steps", "generate"), default=["steps", "generate"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--batch", type=int, nargs="+", help=f"default: {BATCHES} steps, {GENERATE_BATCHES} generate")
+    parser.add_argument("--context", type=int, nargs="+", default=CONTEXTS, help="tokens before the steps")
+    parser.add_argument("--tokens", type=int, default=120, help="steps a shape at batch 1; a third in larger batches")
+    parser.add_argument("--calls", type=int, default=40, help="calls of generate at batch 1; half in larger batches")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of each call; a right response is as long")
+    parser.add_argument("--memory", type=float, default=20.0, help="GB that a shape may take")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    random.seed(0)
+    described = about(torch.device("cpu"))
+    measurements = Measurements(args.json, described, ("processor", "torch", "transformers", "stepflow"))
+    for dtype in args.dtype:
+        if "steps" in args.parts:
+            measure_steps(measurements, dtype, args.batch or BATCHES, args.context, args.tokens, 1e9 * args.memory)
+        if "generate" in args.parts:
+            measure_generate(measurements, dtype, args.batch or GENERATE_BATCHES, args.calls, args.new_tokens)
 
 
-def models() -> dict[str, LlamaForCausalLM]:
-    """The base model, and one on the same weights with StepFlow attached."""
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(SHAPE).eval()
-    other = LlamaForCausalLM(SHAPE).eval()
-    other.load_state_dict(base.state_dict(), assign=True)
-    StepFlowModelForCausalLM.attach(other, None, tokenizer=byte_tokenizer())
-    return {"base": base, "off": other, "on": other}
+def measure_steps(
+    measurements: Measurements,
+    dtype: str,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    tokens: int,
+    memory: float,
+) -> None:
+    """Measures single decode steps in one dtype.
+
+    Args:
+        measurements: Where the rows go.
+        dtype: A key of `DTYPES`.
+        batches: Rows of the batch.
+        contexts: Tokens in the cache.
+        tokens: Steps at batch 1; a third in larger batches.
+        memory: Bytes that a shape may take.
+    """
+    arms: dict[str, Any] = {}
+    for batch in batches:
+        for context in contexts:
+            name = {"part": "steps", "dtype": dtype, "batch": batch, "context": context}
+            settings = {"tokens": tokens if batch == 1 else max(1, tokens // 3)}
+            if measurements.has(name, settings):
+                continue
+            needed = (
+                weight_bytes(SHAPE, DTYPES[dtype])
+                + step_bytes(SHAPE, batch, context, DTYPES[dtype])
+                + len(ARMS) * cache_bytes(SHAPE, batch, context + WARM_UP + tokens, DTYPES[dtype])
+            )
+            if needed > memory:
+                reason = f"needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
+                measurements.add(name, settings, {"skipped": reason})
+                continue
+            if not arms:
+                arms = arms_of(random_model(SHAPE, DTYPES[dtype], torch.device("cpu")))
+            with torch.inference_mode():
+                measurements.add(name, settings, decode(arms, batch, context, settings["tokens"]))
 
 
-def cache(context: int, batch: int) -> DynamicCache:
-    """A KV cache of that length, the same in every arm."""
-    torch.manual_seed(1)
-    made = DynamicCache(config=SHAPE)
-    for layer in range(SHAPE.num_hidden_layers):
-        made.update(torch.randn(batch, 3, context, 64), torch.randn(batch, 3, context, 64), layer)
-    return made
-
-
-def measure(arms: dict[str, LlamaForCausalLM], context: int, batch: int, tokens: int) -> dict[str, object]:
+def decode(arms: dict[str, Any], batch: int, context: int, tokens: int) -> Row:
     """Decodes `tokens` tokens after `context` of them in each arm."""
-    lengths = [context - row * context // (2 * batch) for row in range(batch)]  # ragged, left-padded
-    ids = torch.tensor([[0] * (context - length) + trace(length) for length in lengths])
-    mask = torch.tensor([[0] * (context - length) + [1] * length for length in lengths])
-    caches = {arm: cache(context, batch) for arm in ARMS}
-    runtime = arms["on"].stepflow_runtime
-    state = FlowState(runtime.vocabulary_for(runtime.settings), batch, ids.device)
-    state.append(state.read(ids, mask == 0), None, ids.device)
-    state.tally = Tally(batch, tuple(range(SHAPE.num_hidden_layers)), ids.device)
-    put_state_on(caches["on"], state)
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    ids, mask = ragged(context, batch, arms["base"].device)
+    caches = {arm: random_cache(SHAPE, batch, context, arms["base"]) for arm in ARMS}
+    put_state_on(caches["on"], labelled(arms["on"], ids, mask))
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = list(ARMS)
-    for index in range(tokens + 3):
+    for index in range(tokens + WARM_UP):
         mask = torch.cat((mask, torch.ones(batch, 1, dtype=mask.dtype)), 1)
         inputs = {
             "input_ids": torch.full((batch, 1), STEP[index % len(STEP)]),
@@ -89,49 +143,55 @@ def measure(arms: dict[str, LlamaForCausalLM], context: int, batch: int, tokens:
         random.shuffle(order)
         for arm in order:
             start = time.perf_counter()
-            if arm == "off":
-                with arms[arm].disable_stepflow():
-                    arms[arm](**inputs, past_key_values=caches[arm])
-            else:
+            with switched(arm, arms[arm]):
                 arms[arm](**inputs, past_key_values=caches[arm])
-            times[arm].append(time.perf_counter() - start)
-    times = {arm: taken[3:] for arm, taken in times.items()}  # the first tokens warm up
-    result: dict[str, object] = {"context": context, "batch": batch, "tokens": tokens}
-    result["median_ms"] = {arm: round(1e3 * statistics.median(taken), 3) for arm, taken in times.items()}
-    for arm in ("off", "on"):
-        ratios = [taken / base for taken, base in zip(times[arm], times["base"], strict=True)]
-        result[f"{arm}_to_base"] = round(statistics.median(ratios), 4)
-        result[f"{arm}_to_base_95"] = interval(ratios)
-    return result
+            seconds[arm].append(time.perf_counter() - start)
+    return {"tokens": tokens} | compare({arm: taken[WARM_UP:] for arm, taken in seconds.items()})
 
 
-def interval(values: list[float], repeats: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the median."""
-    draws = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(repeats))
-    return [round(draws[int(repeats * q)], 4) for q in (0.025, 0.975)]
+def measure_generate(
+    measurements: Measurements, dtype: str, batches: Sequence[int], calls: int, new_tokens: int
+) -> None:
+    """Measures whole calls of `generate` in one dtype.
+
+    Args:
+        measurements: Where the rows go.
+        dtype: A key of `DTYPES`.
+        batches: Problems of a call.
+        calls: Calls at batch 1; half as many in larger batches.
+        new_tokens: New tokens of each problem.
+    """
+    model, tokenizer = load_reasoner(dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).eval()
+    arms = {"base": base, "off": model, "on": model}
+    for batch in batches:
+        name = {"part": "generate", "dtype": dtype, "batch": batch}
+        settings = {"calls": calls if batch == 1 else max(1, calls // 2), "new_tokens": new_tokens}
+        if not measurements.has(name, settings):
+            measurements.add(name, settings, generate(arms, tokenizer, batch, **settings))
 
 
-def main() -> None:
-    """Measures all shapes and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--tokens", type=int, default=120, help="tokens a shape at batch 1; a third at batch 8")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    random.seed(0)
-    arms = models()
-    results = []
-    with torch.inference_mode():
-        for batch in (1, 8):
-            for context in (512, 4096):
-                result = measure(arms, context, batch, args.tokens if batch == 1 else args.tokens // 3)
-                results.append(result)
-                print(json.dumps(result), flush=True)
-    report = {
-        "machine": machine(),
-        "results": results,
-    }
-    args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+def generate(arms: dict[str, Any], tokenizer: Any, batch: int, calls: int, new_tokens: int) -> Row:
+    """Runs calls of `generate` in each arm, each on problems of its own."""
+    problems = problems_of("chains-6", "test", batch * (calls + 1))
+    prompts = [encode_problem(tokenizer, problem)[0] for problem in problems]
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    order = list(ARMS)
+    for start in range(0, len(prompts), batch):
+        inputs = tokenizer.pad({"input_ids": prompts[start : start + batch]}, return_tensors="pt")
+        random.shuffle(order)
+        for arm in order:
+            begin = time.perf_counter()
+            with switched(arm, arms[arm]):
+                output = arms[arm].generate(
+                    **inputs, do_sample=False, min_new_tokens=new_tokens, max_new_tokens=new_tokens
+                )
+            seconds[arm].append(time.perf_counter() - begin)
+            made = output.shape[1] - inputs["input_ids"].shape[1]
+            assert made == new_tokens, f"{arm} made {made} tokens instead of {new_tokens}"
+    seconds = {arm: taken[1:] for arm, taken in seconds.items()}  # the first call warms up
+    rates = {arm: round(batch * new_tokens / statistics.median(taken), 1) for arm, taken in seconds.items()}
+    return {"calls": calls, "new_tokens": new_tokens, "tokens_per_second": rates} | compare(seconds)
 
 
 if __name__ == "__main__":

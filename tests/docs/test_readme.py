@@ -158,6 +158,8 @@ def test_the_quickstart(run, tokenizer):
 def test_the_costs_are_those_of_the_benchmark():
     rows = []
     for one in read("decode_overhead.json")["results"]:
+        if one["part"] != "steps" or one["dtype"] != "float32" or "skipped" in one:
+            continue
         batch = "1" if one["batch"] == 1 else f"{one['batch']}, ragged"
         ratios = [
             f"{one[f'{arm}_to_base']:.2f} [{', '.join(f'{end + 1e-9:.2f}' for end in one[f'{arm}_to_base_95'])}]"

@@ -1,0 +1,130 @@
+"""Traces in the middle of their thinking, KV caches of them without a prefill, and the arms that go on from there."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from hf_stepflow import StepFlowModelForCausalLM
+from hf_stepflow.runtime.flow_state import FlowState
+from hf_stepflow.runtime.report import Tally
+from tests.support.flow import byte_tokenizer, encode
+
+STEP = encode("We add the next number now. ")
+ARMS = ("base", "off", "on")
+
+
+def trace(length: int) -> list[int]:
+    """A question of an eighth of the trace, then thinking."""
+    ids = encode("Q" * (length // 8) + "<think>")
+    while len(ids) < length:
+        ids += STEP
+    return ids[:length]
+
+
+def ragged(context: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Traces from the whole context down to about half of it, padded on the left.
+
+    Returns:
+        Token ids and mask, int64 [B, context].
+    """
+    lengths = [context - row * context // (2 * batch) for row in range(batch)]
+    ids = [[0] * (context - length) + trace(length) for length in lengths]
+    mask = [[0] * (context - length) + [1] * length for length in lengths]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model on random weights, made where it is to run."""
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def twin(model: Any) -> Any:
+    """A second model on the same weights."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def arms_of(base: Any) -> dict[str, Any]:
+    """The base model, and one on the same weights with StepFlow attached, in the paper's settings."""
+    other = StepFlowModelForCausalLM.attach(twin(base), None, tokenizer=byte_tokenizer())
+    return {"base": base, "off": other, "on": other}
+
+
+@contextmanager
+def switched(arm: str, model: Any) -> Iterator[None]:
+    """Turns StepFlow off inside the block, in the arm that is without it."""
+    if arm != "off":
+        yield
+        return
+    with model.disable_stepflow():
+        yield
+
+
+def random_cache(config: Any, batch: int, context: int, like: Any, capacity: int | None = None) -> Any:
+    """A KV cache of that length, the same at each call.
+
+    Args:
+        config: The model's config.
+        batch: Rows.
+        context: Tokens of each row.
+        like: A model with the dtype and the device.
+        capacity: Slots of a static cache; None makes one that grows.
+    """
+    torch.manual_seed(1)
+    shape = (batch, config.num_key_value_heads, context, head_width(config))
+    made = DynamicCache(config=config) if capacity is None else StaticCache(config=config, max_cache_len=capacity)
+    for layer in range(config.num_hidden_layers):
+        key, value = (torch.randn(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        made.update(key, value, layer)
+    return made
+
+
+def head_width(config: Any) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cache_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes of a KV cache."""
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * batch * context
+    return elements * dtype.itemsize
+
+
+def step_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes that a decode step takes beside weights and cache, about, in the arm that takes most.
+
+    A layer's keys and values exist again while they grow, once for each query head where a mask is given, and the
+    keys once in float32.
+    """
+    layer = cache_bytes(config, batch, context, dtype) // config.num_hidden_layers
+    copies = 2 + config.num_attention_heads // config.num_key_value_heads
+    return copies * layer + 16 * batch * config.vocab_size
+
+
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def labelled(model: Any, ids: torch.Tensor, mask: torch.Tensor, capacity: int | None = None) -> FlowState:
+    """The state that a cache of these tokens carries where StepFlow is on.
+
+    Args:
+        model: The attached model.
+        ids: int64 [B, T].
+        mask: 0 for padding, [B, T].
+        capacity: Slots of a static cache.
+    """
+    runtime = model.stepflow_runtime
+    state = FlowState(runtime.vocabulary_for(runtime.settings), len(ids), ids.device, capacity)
+    state.append(state.read(ids, mask == 0), None, ids.device)
+    state.tally = Tally(len(ids), tuple(range(model.config.num_hidden_layers)), ids.device)
+    return state
