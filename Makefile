@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 VENV = .venv
 
 .DEFAULT_GOAL = test
-.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest bench calibrations train-seeds release clean
+.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest bench bench-gpu calibrations train-seeds release clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp
@@ -49,6 +49,10 @@ test-lowest test-newest:
 
 bench: .venv/.stamp-smollm2
 	set -e; for name in $(BENCHMARKS); do echo "$$name"; .venv/bin/python -m "benchmarks.$$name"; done
+
+# On a machine with a GPU; goes on from what the file holds of this card.
+bench-gpu: .venv/.stamp
+	.venv/bin/python -m benchmarks.gpu --json benchmarks/gpu.json
 
 # Status 3 says that nothing better than the base was found.
 calibrations: .venv/.stamp-smollm2

@@ -1,12 +1,15 @@
 """The scripts behind the published figures keep the machine of each row, and stop where a part fails."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
-from benchmarks import reasoner_calibration, saliency_scale, smollm2_saliency
+from benchmarks import decode_overhead, gpu, reasoner_calibration, saliency_scale, smollm2_saliency
+from benchmarks.measurements import Measurements
 
 
 def test_rows_keep_the_machine_that_they_were_measured_on(tmp_path: Path, monkeypatch) -> None:
@@ -42,3 +45,129 @@ def test_p_values_of_the_levels_are_adjusted() -> None:
     lines = reasoner_calibration.difficulties_table(rows).splitlines()[-3:]
     assert [line.strip("| ").rpartition("| ")[2] for line in lines] == ["0.06", "0.5", "0.06"]
     assert lines[0].startswith("| a | 100 | 50.0 | +5.0 [+1.0, +9.0] | 6 | 1 |")
+
+
+def rows_of(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["results"]
+
+
+@pytest.fixture
+def tiny_steps(monkeypatch) -> None:
+    """The single steps on a model of four layers."""
+    shape = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    monkeypatch.setattr(decode_overhead, "SHAPE", shape)
+
+
+def overhead(monkeypatch, path: Path, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["decode_overhead", "--json", str(path), *arguments])
+    decode_overhead.main()
+
+
+@pytest.mark.usefixtures("tiny_steps")
+def test_decode_overhead_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch) -> None:
+    kept = tmp_path / "overhead.json"
+    small = ("--tokens", "3", "--calls", "1", "--new-tokens", "4")
+    steps = ("--parts", "steps", "--batch", "1", "2", "--context")
+    overhead(monkeypatch, kept, *small, *steps, "64", "--dtype", "bfloat16")
+    first = rows_of(kept)
+    overhead(monkeypatch, kept, *small, *steps, "64", "100000", "--memory", "0.05")
+    overhead(monkeypatch, kept, *small, "--parts", "generate", "--dtype", "float32", "--batch", "2")
+    rows = rows_of(kept)
+    assert rows[:2] == first  # not measured again
+    assert [(row["part"], row["dtype"], row["batch"], row.get("context")) for row in rows] == [
+        ("steps", "bfloat16", 1, 64),
+        ("steps", "bfloat16", 2, 64),
+        ("steps", "float32", 1, 64),
+        ("steps", "float32", 1, 100000),
+        ("steps", "float32", 2, 64),
+        ("steps", "float32", 2, 100000),
+        ("steps", "bfloat16", 1, 100000),
+        ("steps", "bfloat16", 2, 100000),
+        ("generate", "float32", 2, None),
+    ]
+    for row in rows:
+        assert ("skipped" in row) == (row.get("context") == 100000)
+        if "skipped" not in row:
+            assert row["median_ms"].keys() == {"base", "off", "on"}
+            assert 0 < row["on_to_base_95"][0] <= row["on_to_base"] <= row["on_to_base_95"][1]
+    assert rows[-1]["new_tokens"] == 4
+
+
+def test_measurements_are_made_again_under_other_conditions(tmp_path: Path) -> None:
+    path, name, settings = tmp_path / "rows.json", {"batch": 1}, {"tokens": 3}
+    on = {"card": "this one", "stepflow": "1", "driver": "5"}
+    Measurements(path, on, ("card", "stepflow")).add(name, settings, {"n": 3})
+    assert Measurements(path, on | {"driver": "6"}, ("card", "stepflow")).has(name, settings)
+    assert not Measurements(path, on | {"stepflow": "2"}, ("card", "stepflow")).has(name, settings)
+    other = Measurements(path, on | {"card": "another"}, ("card", "stepflow"))
+    assert not other.has(name, settings)
+    other.add(name, settings, {"n": 4})
+    other.add({"batch": 2}, settings, {"skipped": "needs more"})
+    assert [(row["batch"], row.get("n"), row["measured_on"]["card"]) for row in rows_of(path)] == [
+        (1, 4, "another"),
+        (2, None, "another"),
+    ]
+    assert not Measurements(path, on | {"card": "another"}, ("card", "stepflow")).has({"batch": 2}, settings)
+
+
+def test_gpu_benchmark_in_toy_sizes(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Decoding without compilation, Step-Saliency, a shape that does not fit, and one that fails."""
+    kept = tmp_path / "gpu.json"
+    plan = gpu.quick_plan()
+    plan.shapes = {"qwen3-8b": plan.shapes["qwen3-8b"]}
+    plan.modes, plan.contexts, plan.memory, plan.rounds = ["eager"], [64, 1 << 20], 1e8, 1
+    assert gpu.measure(plan, Measurements(kept, {}, ())) == []
+    decode, too_long, saliency = rows_of(kept)
+    assert decode["arms"] == ["base", "off", "on"]
+    assert decode["n"] == 1
+    assert decode["peak_bytes"] == {"base": None, "off": None, "on": None}
+    assert "needs" in too_long["skipped"]
+    assert saliency["median_ms"].keys() == {"plain", "checkpointed", "saliency"}
+
+    def fail(*arguments: object) -> dict:
+        raise ArithmeticError("measured again")
+
+    monkeypatch.setattr(gpu, "decode", fail)
+    assert gpu.measure(plan, Measurements(kept, {}, ())) == []  # all is there
+    plan.batches = [3]
+    assert gpu.measure(plan, Measurements(kept, {}, ())) == ["decode cpu qwen3-8b eager 3 64"]
+    assert "measured again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"arms": ["base", "off"]},
+        {"arms": ["base", "off", "on"], "median_ms": {"base": 1.0, "off": 0.0, "on": 1.0}},
+        {"arms": ["base", "off", "on"], "on_to_base_95": [1.0, float("nan")]},
+    ],
+)
+def test_gpu_benchmark_checks_what_it_measured(result: dict) -> None:
+    with pytest.raises(ValueError, match=r"missing|finite"):
+        gpu.check("decode", result)
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    """The whole script, compiled decode steps included; it writes what it is asked to write and nothing else."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick"]
+    root = Path(gpu.__file__).parents[1]
+    before = {file.name for file in Path(gpu.__file__).parent.iterdir()}
+    subprocess.run([*command, "--json", str(tmp_path / "gpu.json")], cwd=root, check=True)
+    assert {file.name for file in Path(gpu.__file__).parent.iterdir()} - before <= {"__pycache__"}
+    rows = rows_of(tmp_path / "gpu.json")
+    assert [(row["model"], row["part"], row.get("mode")) for row in rows] == [
+        (model, part, mode)
+        for model in ("qwen2-7b", "qwen3-8b")
+        for part, mode in (("decode", "eager"), ("decode", "compiled"), ("saliency", None))
+    ]
+    for row in rows:
+        if row.get("mode") == "compiled":
+            assert row["graphs"] == {"base": 1, "off": 1, "on": 1}
