@@ -17,9 +17,8 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 
 from . import FOLDER
 from .levels import LEVELS, problems_of
-from .prompts import encode_problem
+from .prompts import build_tokenizer, encode_problem
 from .train import LONGEST_COUNTING, Recipe, build_model
-from .vocabulary import build_tokenizer
 
 _REACHED = "reached"
 

@@ -18,12 +18,9 @@ from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import stats
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.reasoner import FOLDER, load_reasoner, release, train
-from hf_stepflow.reasoner.levels import LEVELS, problems_of
-from hf_stepflow.reasoner.muon import Muon, orthogonalise
-from hf_stepflow.reasoner.problems import SPLITS, split_of
-from hf_stepflow.reasoner.prompts import encode_problem
-from hf_stepflow.reasoner.train import Recipe
-from hf_stepflow.reasoner.vocabulary import CONTROL_TOKENS, SIZE, build_tokenizer
+from hf_stepflow.reasoner.levels import LEVELS, SPLITS, problems_of, split_of
+from hf_stepflow.reasoner.prompts import CONTROL_TOKENS, SIZE, build_tokenizer, encode_problem
+from hf_stepflow.reasoner.train import Muon, Recipe, orthogonalise
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.trace import segment_trace
 
