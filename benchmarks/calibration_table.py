@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.hub.markdown import table
+from hf_stepflow.hub.cards import table
 
 
 def points(estimate: dict[str, Any]) -> str:

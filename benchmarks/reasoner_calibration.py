@@ -22,7 +22,7 @@ import torch
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, proportion
 from hf_stepflow.evaluation.store import machine
-from hf_stepflow.hub.markdown import table
+from hf_stepflow.hub.cards import table
 from hf_stepflow.presets.strict_json import calibrations_folder
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.reasoner.levels import LEVELS, problems_of

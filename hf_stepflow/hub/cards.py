@@ -1,10 +1,13 @@
 """The cards of the repositories on the Hub: what they hold, how to use it, and what stands behind the settings.
 
 A card says no more than the preset's provenance does: only settings that were measured on the model get evaluation
-results in the metadata, the paper's figures appear in the text as the paper's, and a rule says that it is one.
+results in the metadata, the paper's figures appear in the text as the paper's, and a rule says that it is one. Texts
+from outside are escaped, so that they stay text: no markup, no HTML, no new lines or table cells.
 """
 
+import json
 import re
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,13 +19,14 @@ from hf_stepflow.presets.preset import Preset
 from hf_stepflow.runtime.configuration_stepflow import SETTINGS, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .markdown import inline_code, inline_text, json_code, one_line, table
-
 Kind = Literal["preset", "merged"]
 
 _TEMPLATE, _CODE_TEMPLATE = Path(__file__).with_name("card.md"), Path(__file__).with_name("code_card.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
+# What Markdown, HTML and the Hub's formulas read as markup inside a line; an underscore inside a word is none.
+_MARKUP = re.compile(r"[&<>\\`*\[\]{}|~$#^@]|(?<![^\W_])_|_(?![^\W_])")
+_PLAIN_CODE = re.compile(r"[\w .,:;/<>()\[\]{}\"'=+-]+", re.ASCII)
 _NOTHING_COMPARED = (
     "Nothing was compared with the base: no candidate of the calibration got that far. These settings switch "
     "everything off, so the model is the base model."
@@ -239,3 +243,40 @@ def _settings(preset: Preset) -> str:
 
 def _listed(layers: list[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
+
+
+def inline_text(value: Any) -> str:
+    """A value as one line of plain text, to stand after other text of its line.
+
+    A bare web address may still become a link to what it shows.
+    """
+    return _escaped(one_line(value))
+
+
+def inline_code(value: Any) -> str:
+    """A value as one line of code."""
+    text = one_line(value)
+    # Backticks would not keep a pipe or a backslash inside a table's cell.
+    return f"`{text}`" if _PLAIN_CODE.fullmatch(text) else f"<code>{_escaped(text)}</code>"
+
+
+def json_code(value: Any) -> str:
+    """A JSON value as code; characters that would not be visible stand there as JSON escapes."""
+    written = json.dumps(value, ensure_ascii=False)
+    return inline_code(written if written.isprintable() else json.dumps(value))
+
+
+def one_line(value: Any) -> str:
+    """A value as text in one line, without control, formatting and other invisible characters."""
+    visible = "".join(character if character.isprintable() else " " for character in str(value))
+    return " ".join(visible.split())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _escaped(text: str) -> str:
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)

@@ -2,23 +2,31 @@
 
 import os
 import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 from hf_stepflow.presets.preset import HUB_ID, Preset, load_preset
+from hf_stepflow.runtime.configuration_stepflow import read_json
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import PRESET_CODE, RepositoryFiles
 
-from .base import BaseFacts, check_base, current_commit, facts_of, fetch_base, write_merged
+from .base import check_base, current_commit, facts_of, fetch_base, write_merged
 from .cards import Kind, code_card, custom_generate_card, preset_card
-from .folder import CUSTOM_GENERATE, fresh_folder
 
 logger = logging.get_logger(__name__)
 
+CUSTOM_GENERATE = "custom_generate"
+# The files of an export that are not code.
+_DATA = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -104,16 +112,26 @@ def export_preset(
         warnings.append(
             f"the base model {preset.base_model!r} is a folder of this machine: nobody else can load this export"
         )
-    with fresh_folder(Path(folder)) as new:
+    with _fresh_folder(Path(folder)) as new:
         if merge_weights:
             source = fetch_base(preset.base_model, preset.base_model_revision, token)
             check_base(source, preset.base_model)
-            facts = _known(facts_of(str(source)), preset)
+            facts = facts_of(str(source))
+            if facts.config is None:
+                raise StepFlowConfigError(
+                    f"the config of {preset.base_model!r} cannot be read: {facts.problem}",
+                    hint="export without --merge-weights does without it",
+                )
             write_merged(new, source, preset.base_model, preset.settings, facts.generation_config)
             warnings = []  # what is loaded is the folder itself
         else:
             facts = facts_of(preset.base_model, preset.base_model_revision, token)
-            warnings += _left_out(facts, preset)
+            if facts.problem is not None:
+                warnings.append(
+                    f"the config of {preset.base_model!r} cannot be had here, so fields that tools read from it "
+                    "(vocab_size, max_position_embeddings, ...) are left out, and whether the preset fits it is not "
+                    f"checked: {facts.problem}"
+                )
             block = preset.to_config().to_dict().get("stepflow_preset")
             files = RepositoryFiles.of_preset(
                 preset.settings, block, facts.config, facts.generation_config, code, code_revision
@@ -138,7 +156,7 @@ def export_custom_generate(folder: str | os.PathLike[str], *, repo_id: str | Non
     Raises:
         StepFlowFileError: The folder holds something else.
     """
-    with fresh_folder(Path(folder)) as new:
+    with _fresh_folder(Path(folder)) as new:
         RepositoryFiles(("generate",)).save_pretrained(new / CUSTOM_GENERATE)
         # One bound a line: that is how transformers reads it.
         lines = sorted(f"transformers{bound}\n" for bound in transformers_range())
@@ -157,7 +175,7 @@ def export_code(folder: str | os.PathLike[str], *, repo_id: str | None = None) -
     Raises:
         StepFlowFileError: The folder holds something else.
     """
-    with fresh_folder(Path(folder)) as new:
+    with _fresh_folder(Path(folder)) as new:
         RepositoryFiles(PRESET_CODE).save_pretrained(new)
         code_card(repo_id).save(new / "README.md")
     return _written(Path(folder), "code", None, [])
@@ -227,25 +245,81 @@ def _code_at(code_repo: str | None, token: Any) -> tuple[str | None, str | None,
     return repo_id, commit, [] if commit is not None else [warning]
 
 
-def _known(facts: BaseFacts, preset: Preset) -> BaseFacts:
-    if facts.config is None:
-        raise StepFlowConfigError(
-            f"the config of {preset.base_model!r} cannot be read: {facts.problem}",
-            hint="export without --merge-weights does without it",
-        )
-    return facts
-
-
-def _left_out(facts: BaseFacts, preset: Preset) -> list[str]:
-    if facts.problem is None:
-        return []
-    return [
-        f"the config of {preset.base_model!r} cannot be had here, so fields that tools read from it (vocab_size, "
-        f"max_position_embeddings, ...) are left out, and whether the preset fits it is not checked: {facts.problem}"
-    ]
-
-
 def _written(folder: Path, kind: str, preset: Preset | None, warnings: list[str]) -> Export:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     return Export(folder, kind, preset, sizes, tuple(warnings))
+
+
+@contextmanager
+def _fresh_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder beside the target; after the block it takes the target's place, unless the block raised.
+
+    The target may be missing, empty, or an earlier export without weights; anything else is refused.
+    """
+    target = target.resolve()
+    _check_target(target)
+    mark = secrets.token_hex(4)
+    new, old = target.with_name(f".{target.name}.{mark}.new"), target.with_name(f".{target.name}.{mark}.old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+    except OSError as error:
+        raise StepFlowFileError(
+            f"{str(target)!r} cannot be made: {error.strerror}", hint="give a folder that you may write to"
+        ) from error
+    try:
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise StepFlowFileError(f"{str(target)!r} is a file, expected a folder", hint="give the name of a folder")
+    known = _of_an_export(target)
+    for file in target.rglob("*"):
+        name = str(file.relative_to(target))
+        if name not in known and (file.is_symlink() or not file.is_dir()):
+            raise StepFlowFileError(
+                f"the folder {str(target)!r} holds {name!r}, which no export of settings and code writes",
+                hint="give a new folder, or remove that one first",
+            )
+
+
+def _of_an_export(target: Path) -> set[str]:
+    """The files that an export would have written, as far as the folder holds one; releases differ in their code."""
+    names: set[str] = set()
+    if all((target / f"{name}.py").is_file() for name in PRESET_CODE):
+        names |= {*_DATA, *_code(target, PRESET_CODE)}
+    elif (target / "config.json").is_file() and read_json(target)[1].get("model_type") == "stepflow":
+        names |= set(_DATA)  # its code is in another repository
+    folder = target / CUSTOM_GENERATE
+    if (folder / "generate.py").is_file() and (folder / "modeling_stepflow.py").is_file():
+        names |= {
+            "README.md",
+            *(os.path.join(CUSTOM_GENERATE, name) for name in ("requirements.txt", *_code(folder, ("generate",)))),
+        }
+    return names
+
+
+def _code(folder: Path, entries: tuple[str, ...]) -> set[str]:
+    files = {f"{name}.py" for name in entries}
+    for name in sorted(files):
+        files |= {Path(file).name for file in _imported(folder / name) if Path(file).parent == folder}
+    return files
+
+
+def _imported(file: Path) -> list[str]:
+    try:
+        return get_relative_import_files(file)
+    except (OSError, UnicodeDecodeError):  # imports a file that is not there: no export, which is whole
+        return []

@@ -15,8 +15,15 @@ from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlo
 from hf_stepflow.runtime.repository import is_saved_with_stepflow
 
 from .base import INDEX, current_commit
-from .export import Export, export_code, export_custom_generate, export_preset, is_local, with_base
-from .folder import CUSTOM_GENERATE
+from .export import (
+    CUSTOM_GENERATE,
+    Export,
+    export_code,
+    export_custom_generate,
+    export_preset,
+    is_local,
+    with_base,
+)
 from .verify import code_hashes
 
 if TYPE_CHECKING:
@@ -127,15 +134,7 @@ def push_custom_generate(
 ) -> Push:
     """Pushes the repository for `generate(custom_generate=...)`.
 
-    Args:
-        repo_id: As for `push_preset`.
-        private: As for `push_preset`.
-        revision: As for `push_preset`.
-        token: As for `push_preset`.
-        dry_run: As for `push_preset`.
-
-    Raises:
-        StepFlowError: As `push_preset`.
+    The arguments and errors are those of `push_preset`.
     """
     with tempfile.TemporaryDirectory() as folder:
         export = export_custom_generate(Path(folder) / "export", repo_id=repo_id)
@@ -152,15 +151,7 @@ def push_code(
 ) -> Push:
     """Pushes the repository with the code that presets without code name (`push_preset(code_repo=...)`).
 
-    Args:
-        repo_id: As for `push_preset`.
-        private: As for `push_preset`.
-        revision: As for `push_preset`.
-        token: As for `push_preset`.
-        dry_run: As for `push_preset`.
-
-    Raises:
-        StepFlowError: As `push_preset`.
+    The arguments and errors are those of `push_preset`.
     """
     with tempfile.TemporaryDirectory() as folder:
         export = export_code(Path(folder) / "export", repo_id=repo_id)
