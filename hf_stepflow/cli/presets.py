@@ -96,10 +96,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> int:
-    from hf_stepflow.presets.settings import settings_rows
-
-    names = ("part", "name", "default", "values", "meaning")
-    rows = [dict(zip(names, row, strict=True)) for row in settings_rows()]
+    rows = settings_rows()
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -111,6 +108,17 @@ def _settings(args: argparse.Namespace) -> int:
                 for text in (row["meaning"], f"Values: {row['values']}."):
                     print(textwrap.fill(text, _WIDTH, initial_indent="      ", subsequent_indent="      "))
     return 0
+
+
+def settings_rows() -> list[dict[str, str]]:
+    """Returns part, name, default, values and meaning of every setting."""
+    from hf_stepflow.runtime.configuration_stepflow import SETTINGS, StepFlowSettings
+
+    defaults = {name: json.dumps(value) for name, value in vars(StepFlowSettings()).items()}
+    return [
+        {"part": one.group, "name": name, "default": defaults[name], "values": one.expected, "meaning": one.meaning}
+        for name, one in SETTINGS.items()
+    ]
 
 
 def _card(args: argparse.Namespace) -> int:

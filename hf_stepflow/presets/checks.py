@@ -5,10 +5,12 @@ package jsonschema is not installed; where it is, `validate_preset` asks both.
 """
 
 import datetime
+import difflib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +25,11 @@ from hf_stepflow.runtime.errors import StepFlowConfigError, shown
 from hf_stepflow.runtime.forward import FlowPlan
 
 from .architecture import Architecture
-from .fields import Check, Problem, count, list_of, number, one_of, or_null, record, text, wrong
-from .settings import BASE_SETTINGS, PRESET_SETTINGS
 from .strict_json import calibrations_folder
 
+# A preset has fields of its own for the base model.
+BASE_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.group == BASE)
+PRESET_SETTINGS = tuple(name for name in SETTINGS if name not in BASE_SETTINGS)
 SCHEMA_VERSION = 1
 KINDS = ("paper", "rule", "measured")
 NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
@@ -36,6 +39,29 @@ PAPER = "2604.06695"
 _READING = tuple(name for name, setting in SETTINGS.items() if setting.group in (BASE, SEGMENTS))
 _FLOOR = {"paper": "absolute", "rule": "share"}
 _RESERVED_NAMES = ("auto", "preset", "rule", "schema")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One error in a preset.
+
+    Attributes:
+        field: Where, as in `settings.tau_max`; empty for the whole.
+        found: What is there.
+        expected: What should be there.
+        hint: The way out, or None.
+    """
+
+    field: str
+    found: str
+    expected: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.found}, expected {self.expected}".strip()
+
+
+Check = Callable[[Any, str], Iterator[Problem]]
 
 
 def preset_problems(data: dict[str, Any], stem: str | None = None) -> list[Problem]:
@@ -109,6 +135,88 @@ def schema_problems(data: dict[str, Any]) -> list[Problem]:
         )
         for error in Draft202012Validator(schema).iter_errors(data)
     ]
+
+
+def wrong(value: Any, field: str, expected: str) -> Iterator[Problem]:
+    """The problem of a value that is not what was expected."""
+    yield Problem(field, f"is {shown(value)}", expected)
+
+
+def text(
+    value: Any, field: str, longest: int = 2000, pattern: str | None = None, what: str = "text"
+) -> Iterator[Problem]:
+    """A text that is not blank, and all of it matches a pattern."""
+    if not isinstance(value, str) or not value.strip() or len(value) > longest:
+        yield from wrong(value, field, f"{what} of 1 to {longest} characters")
+    elif pattern is not None and not re.fullmatch(pattern, value):
+        yield from wrong(value, field, what)
+
+
+def number(value: Any, field: str, low: float, high: float) -> Iterator[Problem]:
+    """A number within bounds; the reader has refused those that are not finite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        yield from wrong(value, field, f"a number in [{low:g}, {high:g}]")
+
+
+def count(value: Any, field: str, low: int = 0, high: int = 10**9) -> Iterator[Problem]:
+    """A whole number within bounds; true and 1.0 are none."""
+    if type(value) is not int or not low <= value <= high:
+        yield from wrong(value, field, f"a whole number in [{low}, {high}]")
+
+
+def one_of(*choices: Any) -> Check:
+    """One of these very values."""
+
+    def check(value: Any, field: str) -> Iterator[Problem]:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            yield from wrong(value, field, " or ".join(map(json.dumps, choices)))
+
+    return check
+
+
+def or_null(inner: Check) -> Check:
+    """Null, or what another check asks for."""
+    return lambda value, field: iter(()) if value is None else inner(value, field)
+
+
+def list_of(inner: Check, longest: int, shortest: int = 0, each_once: bool = False) -> Check:
+    """A list whose entries all pass a check."""
+
+    def check(value: Any, field: str) -> Iterator[Problem]:
+        if not isinstance(value, list) or not shortest <= len(value) <= longest:
+            yield from wrong(value, field, f"a list of {shortest} to {longest} entries")
+            return
+        problems = [problem for place, item in enumerate(value) for problem in inner(item, f"{field}[{place}]")]
+        yield from problems
+        if each_once and not problems and len(set(value)) < len(value):
+            yield from wrong(value, field, "each entry once")
+
+    return check
+
+
+def record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
+    """An object with these keys and no others."""
+    known = required | (optional or {})
+
+    def check(value: Any, field: str) -> Iterator[Problem]:
+        if not isinstance(value, dict):
+            yield from wrong(value, field, "an object")
+            return
+        inside = f"{field}." if field else ""
+        for key in value:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                expected = f"{close[0]!r}" if close else f"one of {', '.join(known)}"
+                yield Problem(f"{inside}{key[:60]}", "is unknown", expected)
+        for key in required:
+            if key not in value:
+                yield Problem(f"{inside}{key}", "is missing", "to be stated")
+        for key, item in value.items():
+            if key in known:
+                yield from known[key](item, inside + key)
+
+    return check
 
 
 def _architecture(value: Any, field: str) -> Iterator[Problem]:

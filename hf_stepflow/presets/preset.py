@@ -28,13 +28,13 @@ from .checks import (
     KINDS,
     PRESET_SETTINGS,
     SCHEMA_VERSION,
+    Problem,
     fitting_problems,
     preset_block_problems,
     preset_problems,
     schema_problems,
     settings_problems,
 )
-from .fields import Problem
 from .strict_json import calibrations_folder, read_json_object
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,6 @@ from hf_stepflow.calibration.candidates import Space
 from hf_stepflow.cli import main
 from hf_stepflow.hub.cards import preset_card
 from hf_stepflow.presets.preset import load_preset
-from hf_stepflow.presets.settings import settings_schema
 from hf_stepflow.runtime.configuration_stepflow import SETTINGS, StepFlowConfig, StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError
 from scripts import settings as script
@@ -50,7 +49,7 @@ def test_a_bound_changed_in_the_table_changes_everywhere(monkeypatch, tmp_path, 
     for refused in (lambda: StepFlowConfig(alpha=7.5), lambda: load_preset(preset)):
         with pytest.raises(StepFlowConfigError, match=r"a number in \[-100, 5\]"):
             refused()
-    schema = settings_schema()
+    schema = script.settings_schema()
     assert schema["properties"]["alpha"]["maximum"] == 5
     good = json.loads(preset.read_text())["settings"]
     assert [error.json_path for error in Draft202012Validator(schema).iter_errors(good)] == ["$.alpha"]
@@ -67,7 +66,9 @@ def test_presets_may_leave_out_a_newer_setting(monkeypatch, tmp_path):
         load_preset(file)
     monkeypatch.setitem(SETTINGS, "alpha", dataclasses.replace(SETTINGS["alpha"], is_new=True))
     assert load_preset(file).settings.alpha == StepFlowSettings().alpha
-    assert not list(Draft202012Validator(settings_schema()).iter_errors(json.loads(file.read_text())["settings"]))
+    assert not list(
+        Draft202012Validator(script.settings_schema()).iter_errors(json.loads(file.read_text())["settings"])
+    )
 
 
 def test_a_setting_moved_to_another_part_moves_in_the_card(monkeypatch):
