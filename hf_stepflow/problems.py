@@ -1,14 +1,26 @@
-"""Problems by name: a file, a benchmark, or a difficulty of the embedded reasoner.
+"""Problems by name: a JSONL file, one of the paper's six benchmarks, or a difficulty of the embedded reasoner.
 
 This module stands above `evaluation` and `reasoner`, neither of which knows the other's problems.
 """
 
+import base64
+import json
+import pickletools
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from .evaluation.problem import EvalProblem
-from .evaluation.sources import BENCHMARKS, load_benchmark, read_problems
+from transformers.utils import logging
+
+from .evaluation.problem import EvalProblem, problem_of
 from .reasoner.levels import problems_of
-from .runtime.errors import StepFlowInputError
+from .runtime.errors import StepFlowFileError, StepFlowInputError
+
+logger = logging.get_logger(__name__)
 
 
 def load_problems(
@@ -62,3 +74,136 @@ def reasoner_problems(level: str, number: int, split: str = "test", start: int =
     """
     drawn = problems_of(level, split, number, start)
     return [EvalProblem(one.id, one.question, one.answer, kind="number", trace=one.response) for one in drawn]
+
+
+def read_problems(path: Path) -> list[EvalProblem]:
+    """Reads the problems of a JSONL file.
+
+    Raises:
+        StepFlowFileError: A line is not a problem, or repeats an id.
+    """
+    problems: dict[str, EvalProblem] = {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StepFlowFileError(f"{path} cannot be read: {error}", hint="a problems file is JSONL in UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            problem = problem_of(json.loads(line))
+        except (json.JSONDecodeError, StepFlowInputError) as error:
+            raise StepFlowFileError(
+                f"{path}, line {number}: {error}",
+                hint='each line is an object such as {"id": "1", "question": "2 + 2?", "answer": "4"}',
+            ) from error
+        if problem.id in problems:
+            raise StepFlowFileError(
+                f"{path}, line {number}: the id {problem.id!r} comes twice", hint="make ids unique"
+            )
+        problems[problem.id] = problem
+    if not problems:
+        raise StepFlowFileError(f"{path} holds no problems", hint="one JSON object a line")
+    return list(problems.values())
+
+
+_MATH = "{}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+_CHOICE = "{}\n\nPlease reason step by step, and end with the letter of the right choice within \\boxed{{}}.\n"
+_CODE = (
+    "{}\n\nPlease reason step by step, then write a Python program that reads standard input and writes standard "
+    "output, in one block marked ```python."
+)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set on the Hub, and how its rows become problems.
+
+    Attributes:
+        convert: Makes a problem of a row's number, the row and the seed; None if the row cannot be checked.
+        arguments: The arguments of `load_dataset`.
+        hint: The way out if the data set cannot be loaded.
+    """
+
+    convert: Callable[[int, dict[str, Any], int], EvalProblem | None]
+    arguments: dict[str, str]
+    hint: str = "check the connection, or pass the path of a JSONL file"
+
+
+def _mathematics(number: int, row: dict[str, Any], seed: int, question: str = "problem") -> EvalProblem:
+    return EvalProblem(str(number), _MATH.format(row[question]), str(row["answer"]), kind="math")
+
+
+def _gpqa(number: int, row: dict[str, Any], seed: int) -> EvalProblem:
+    right = row["Correct Answer"].strip()
+    choices = [right, *(row[f"Incorrect Answer {one}"].strip() for one in (1, 2, 3))]
+    random.Random(f"{seed}/{number}").shuffle(choices)
+    letter = "ABCD"[choices.index(right)]
+    return EvalProblem(str(number), _CHOICE.format(row["Question"].strip()), letter, tuple(choices), kind="choice")
+
+
+def _live_code(number: int, row: dict[str, Any], seed: int) -> EvalProblem | None:
+    tests = json.loads(row["public_test_cases"]) + _private_tests(row["private_test_cases"])
+    if any(test["testtype"] != "stdin" for test in tests):
+        return None  # asks for a function to be called, which the checker does not do
+    pairs = json.dumps([[test["input"], test["output"]] for test in tests])
+    return EvalProblem(str(row["question_id"]), _CODE.format(row["question_content"]), "-", tests=pairs, kind="code")
+
+
+def _private_tests(text: str) -> list[dict[str, str]]:
+    """Reads the hidden tests: JSON, or a JSON text that was pickled, compressed and encoded."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        # genops lists what a pickle holds and runs none of it; the only text in it is the JSON.
+        listed = pickletools.genops(zlib.decompress(base64.b64decode(text)))
+        return json.loads(next(argument for _, argument, _ in listed if isinstance(argument, str)))
+
+
+BENCHMARKS = {
+    "aime24": Benchmark(_mathematics, {"path": "HuggingFaceH4/aime_2024", "split": "train"}),
+    "aime25": Benchmark(_mathematics, {"path": "math-ai/aime25", "split": "test"}),
+    "amc23": Benchmark(partial(_mathematics, question="question"), {"path": "math-ai/amc23", "split": "test"}),
+    "math500": Benchmark(_mathematics, {"path": "HuggingFaceH4/MATH-500", "split": "test"}),
+    "gpqa-diamond": Benchmark(
+        _gpqa,
+        {"path": "Idavidrein/gpqa", "name": "gpqa_diamond", "split": "train"},
+        "accept its terms on the Hub, then log in (hf auth login)",
+    ),
+    # Read as JSON, since the data set would otherwise run a script.
+    "livecodebench": Benchmark(
+        _live_code,
+        {
+            "path": "json",
+            "data_files": "hf://datasets/livecodebench/code_generation_lite/test.jsonl",
+            "split": "train",
+        },
+        "check the connection; its answers are programs, which are run to be checked (--run-code)",
+    ),
+}
+
+
+def load_benchmark(name: str, seed: int = 0) -> list[EvalProblem]:
+    """Loads all problems of a benchmark; the `datasets` library downloads and caches it.
+
+    Args:
+        name: A key of `BENCHMARKS`.
+        seed: The seed that shuffles the choices of a multiple choice.
+
+    Raises:
+        StepFlowFileError: The benchmark could not be downloaded or read.
+    """
+    import datasets
+
+    benchmark = BENCHMARKS[name]
+    try:
+        rows = datasets.load_dataset(**benchmark.arguments)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        source = benchmark.arguments.get("data_files") or benchmark.arguments["path"]
+        raise StepFlowFileError(f"{name} ({source}) could not be loaded: {error}", hint=benchmark.hint) from error
+    problems = [benchmark.convert(number, row, seed) for number, row in enumerate(rows)]
+    kept = [problem for problem in problems if problem is not None]
+    if len(kept) < len(problems):
+        left_out = len(problems) - len(kept)
+        logger.warning("%s: left out %d of %d problems, which cannot be checked", name, left_out, len(problems))
+    return kept

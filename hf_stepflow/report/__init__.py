@@ -11,7 +11,6 @@ as `below` is HTML already. `write_page` writes the page to a file.
 """
 
 from .chart import PLOT_X, PLOT_Y, Axis, forest, frame, svg
-from .page import element, page, write_page
-from .table import table
+from .page import element, page, table, write_page
 
 __all__ = ["PLOT_X", "PLOT_Y", "Axis", "element", "forest", "frame", "page", "svg", "table", "write_page"]

@@ -11,8 +11,7 @@ import pytest
 from hf_stepflow.evaluation import checkers
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, UNFINISHED, WRONG, judge
 from hf_stepflow.evaluation.problem import EvalProblem, as_number, as_problems, problem_of
-from hf_stepflow.evaluation.sources import BENCHMARKS, read_problems
-from hf_stepflow.problems import load_problems
+from hf_stepflow.problems import BENCHMARKS, load_problems, read_problems
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 
