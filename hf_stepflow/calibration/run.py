@@ -18,8 +18,8 @@ from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .candidates import Settings
+from .proxy import Row
 from .splits import Batch
-from .traces import Row
 from .verdict import RANDOM_STEPS
 from .work_folder import Workers, WorkFolder
 

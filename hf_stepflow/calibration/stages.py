@@ -27,12 +27,11 @@ from .bands import Bands, propose_bands, quarter_rule
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
-from .proxy import ProxyScore, proxy_score
+from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score, short_and_easy
 from .result import Ablation, Calibration
 from .run import Budget, CalibrationRun, Sampling, attached, parse_budget
 from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
 from .splits import Batch, batches_of, split_problems
-from .traces import Row, Solved, read_answers, rows_to_score, short_and_easy
 from .verdict import BASE, RANDOM_STEPS, ablations, measure, random_steps
 from .work_folder import Workers, WorkFolder
 

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 
 from hf_stepflow.calibration.candidates import EMPTY
 from hf_stepflow.calibration.heads import PROBE_FLOOR, PROBE_TEMPERATURE, find_heads, floor_on, temperature_on
-from hf_stepflow.calibration.proxy import CLIP, TOLERANCE, ProxyScore, proxy_score
+from hf_stepflow.calibration.proxy import (
+    CLIP,
+    TOLERANCE,
+    ProxyScore,
+    Row,
+    Solved,
+    proxy_score,
+    read_answers,
+    rows_to_score,
+    short_and_easy,
+)
 from hf_stepflow.calibration.run import CalibrationRun, Sampling
-from hf_stepflow.calibration.traces import Row, Solved, read_answers, rows_to_score, short_and_easy
 from hf_stepflow.calibration.work_folder import Workers, WorkFolder
 from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.runtime.step_detector import StepVocabulary

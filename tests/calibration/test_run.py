@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_stepflow.calibration.candidates import EMPTY, tidied
+from hf_stepflow.calibration.proxy import Row
 from hf_stepflow.calibration.run import ENDS, Budget, CalibrationRun, Sampling, parse_budget
 from hf_stepflow.calibration.splits import batches_of
-from hf_stepflow.calibration.traces import Row
 from hf_stepflow.calibration.verdict import random_steps
 from hf_stepflow.calibration.work_folder import Workers, WorkFolder
 from hf_stepflow.runtime.errors import StepFlowInputError
