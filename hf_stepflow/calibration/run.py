@@ -9,12 +9,10 @@ from typing import Any
 from hf_stepflow.evaluation.arms import Arm
 from hf_stepflow.evaluation.run import batch_seed
 from hf_stepflow.evaluation.sampler import Sampler
-from hf_stepflow.evaluation.scoring import score_traces
+from hf_stepflow.evaluation.scoring import batches, score_traces
 from hf_stepflow.evaluation.store import digest
-from hf_stepflow.presets.preset import rule_preset
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.forward import FlowRules
-from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .candidates import Settings
@@ -189,11 +187,12 @@ class CalibrationRun:
             settings: The settings; None is the base.
             rows: The responses with their prompts.
         """
-        parts = _parts(rows)
+        pairs = [(list(row.prompt), list(row.response)) for row in rows]
+        parts = list(batches(pairs, _BATCH_TOKENS))
         names = [digest([rows[index].ids for index in part]) for part in parts]
         missing = [at for at, name in enumerate(names) if self.work.get("likelihoods", settings, name) is None]
         for at in self.workers.share(missing):
-            batch = [(list(rows[index].prompt), list(rows[index].response)) for index in parts[at]]
+            batch = [pairs[index] for index in parts[at]]
             scores = score_traces(self.model, batch, False if settings is None else settings)
             self.work.put("likelihoods", [one.log_likelihood for one in scores], settings, names[at])
         self.workers.wait()
@@ -221,11 +220,10 @@ class CalibrationRun:
     @contextmanager
     def bar(self, label: str, total: int | None, unit: str) -> Iterator[Callable[[], None]]:
         """Shows a progress bar in the first process; the function that it yields advances the bar."""
-        from huggingface_hub.utils import are_progress_bars_disabled
-        from tqdm import tqdm
+        from huggingface_hub.utils import tqdm
 
-        hidden = not self.progress or are_progress_bars_disabled() or not self.workers.is_first
-        with tqdm(total=total, desc=label, unit=unit, disable=hidden or total == 0, leave=False) as bar:
+        hidden = not self.progress or not self.workers.is_first or total == 0
+        with tqdm(total=total, desc=label, unit=unit, disable=hidden, leave=False) as bar:
             yield lambda: bar.update(1)
 
     def _answer(
@@ -258,47 +256,3 @@ class CalibrationRun:
             {"problem": problem.id, "sample": sample, **result}
             for (problem, _, sample), result in zip(rows, made, strict=True)
         ]
-
-
-def _parts(rows: Sequence[Row]) -> list[list[int]]:
-    """Groups the indices of rows of similar length that go through the model together."""
-    parts: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda one: len(rows[one].ids)):
-        if parts and (len(parts[-1]) + 1) * len(rows[index].ids) <= _BATCH_TOKENS:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return parts
-
-
-@contextmanager
-def attached(model: Any, tokenizer: Any, stepflow: Any) -> Iterator[None]:
-    """Puts the model into evaluation mode with StepFlow attached, and restores it afterwards.
-
-    Args:
-        model: A causal language model.
-        tokenizer: The model's tokenizer.
-        stepflow: Settings with markers and step rules, as for `attach`; None takes the attached ones, or the rule.
-
-    Raises:
-        StepFlowInputError: Settings are given for a model with StepFlow attached.
-    """
-    was_training = model.training
-    attaches = getattr(model, "stepflow_runtime", None) is None
-    if not attaches and stepflow is not None:
-        raise StepFlowInputError(
-            "stepflow= is given for a model that has StepFlow attached with its own settings",
-            hint="leave stepflow out, or call model.detach_stepflow() first",
-        )
-    if attaches:
-        settings = rule_preset(model).settings.to_dict() if stepflow is None else stepflow
-        if stepflow is None:
-            settings |= {"base_model_name_or_path": None}
-        StepFlowModelForCausalLM.attach(model, settings, tokenizer=tokenizer)
-    try:
-        model.eval()
-        yield
-    finally:
-        if attaches:
-            model.detach_stepflow()
-        model.train(was_training)

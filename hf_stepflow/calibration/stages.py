@@ -18,8 +18,9 @@ import numpy as np
 from hf_stepflow.evaluation.answers import check_may_run
 from hf_stepflow.evaluation.checkers import demand_math_verify
 from hf_stepflow.evaluation.problem import EvalProblem, as_problems
-from hf_stepflow.evaluation.sampler import check_generation
-from hf_stepflow.evaluation.store import another_run, digest, machine, model_digest
+from hf_stepflow.evaluation.sampler import check_generation, prepared
+from hf_stepflow.evaluation.store import another_run, digest, identify, machine
+from hf_stepflow.presets.preset import rule_preset
 from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
 
@@ -29,7 +30,7 @@ from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score, short_and_easy
 from .result import Ablation, Calibration
-from .run import Budget, CalibrationRun, Sampling, attached, parse_budget
+from .run import Budget, CalibrationRun, Sampling, parse_budget
 from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
 from .splits import Batch, batches_of, split_problems
 from .verdict import BASE, RANDOM_STEPS, ablations, measure, random_steps
@@ -117,14 +118,19 @@ def calibrate(
     splits = split_problems(asked, seed)
     _check_packages(asked)
     _check_lengths(model, tokenizer, asked, sampling)
-    with attached(model, tokenizer, stepflow):
+    is_attached = getattr(model, "stepflow_runtime", None) is not None
+    if is_attached and stepflow is not None:
+        raise StepFlowInputError(
+            "stepflow= is given for a model that has StepFlow attached with its own settings",
+            hint="leave stepflow out, or call model.detach_stepflow() first",
+        )
+    if not is_attached and stepflow is None:
+        stepflow = rule_preset(model).settings
+    with prepared(model, tokenizer, stepflow, attach=True):
         header = {
             "problems": digest([vars(problem) for problem in asked]),
             "n_problems": len(asked),
-            "model": model_digest(model),
-            "tokenizer": digest([len(tokenizer), tokenizer.chat_template]),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
+            **identify(model, tokenizer),
             "attention": model.stepflow_runtime.base_implementation,
             "settings": model.stepflow_runtime.settings.replace(**EMPTY).to_dict(),
             "sampling": vars(sampling),

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import transformers
 from transformers.utils import logging
 
 from hf_stepflow.runtime.errors import StepFlowInputError
-from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .answers import check_may_run
@@ -19,8 +17,8 @@ from .arms import Arm, make_arms
 from .checkers import demand_math_verify
 from .problem import EvalProblem, as_problems
 from .result import EvaluationResult
-from .sampler import Sampler, check_generation
-from .store import ResultStore, digest, machine, model_digest
+from .sampler import Sampler, check_generation, prepared
+from .store import ResultStore, digest, identify, machine
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +84,20 @@ def evaluate(
     for problem in asked:
         check_may_run(problem, run_code)
     demand_math_verify(problem.kind for problem in asked)
-    with _ready(model, tokenizer, chosen) as (vocabulary, tokenizer):
+    runtime = getattr(model, "stepflow_runtime", None)
+    if runtime is not None and runtime.is_overridden:
+        raise StepFlowInputError(
+            "arms say when StepFlow is on, but evaluate was called inside of disable_stepflow or use_stepflow",
+            hint="call it outside, and give the settings as an arm",
+        )
+    needs_stepflow = any(arm.stepflow is not False for arm in chosen.values())
+    with prepared(model, tokenizer, attach=needs_stepflow) as runtime:
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(model) if runtime is None else runtime.tokenizer
+        vocabulary = StepVocabulary.from_tokenizer(tokenizer) if runtime is None else runtime.rules.vocabulary
+        for arm in chosen.values():
+            if isinstance(arm.stepflow, dict):
+                runtime.rules_for(runtime.settings.replace(**arm.stepflow))  # raises before anything is generated
         sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code, keep_ids)
         encoded = {
             instruction: [sampler.encode(problem, instruction) for problem in asked]
@@ -94,17 +105,13 @@ def evaluate(
         }
         prompts = {name: encoded[arm.instruction] for name, arm in chosen.items()}
         _check_lengths(model, asked, prompts, max_new_tokens, chosen)
-        runtime = getattr(model, "stepflow_runtime", None)
         header = {
             "problems": digest([problem.asked() for problem in asked]),
             "n_problems": len(asked),
-            "model": model_digest(model),
-            "tokenizer": digest([len(tokenizer), tokenizer.chat_template]),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            **identify(model, tokenizer),
             "settings": None if runtime is None else runtime.settings.to_dict(),
             "generation_config": _generation_config(model),
             "attention": model.config._attn_implementation,
-            "device": model.device.type,
             "arms": {name: arm.to_dict() for name, arm in chosen.items()},
             **counts,
             "seed": seed,
@@ -132,20 +139,14 @@ def _answer(
     progress: bool,
 ) -> None:
     """Generates and stores the results that the store lacks, batch by batch."""
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from tqdm import tqdm
+    from huggingface_hub.utils import tqdm
 
     n_samples, seed, size = (store.header[name] for name in ("n_samples", "seed", "batch_size"))
     # By the length of the first arm's prompts, so that every arm gets the same batches.
     order = sorted(range(len(problems)), key=lambda index: len(next(iter(prompts.values()))[index]))
     items = [(index, sample) for index in order for sample in range(n_samples)]
     done = {(result["arm"], result["problem"], result["sample"]) for result in store.results}
-    bar = tqdm(
-        total=len(items) * len(arms),
-        initial=len(done),
-        disable=not progress or are_progress_bars_disabled(),
-        unit="response",
-    )
+    bar = tqdm(total=len(items) * len(arms), initial=len(done), disable=not progress, unit="response")
     bar.set_postfix_str(_accuracies(arms, store.results))
     for number, start in enumerate(range(0, len(items), size)):
         batch = items[start : start + size]
@@ -180,38 +181,6 @@ def _accuracies(arms: dict[str, Arm], results: list[dict[str, Any]]) -> str:
     return ", ".join(
         [f"{first} {base:.1%}", *(f"{name} {100 * (share - base):+.1f}" for name, share in shares.items())]
     )
-
-
-@contextmanager
-def _ready(model: Any, tokenizer: Any, arms: dict[str, Arm]) -> Iterator[tuple[StepVocabulary, Any]]:
-    """The model in evaluation mode, with StepFlow if an arm needs it; restores the model afterwards."""
-    runtime = getattr(model, "stepflow_runtime", None)
-    if runtime is not None and runtime.is_overridden:
-        raise StepFlowInputError(
-            "arms say when StepFlow is on, but evaluate was called inside of disable_stepflow or use_stepflow",
-            hint="call it outside, and give the settings as an arm",
-        )
-    attaches = runtime is None and any(arm.stepflow is not False for arm in arms.values())
-    was_training = model.training
-    if attaches:
-        StepFlowModelForCausalLM.attach(model, tokenizer=tokenizer)
-        runtime = model.stepflow_runtime
-    try:
-        model.eval()
-        if runtime is None:
-            tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(model)
-            vocabulary = StepVocabulary.from_tokenizer(tokenizer)
-        else:
-            tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
-            vocabulary = runtime.rules.vocabulary
-            for arm in arms.values():
-                if isinstance(arm.stepflow, dict):
-                    runtime.rules_for(runtime.settings.replace(**arm.stepflow))  # raises before anything is generated
-        yield vocabulary, tokenizer
-    finally:
-        if attaches:
-            model.detach_stepflow()
-        model.train(was_training)
 
 
 def _load_tokenizer(model: Any) -> Any:

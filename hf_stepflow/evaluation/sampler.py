@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hf_stepflow.prompts import encode_prompt
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.logits_process import StepBudgetLogitsProcessor
+from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.runtime.report import RowReport
 from hf_stepflow.runtime.step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
@@ -41,6 +43,32 @@ def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> 
             f"the temperature must be a number above 0, got {temperature!r}",
             hint="it is for sampling: a single response without do_sample=True is greedy and takes none",
         )
+
+
+@contextmanager
+def prepared(model: Any, tokenizer: Any = None, stepflow: Any = None, *, attach: bool = False) -> Iterator[Any]:
+    """Puts a model into evaluation mode, with StepFlow attached if asked for, and restores it afterwards.
+
+    Args:
+        model: A causal language model.
+        tokenizer: The model's tokenizer.
+        stepflow: The settings to attach, as for `StepFlowModelForCausalLM.attach`.
+        attach: Whether StepFlow is needed. If it is attached already, it stays as it is.
+
+    Yields:
+        The runtime of StepFlow, or None without StepFlow.
+    """
+    was_training = model.training
+    attaches = attach and getattr(model, "stepflow_runtime", None) is None
+    if attaches:
+        StepFlowModelForCausalLM.attach(model, stepflow, tokenizer=tokenizer)
+    try:
+        model.eval()
+        yield getattr(model, "stepflow_runtime", None)
+    finally:
+        if attaches:
+            model.detach_stepflow()
+        model.train(was_training)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+from .sampler import prepared
+
 # Positions, over all rows of a batch, whose probabilities exist at once.
 _PIECE = 512
 
@@ -78,22 +80,17 @@ def score_traces(
             f"rows {empty[:10]} have no prompt or no response", hint="give each at least one token"
         )
     scores: dict[int, TraceScore] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with model.use_stepflow(stepflow) if attached else nullcontext():
-            for batch in _batches(rows, batch_tokens):
-                made = _score(model, [rows[index] for index in batch], attached)
-                scores.update(zip(batch, made, strict=True))
-                if progress is not None:
-                    progress(len(batch))
-    finally:
-        model.train(was_training)
+    with prepared(model), model.use_stepflow(stepflow) if attached else nullcontext():
+        for batch in batches(rows, batch_tokens):
+            made = _score(model, [rows[index] for index in batch], attached)
+            scores.update(zip(batch, made, strict=True))
+            if progress is not None:
+                progress(len(batch))
     return [scores[index] for index in range(len(rows))]
 
 
-def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterable[list[int]]:
-    """The indices of rows that go through the model together, shortest rows first."""
+def batches(rows: Sequence[Row], batch_tokens: int) -> Iterable[list[int]]:
+    """Groups the indices of rows that go through the model together, shortest rows first."""
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index]))):
         if batch and (len(batch) + 1) * sum(_widths([rows[one] for one in [*batch, index]])) > batch_tokens:

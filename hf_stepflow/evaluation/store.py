@@ -147,6 +147,16 @@ def model_digest(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def identify(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Returns hashes of a model and its tokenizer, the dtype and the device, on which results depend."""
+    return {
+        "model": model_digest(model),
+        "tokenizer": digest([len(tokenizer), tokenizer.chat_template]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+
+
 def machine(device: torch.device | None = None) -> dict[str, Any]:
     """Describes the machine and the versions, on which a measurement depends.
 

@@ -291,8 +291,7 @@ def train(recipe: Recipe, out: Path, threads: int = 2, device: str = "cpu") -> A
 
 
 def _train(recipe: Recipe, out: Path, threads: int, device: str) -> Any:
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from tqdm import tqdm
+    from huggingface_hub.utils import tqdm
 
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
@@ -301,8 +300,7 @@ def _train(recipe: Recipe, out: Path, threads: int, device: str) -> Any:
     out.mkdir(parents=True, exist_ok=True)
     done, seconds = _resume(out, recipe, model, optimizers)
     begun = saved = time.monotonic()
-    silent = are_progress_bars_disabled()
-    bar = tqdm(total=recipe.steps, initial=done, unit="step", desc="training", disable=silent)
+    bar = tqdm(total=recipe.steps, initial=done, unit="step", desc="training")
     with open(out / "log.jsonl", "a") as log, ThreadPoolExecutor(threads) as pool:
         for step in range(done, recipe.steps):
             parts = draw_batch(recipe, tokenizer, step)
