@@ -30,7 +30,7 @@ from hf_stepflow.reasoner.prompts import encode_problem
 
 FOLDER = Path(__file__).with_suffix("")
 NAME = "stepflow-tiny-reasoner"
-NOTES = "The base model is the reasoner that comes with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
+NOTES = "The base model is the reasoner that ships with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
 # {part: (levels, problems of each, tokens of a response at most)}: easy ones, and such as are longer than trained on.
 RUNS = {
     "both": (["chains-4", "chains-7", "errands-30", "errands-120", "errands-180"], 200, 1200),

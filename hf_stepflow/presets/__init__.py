@@ -1,1 +1,1 @@
-"""Presets: settings for a model as data, with where they come from."""
+"""Presets: the settings for one model as data, with their provenance."""

@@ -1,4 +1,4 @@
-"""The fingerprint of a model's architecture: what a preset is made for, and what it is refused on."""
+"""The fingerprint of a model's architecture, by which a preset is accepted or refused on a model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,14 @@ _COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells whether settings for layers and heads have a meaning on a model.
+    """The parts of an architecture to which settings for layers and heads refer.
 
     Attributes:
-        model_type: the model type of its decoder in transformers.
-        num_hidden_layers: number of layers, with attention or without.
-        num_attention_heads: number of query heads, None where the config names no single number.
-        num_key_value_heads: number of key-value heads, None likewise.
-        attention_layers: the layers with softmax attention where that is not all of them, else None.
+        model_type: The model type of the decoder in transformers.
+        num_hidden_layers: The number of layers, with or without attention.
+        num_attention_heads: The number of query heads; None if the config states no single number.
+        num_key_value_heads: The number of key-value heads; None if the config states no single number.
+        attention_layers: The layers with softmax attention; None if all layers have it.
     """
 
     model_type: str
@@ -35,13 +35,13 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Architecture":
-        """From the `architecture` object of a preset."""
+        """Reads the `architecture` object of a preset."""
         layers = data.get("attention_layers")
         counts = {name: data[name] for name in _COUNTS}
         return cls(data["model_type"], **counts, attention_layers=None if layers is None else tuple(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """As the `architecture` object of a preset."""
+        """Returns the `architecture` object of a preset."""
         data = {"model_type": self.model_type} | {name: getattr(self, name) for name in _COUNTS}
         return data if self.attention_layers is None else data | {"attention_layers": list(self.attention_layers)}
 
@@ -51,11 +51,11 @@ class Architecture:
         return list(range(self.num_hidden_layers) if self.attention_layers is None else self.attention_layers)
 
     def is_met_by(self, other: "Architecture", compare_layers: bool) -> bool:
-        """Whether a model has this architecture.
+        """Returns whether a model has this architecture.
 
         Args:
-            other: that of the model.
-            compare_layers: whether `other` knows which layers have softmax attention.
+            other: The model's architecture.
+            compare_layers: Whether `other` states which layers have softmax attention.
         """
         known = [name for name in _COUNTS if None not in (getattr(self, name), getattr(other, name))]
         same = self.model_type == other.model_type and all(
@@ -65,14 +65,14 @@ class Architecture:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The architecture of a model or of a config.
+    """Returns the architecture of a model or of a config.
 
     Args:
-        model: a causal language model, or its config; a config does not tell which layers have softmax attention.
+        model: A causal language model or its config. A config does not show which layers have softmax attention.
 
     Raises:
-        StepFlowUnsupportedError: a model that StepFlow cannot reach.
-        StepFlowConfigError: a config that names no number of layers.
+        StepFlowUnsupportedError: StepFlow does not support the model.
+        StepFlowConfigError: The config states no number of layers.
     """
     config = getattr(model, "config", model)
     text = config.get_text_config(decoder=True)
@@ -82,7 +82,7 @@ def architecture_of(model: Any) -> Architecture:
         raise StepFlowConfigError(
             f"the config of {text.model_type} names no number of layers (num_hidden_layers is "
             f"{counts['num_hidden_layers']!r})",
-            hint="give settings instead of a preset",
+            hint="pass settings instead of a preset",
         )
     found = None
     if is_model(model):
@@ -92,5 +92,5 @@ def architecture_of(model: Any) -> Architecture:
 
 
 def is_model(model: Any) -> bool:
-    """Whether this is a model and not its config."""
+    """Returns whether this is a model rather than its config."""
     return hasattr(model, "named_modules")

@@ -1,7 +1,9 @@
-"""What a preset's data must be like: every field, its type, its bounds, and how the fields fit together.
+"""Checks a preset's data: every field, its type and bounds, and how the fields fit together.
 
-The same rules as in `calibrations/schema.json`, in code of our own, so that hostile files are refused where the
-package jsonschema is not installed; where it is, `validate_preset` asks both.
+`calibrations/schema.json` states the same rules. They are also written here, so that hostile files are refused where
+the package jsonschema is not installed; where it is installed, `validate_preset` applies both.
+
+A check is a function of a value and the name of its field that yields the problems it finds.
 """
 
 import datetime
@@ -35,7 +37,7 @@ KINDS = ("paper", "rule", "measured")
 NAME = r"[a-z0-9]+([._-][a-z0-9]+)*"
 BASE_MODEL = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*"
 PAPER = "2604.06695"
-# What a "rule" or "paper" preset may choose for its model: how thinking is found, not what is done to it.
+# A "rule" or "paper" preset may set how thinking is found in its model, and nothing else.
 _READING = tuple(name for name, setting in SETTINGS.items() if setting.group in (BASE, SEGMENTS))
 _FLOOR = {"paper": "absolute", "rule": "share"}
 _RESERVED_NAMES = ("auto", "preset", "rule", "schema")
@@ -65,11 +67,11 @@ Check = Callable[[Any, str], Iterator[Problem]]
 
 
 def preset_problems(data: dict[str, Any], stem: str | None = None) -> list[Problem]:
-    """What is wrong with the data of a preset.
+    """Lists what is wrong with the data of a preset.
 
     Args:
-        data: from `read_json_object`.
-        stem: the name that its file has, which must be the preset's; None where a file may have any name.
+        data: The data, from `read_json_object`.
+        stem: The name of the file, which the preset must share; None if the file may have any name.
     """
     problems = list(_PRESET(data, ""))
     if not problems:
@@ -96,7 +98,7 @@ def identity_problems(name: str, base_model: str, revision: str | None) -> list[
 def fitting_problems(
     settings: dict[str, Any], architecture: dict[str, Any], provenance: dict[str, Any]
 ) -> Iterator[Problem]:
-    """What is wrong between parts that are right by themselves."""
+    """Yields the problems between parts that are valid by themselves."""
     meant = Architecture.from_dict(architecture)
     try:
         checked = StepFlowSettings(**settings)
@@ -109,19 +111,19 @@ def fitting_problems(
 
 
 def settings_problems(settings: Any, field: str) -> Iterator[Problem]:
-    """What is wrong with some settings of a preset, each by itself."""
+    """Yields what is wrong with each of some settings of a preset."""
     yield from record({}, {name: _setting(name) for name in SETTING_NAMES})(settings, field)
 
 
 def preset_block_problems(block: Any, field: str) -> Iterator[Problem]:
-    """What is wrong with the `stepflow_preset` of a config.json: what a preset holds beside its settings."""
+    """Yields what is wrong with the block `stepflow_preset` of a config.json, which holds all but the settings."""
     yield from record({"name": _NAME_CHECK, "architecture": _architecture, "provenance": _provenance}, _OPTIONAL)(
         block, field
     )
 
 
 def schema_problems(data: dict[str, Any]) -> list[Problem]:
-    """What the JSON schema says against a preset; nothing where the package jsonschema is not installed."""
+    """Lists the violations of the JSON schema; none if the package jsonschema is not installed."""
     if importlib.util.find_spec("jsonschema") is None:
         return []
     from jsonschema import Draft202012Validator
@@ -131,21 +133,21 @@ def schema_problems(data: dict[str, Any]) -> list[Problem]:
         Problem(
             ".".join(map(str, error.absolute_path)),
             f"is {shown(error.instance)}",
-            f"what the schema says: {error.message[:200]}",
+            f"a value that the schema allows: {error.message[:200]}",
         )
         for error in Draft202012Validator(schema).iter_errors(data)
     ]
 
 
 def wrong(value: Any, field: str, expected: str) -> Iterator[Problem]:
-    """The problem of a value that is not what was expected."""
+    """Yields the problem of a value that is not the expected one."""
     yield Problem(field, f"is {shown(value)}", expected)
 
 
 def text(
     value: Any, field: str, longest: int = 2000, pattern: str | None = None, what: str = "text"
 ) -> Iterator[Problem]:
-    """A text that is not blank, and all of it matches a pattern."""
+    """Checks for a text that is not blank and matches a pattern as a whole."""
     if not isinstance(value, str) or not value.strip() or len(value) > longest:
         yield from wrong(value, field, f"{what} of 1 to {longest} characters")
     elif pattern is not None and not re.fullmatch(pattern, value):
@@ -153,20 +155,20 @@ def text(
 
 
 def number(value: Any, field: str, low: float, high: float) -> Iterator[Problem]:
-    """A number within bounds; the reader has refused those that are not finite."""
+    """Checks for a number within bounds; the reader has refused numbers that are not finite."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         yield from wrong(value, field, f"a number in [{low:g}, {high:g}]")
 
 
 def count(value: Any, field: str, low: int = 0, high: int = 10**9) -> Iterator[Problem]:
-    """A whole number within bounds; true and 1.0 are none."""
+    """Checks for a whole number within bounds; true and 1.0 are not whole numbers."""
     if type(value) is not int or not low <= value <= high:
         yield from wrong(value, field, f"a whole number in [{low}, {high}]")
 
 
 def one_of(*choices: Any) -> Check:
-    """One of these very values."""
+    """Makes a check for one of these values, of the same type."""
 
     def check(value: Any, field: str) -> Iterator[Problem]:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -176,12 +178,12 @@ def one_of(*choices: Any) -> Check:
 
 
 def or_null(inner: Check) -> Check:
-    """Null, or what another check asks for."""
+    """Makes a check that accepts null and whatever another check accepts."""
     return lambda value, field: iter(()) if value is None else inner(value, field)
 
 
 def list_of(inner: Check, longest: int, shortest: int = 0, each_once: bool = False) -> Check:
-    """A list whose entries all pass a check."""
+    """Makes a check for a list whose entries all pass a check."""
 
     def check(value: Any, field: str) -> Iterator[Problem]:
         if not isinstance(value, list) or not shortest <= len(value) <= longest:
@@ -196,7 +198,7 @@ def list_of(inner: Check, longest: int, shortest: int = 0, each_once: bool = Fal
 
 
 def record(required: dict[str, Check], optional: dict[str, Check] | None = None) -> Check:
-    """An object with these keys and no others."""
+    """Makes a check for an object with these keys and no others."""
     known = required | (optional or {})
 
     def check(value: Any, field: str) -> Iterator[Problem]:
@@ -211,7 +213,7 @@ def record(required: dict[str, Check], optional: dict[str, Check] | None = None)
                 yield Problem(f"{inside}{key[:60]}", "is unknown", expected)
         for key in required:
             if key not in value:
-                yield Problem(f"{inside}{key}", "is missing", "to be stated")
+                yield Problem(f"{inside}{key}", "is missing", "a value")
         for key, item in value.items():
             if key in known:
                 yield from known[key](item, inside + key)
@@ -229,7 +231,7 @@ def _architecture(value: Any, field: str) -> Iterator[Problem]:
 
 
 def _setting(name: str) -> Check:
-    """The check of one setting, by the settings table."""
+    """Makes the check of one setting from the settings table."""
 
     def check(value: Any, field: str) -> Iterator[Problem]:
         problem = SETTINGS[name].problem(value)
@@ -354,13 +356,13 @@ _PRESET = record(
 
 def _name_problems(data: dict[str, Any], stem: str | None) -> Iterator[Problem]:
     if data["name"] in _RESERVED_NAMES:
-        yield from wrong(data["name"], "name", f"none of the names that mean something else: {_RESERVED_NAMES}")
+        yield from wrong(data["name"], "name", f"a name other than the reserved ones: {', '.join(_RESERVED_NAMES)}")
     if stem is not None and data["name"] != stem:
-        yield from wrong(data["name"], "name", f"{stem!r}, as its file is called")
+        yield from wrong(data["name"], "name", f"{stem!r}, the name of its file")
 
 
 def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings) -> Iterator[Problem]:
-    """A kind of provenance is a claim; settings that are another's, or a verdict that its figures deny, break it."""
+    """Yields where settings or figures contradict the claim that the kind of provenance makes."""
     kind = provenance["kind"]
     if kind == "measured":
         for place, delta in enumerate(provenance["deltas"]):
@@ -369,7 +371,7 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
         if not provenance["deltas"]:
             yield from _nothing_compared(provenance, settings)
         elif provenance["p_value"] is None:
-            yield from wrong(None, "provenance.p_value", "a number, where there are deltas")
+            yield from wrong(None, "provenance.p_value", "a number, because there are deltas")
         gains = any(delta["low"] > 0 for delta in provenance["deltas"])
         if provenance["verdict"] == "gain" and not gains:
             yield from wrong("gain", "provenance.verdict", "a delta whose interval lies above 0, or another verdict")
@@ -381,17 +383,19 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
             yield Problem(
                 f"settings.{name}",
                 f"is {shown(value)}",
-                f"{expected!r} where provenance.kind is {kind!r}",
-                hint='settings that were chosen for a model by measurement are of the kind "measured"',
+                f"{expected!r} if provenance.kind is {kind!r}",
+                hint='use the kind "measured" for settings that were chosen by measurement',
             )
 
 
 def _nothing_compared(provenance: dict[str, Any], settings: StepFlowSettings) -> Iterator[Problem]:
-    """Without a comparison nothing can be claimed of settings but that they leave the model as it is."""
+    """Yields the claims that need a comparison: without one, settings may only leave the model unchanged."""
     on = [name for name in ("tau_max", "alpha", "length_temperature") if getattr(settings, name) != 0]
     if on:
-        yield from wrong([], "provenance.deltas", f"at least one, since {on[0]} is not 0")
+        yield from wrong([], "provenance.deltas", f"at least one, because {on[0]} is not 0")
     if provenance["p_value"] is not None:
-        yield from wrong(provenance["p_value"], "provenance.p_value", "null, where there are no deltas")
+        yield from wrong(provenance["p_value"], "provenance.p_value", "null, because there are no deltas")
     if provenance["verdict"] != "no measurable gain":
-        yield from wrong(provenance["verdict"], "provenance.verdict", "no measurable gain, where there are no deltas")
+        yield from wrong(
+            provenance["verdict"], "provenance.verdict", "no measurable gain, because there are no deltas"
+        )

@@ -1,8 +1,8 @@
-"""Presets: the settings for a model as data, with where they come from; found by name, base model, path or Hub id.
+"""Presets: the settings for a model and their provenance as data, found by name, base model, path or Hub id.
 
-A preset is a JSON file that can be read, reviewed and contributed like code, and that is never executed. Its
-provenance says what stands behind it: "paper" (published settings), "rule" (the paper's constants carried over, not
-calibrated) or "measured" (an evaluation on this very model, whatever it found).
+A preset is a JSON file that can be read, reviewed and contributed like code, and is never executed. Its provenance is
+of one kind: "paper" (published settings), "rule" (the paper's constants, not calibrated for the model) or "measured"
+(an evaluation of these settings on the model, whatever its outcome).
 """
 
 import difflib
@@ -40,13 +40,13 @@ from .strict_json import calibrations_folder, read_json_object
 logger = logging.get_logger(__name__)
 
 RULE_STATEMENT = (
-    "The bridge in the bottom quarter of the attention layers, the injection in the top quarter, with the paper's "
-    "constants tau_max = 0.15 and alpha = 0.06. NOT calibrated for this model; no result on it is claimed."
+    "The bridge acts in the bottom quarter of the attention layers and the injection in the top quarter, with the "
+    "paper's constants tau_max = 0.15 and alpha = 0.06. NOT calibrated for this model; no result on it is claimed."
 )
-# Model types whose markers are fixed by the format that all their models write.
+# Model types that write one format, which fixes their markers.
 _MARKERS = {"gpt_oss": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-_LIST_HINT = "`hf-stepflow presets list` shows the names; a path or the Hub id of a preset repository will do too"
+_LIST_HINT = "`hf-stepflow presets list` shows the names; a path or the Hub id of a preset repository also works"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Preset:
         base_model: The Hub id of its model, or None if unknown.
         base_model_revision: The model's revision, or None for any.
         architecture: The architecture that a model must have, or None if the file does not say.
-        settings: The settings, with the base model in them.
+        settings: The settings, including the base model.
         provenance: The origin of the settings; `kind` is "paper", "rule", "measured", or "unstated" for a config.json
             without provenance.
-        path: The file, or None for a preset that was made here.
+        path: The file, or None for a preset that was not read from a file.
         notes: Notes for users, or None.
 
     Example:
@@ -86,7 +86,7 @@ class Preset:
 
     @property
     def claim(self) -> str:
-        """The kind of provenance and what it stands for, in one line."""
+        """The kind of provenance and its meaning, in one line."""
         stated = self.provenance
         if self.kind == "paper":
             return f"paper (arXiv {stated['arxiv']}; its figures are the paper's, not measured by this project)"
@@ -102,7 +102,7 @@ class Preset:
         return f"{self.claim}: {self.name}{base}{architecture}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the file of a preset."""
+        """Returns the JSON-ready data of a preset file."""
         settings = self.settings.to_dict()
         data = {
             "schema_version": SCHEMA_VERSION,
@@ -116,7 +116,7 @@ class Preset:
         return data if self.notes is None else data | {"notes": self.notes}
 
     def to_config(self) -> StepFlowConfig:
-        """As the config of a preset repository; name, architecture and provenance travel in `stepflow_preset`."""
+        """Returns the config of a preset repository, with name, architecture and provenance in `stepflow_preset`."""
         data, block = self.to_dict(), {}
         if self.architecture is not None and self.kind in KINDS:
             block = {key: data[key] for key in ("name", "architecture", "provenance", "notes") if key in data}
@@ -126,11 +126,11 @@ class Preset:
         """Refuses a model that this preset is not for.
 
         Args:
-            model: a causal language model or its config.
+            model: A causal language model or its config.
 
         Raises:
-            StepFlowConfigError: another architecture, or another number of layers or heads.
-            StepFlowUnsupportedError: a model that StepFlow cannot reach.
+            StepFlowConfigError: The architecture, or the number of layers or heads, differs.
+            StepFlowUnsupportedError: StepFlow does not support the model.
         """
         if self.architecture is None:
             return
@@ -138,17 +138,17 @@ class Preset:
         if not self.architecture.is_met_by(found, compare_layers=is_model(model)):
             raise StepFlowConfigError(
                 f"the preset {self.name!r} is for {self.architecture}, but this model is {found}",
-                hint='`hf-stepflow presets list` shows the presets; "auto" takes the one that fits, or the rule',
+                hint='`hf-stepflow presets list` shows the presets; "auto" selects the one that fits, or the rule',
             )
 
     def for_model(self, model: Any) -> StepFlowSettings:
-        """The settings for a model, checked against it.
+        """Checks a model and returns the settings for it.
 
-        Where the model is another than the base, a fine-tuned one for instance, the base is left out of the settings:
-        the tokenizer has to be the model's own.
+        If the model is not the base model itself but, for instance, fine-tuned from it, the settings omit the base:
+        the tokenizer must be the model's own.
 
         Raises:
-            StepFlowConfigError: as `check_model`.
+            StepFlowConfigError: As for `check_model`.
         """
         self.check_model(model)
         path = _path_of(model)
@@ -161,7 +161,7 @@ def list_presets() -> list[Preset]:
     """Lists the presets that come with the package, by name.
 
     Raises:
-        StepFlowError: A file of the collection is broken.
+        StepFlowError: A file of the collection is invalid.
 
     Example:
         >>> [preset.name for preset in list_presets() if preset.kind == "measured"]
@@ -212,12 +212,12 @@ def load_preset(
 
 
 def find_problems(path: str | Path) -> list[StepFlowError]:
-    """Everything that is wrong with a preset's file, by the package's own checks and by the JSON schema.
+    """Lists everything that is wrong with a preset's file.
 
-    The schema is asked where the package jsonschema is installed.
+    The package's own checks apply, and then the JSON schema if the package jsonschema is installed.
 
     Args:
-        path: of the file, or of a folder as in `load_preset`.
+        path: The path of the file, or of a folder as for `load_preset`.
     """
     try:
         file = _file_in(Path(path))
@@ -232,14 +232,14 @@ def find_problems(path: str | Path) -> list[StepFlowError]:
 
 
 def validate_preset(path: str | Path) -> Preset:
-    """Checks a preset's file, as before it is contributed.
+    """Checks a preset's file, for instance before it is contributed, and returns the preset.
 
     Args:
-        path: as in `find_problems`.
+        path: As for `find_problems`.
 
     Raises:
-        StepFlowFileError: a file that cannot be read.
-        StepFlowConfigError: the first problem; its message names file, field, value and what is expected.
+        StepFlowFileError: The file cannot be read.
+        StepFlowConfigError: The preset is invalid; the message names file, field, value and expectation.
     """
     problems = find_problems(path)
     if problems:
@@ -248,13 +248,13 @@ def validate_preset(path: str | Path) -> Preset:
 
 
 def rule_preset(model: Any) -> Preset:
-    """The rule for a model without a preset: bottom and top quarter, the paper's constants, not calibrated.
+    """Makes the rule for a model without a preset: bottom and top quarter, the paper's constants, not calibrated.
 
     Args:
-        model: a causal language model or its config.
+        model: A causal language model or its config.
 
     Raises:
-        StepFlowUnsupportedError: a model that StepFlow cannot reach.
+        StepFlowUnsupportedError: StepFlow does not support the model.
     """
     architecture = architecture_of(model)
     settings = StepFlowSettings()
@@ -266,15 +266,15 @@ def rule_preset(model: Any) -> Preset:
 
 
 def preset_for(model: Any) -> Preset:
-    """Returns the preset that "auto" takes: the one for this base model, else the rule, with a warning.
+    """Returns the preset that "auto" selects: the one for this base model, else the rule, with a warning.
 
-    A preset that was measured to harm is only taken where it is named.
+    "auto" skips a preset that was measured to harm; such a preset must be requested by name.
 
     Args:
-        model: a causal language model or its config.
+        model: A causal language model or its config.
 
     Raises:
-        StepFlowUnsupportedError: a model that StepFlow cannot reach.
+        StepFlowUnsupportedError: StepFlow does not support the model.
     """
     path = _path_of(model)
     known = _of_base_model(path)
@@ -310,7 +310,7 @@ def _of_base_model(name: str) -> Preset | None:
 
 
 def _file_in(path: Path) -> Path:
-    """The preset's file in a folder; a file is itself."""
+    """Returns the preset's file in a folder, or the file itself."""
     if not path.is_dir():
         return path
     file = next((path / name for name in ("preset.json", "config.json") if (path / name).is_file()), None)
@@ -322,12 +322,12 @@ def _file_in(path: Path) -> Path:
 
 
 def _stem(file: Path) -> str | None:
-    """The name that a preset must have to match its file, or None for any."""
+    """Returns the name that a preset must have to match its file, or None for any."""
     return None if file.name in ("preset.json", "config.json") else file.stem
 
 
 def _read(file: Path) -> Preset:
-    """The preset in a file that is somewhere on this machine."""
+    """Reads the preset in a local file."""
     data = read_json_object(file)
     if data.get("model_type") == "stepflow":
         return _from_config(data, file, file.parent.resolve().name, file)
@@ -350,7 +350,7 @@ def _read(file: Path) -> Preset:
 
 
 def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str) -> Preset:
-    """The preset in a config.json of model type "stepflow", which newer releases may have written."""
+    """Reads the preset in a config.json of model type "stepflow", which a newer release may have written."""
     given = {key: data[key] for key in SETTING_NAMES if key in data}
     block = data.get("stepflow_preset", {})
     problems = list(settings_problems(given, ""))
@@ -377,20 +377,20 @@ def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str
 
 
 def _fetch(repository: str, revision: str | None, token: str | bool | None) -> Preset:
-    """The preset in a repository on the Hub."""
+    """Fetches and reads the preset in a repository on the Hub."""
     from huggingface_hub import constants, hf_hub_download
 
     try:
         fetched = hf_hub_download(repository, "config.json", revision=revision, token=token)
     except (OSError, ValueError) as error:
-        # Where the Hub answered, the first line is the status, the next one what it is about.
+        # If the Hub answered, the first line is the status and the next one the reason.
         reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2]) or type(error).__name__
         raise StepFlowFileError(
             f"there is no preset {shown(repository)}: no such name, base model or path, and no config.json could be "
             f"fetched from the Hub: {reason[:300]}",
-            hint=f"{_LIST_HINT}; a private one needs a token: `hf auth login`, or token=...",
+            hint=f"{_LIST_HINT}; a private repository needs a token: `hf auth login`, or token=...",
         ) from error
-    # The cache's own link, followed here because it is ours.
+    # The link belongs to the cache itself, so it may be followed.
     file = Path(fetched)
     data = read_json_object(file.resolve())
     if data.get("model_type") != "stepflow":
@@ -401,7 +401,7 @@ def _fetch(repository: str, revision: str | None, token: str | bool | None) -> P
 def _not_stepflow(source: str, data: dict[str, Any]) -> StepFlowConfigError:
     return StepFlowConfigError(
         f"{source!r} holds the config of a model of type {str(data.get('model_type'))[:60]!r}, expected a preset",
-        hint='for a model without a preset, "auto" takes the rule for its architecture',
+        hint='for a model without a preset, "auto" selects the rule for its architecture',
     )
 
 

@@ -1,4 +1,4 @@
-"""Reading a preset's file as data that nobody vouches for: limits first, then strict JSON, nothing ever executed."""
+"""Reads preset files from untrusted sources: limits first, then strict JSON; nothing is ever executed."""
 
 import json
 import math
@@ -12,19 +12,19 @@ from hf_stepflow.runtime.errors import StepFlowFileError, shown
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 10
 
-# Control characters (terminals obey them), marks that turn the direction of text (what is read is not what is there)
-# and lone surrogates (no encoding writes them); markers may hold line breaks.
+# Control characters (terminals obey them), marks that change the direction of text (which then reads differently from
+# what is stored) and lone surrogates (no encoding can write them). Markers may hold line breaks.
 _BAD_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_HINT = "docs/presets.md shows what a preset file looks like"
+_HINT = "docs/presets.md shows an example of a preset file"
 
 
 def calibrations_folder() -> Path:
-    """The folder of the presets that come with the package.
+    """Returns the folder of the presets that come with the package.
 
-    In a wheel it lies inside the package, in a checkout of the repository beside it.
+    A wheel holds it inside the package, a checkout of the repository beside it.
 
     Raises:
-        StepFlowFileError: neither is there.
+        StepFlowFileError: Neither folder exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "calibrations", package.parent / "calibrations"):
@@ -32,19 +32,19 @@ def calibrations_folder() -> Path:
             return folder
     raise StepFlowFileError(
         f"the presets of hf-stepflow are missing: no calibrations folder beside or inside {str(package)!r}",
-        hint="install the package again",
+        hint="reinstall the package",
     )
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a small JSON file.
+    """Reads the object in a small JSON file.
 
     Args:
-        file: the file; a link is followed inside its folder only.
+        file: The file. A link is followed only within its folder.
 
     Raises:
-        StepFlowFileError: no such file, one that is too large, links out of its folder or is not strict JSON: NaN,
-            Infinity, numbers beyond a float, a key given twice, deep nesting, control characters.
+        StepFlowFileError: The file does not exist, is too large, links out of its folder, or is not strict JSON, which
+            has no NaN, Infinity, numbers too large for a float, repeated keys, deep nesting or control characters.
     """
     name = str(file)
     if not os.path.isfile(file):  # unlike Path's own, it takes a name that no file can have
@@ -81,18 +81,18 @@ def _refuse(name: str, problem: str) -> NoReturn:
 
 
 def check_link(file: Path) -> None:
-    """Refuses a link that leads out of its folder: a folder from elsewhere could show any file of this machine.
+    """Refuses a link that leads out of its folder: a downloaded folder could otherwise expose any file here.
 
     Raises:
-        StepFlowFileError: it does.
+        StepFlowFileError: The link leads out of its folder.
     """
     if not file.is_symlink():
         return
     target, folder = file.resolve(), file.parent.resolve()
     roots = {folder}
     if folder.parent.name == "snapshots":
-        # A Hub cache: snapshots/REVISION/FILE links to blobs of the same repository, and those that came from Xet
-        # storage are links to blobs that all repositories of the cache share.
+        # In a Hub cache, snapshots/REVISION/FILE links to a blob of the same repository. Blobs from Xet storage link
+        # on to blobs that all repositories of the cache share.
         repository = folder.parent.parent
         roots = {repository, repository.parent / "blobs"}
     if roots.isdisjoint(target.parents):
@@ -112,7 +112,7 @@ def _check_contents(name: str, value: Any, depth: int) -> None:
         for item in value:
             _check_contents(name, item, depth + 1 if isinstance(item, dict | list) else depth)
     elif isinstance(value, str) and _BAD_CHARACTERS.search(value):
-        _refuse(name, f"holds a control character or half a surrogate pair in {value[:60]!r}, expected plain text")
+        _refuse(name, f"holds a control character or a lone surrogate in {value[:60]!r}, expected plain text")
 
 
 def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,11 +125,11 @@ def _object_without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"the number {text[:30]} is beyond a float")
+        raise ValueError(f"the number {text[:30]} is too large for a float")
     return number

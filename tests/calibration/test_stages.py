@@ -301,8 +301,8 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     [
         (["--out", "Mine.json"], "name is 'Mine', expected a name of a-z"),
         (["--out", "mine.txt"], "NAME.json"),
-        (["--out", "preset.json"], "mean something else"),
-        (["--out", "schema.json"], "mean something else"),
+        (["--out", "preset.json"], "other than the reserved ones"),
+        (["--out", "schema.json"], "other than the reserved ones"),
         (["--out", f"{'m' * 101}.json"], "1 to 100 characters"),
         (["--revision", "a..b"], "expected a revision"),
         (["--out", "no-such-folder/mine.json"], "no folder"),

@@ -24,7 +24,7 @@ HOSTILE = {
     "a number": ("3", "holds int"),
     "NaN": (TEXT.replace("0.15", "NaN"), "NaN"),
     "Infinity": (TEXT.replace("0.15", "-Infinity"), "-Infinity"),
-    "beyond a float": (TEXT.replace("0.15", "1e999"), "beyond a float"),
+    "beyond a float": (TEXT.replace("0.15", "1e999"), "too large for a float"),
     "an endless integer": (TEXT.replace("0.15", "9" * 5000), "strict JSON"),
     "a key twice": (TEXT.replace('"alpha"', '"tau_max"'), "'tau_max' is given twice"),
     "too large": (TEXT + " " * MAX_BYTES, "bytes long"),
