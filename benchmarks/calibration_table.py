@@ -1,4 +1,4 @@
-"""The tables of docs/calibration.md, from what a calibration has left behind.
+"""Prints the tables of docs/calibration.md from the files of a calibration.
 
 Run: python -m benchmarks.calibration_table benchmarks/smollm2_calibration [FOLDER ...]
 """
@@ -12,21 +12,21 @@ from hf_stepflow.hub.cards import table
 
 
 def points(estimate: dict[str, Any]) -> str:
-    """Points of accuracy with their interval."""
+    """Formats a difference in points of accuracy with its interval."""
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def stages(result: dict[str, Any]) -> str:
-    """What each stage found, a row a stage."""
+    """Makes the table of findings, one row for each stage."""
     gate = result["gate"]
     rows = [("gate", f"{'open' if gate['is_open'] else 'closed'}: {gate['reason']}; {gate['problems']} problems")]
     if result["bands"] is not None:
         rows.append(("Step-Saliency", result["bands"]["reason"]))
     for mechanism, heads in result["heads"].items():
         chosen = ", ".join(f"layer {layer} head {head}" for layer, head in heads["chosen"]) or "none"
-        told = f"{len(heads['gains'])} tried, {heads['untried']} not reached; together profit: {chosen}"
-        rows.append((f"heads, {mechanism}", told))
+        found = f"{len(heads['gains'])} tried, {heads['untried']} not reached; together profit: {chosen}"
+        rows.append((f"heads, {mechanism}", found))
     if result["trials"]:
         better = sum(trial["objective"] > 0 for trial in result["trials"])
         rows.append(("search", f"{len(result['trials'])} different candidates, {better} better by the proxy"))
@@ -34,23 +34,23 @@ def stages(result: dict[str, Any]) -> str:
         rows.append(("generation", result["halving"]["reason"]))
         proxy = result["proxy_against_generation"]
         rho = proxy["spearman"]
-        told = "has no value" if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]"
-        rows.append(("proxy against generation", f"rank correlation over {proxy['candidates']} candidates: {told}"))
+        value = "has no value" if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]"
+        rows.append(("proxy against generation", f"rank correlation over {proxy['candidates']} candidates: {value}"))
     measured = result["measured"]
     if measured is None:
         rows.append(("verdict", f"{result['verdict']}: the empty preset; the held-out split was not touched"))
     else:
-        told = (
+        verdict = (
             f"{result['verdict']}: {points(measured['delta'])} points on {measured['problems']} held-out problems, "
             f"{measured['gained']} gained, {measured['lost']} lost, p = {measured['p_value']:.3g}; base "
             f"{100 * measured['base']['value']:.1f} %"
         )
-        rows.append(("verdict", told))
+        rows.append(("verdict", verdict))
     return table(("stage", "found"), rows)
 
 
 def ablations(result: dict[str, Any]) -> str:
-    """The ablations beside the base and the winner."""
+    """Makes the table that compares each ablation with the base and with the winner."""
     rows = [
         (name, str(one["base"]["problems"]), points(one["base"]["delta"]), points(one["winner"]["delta"]))
         for name, one in result["ablations"].items()

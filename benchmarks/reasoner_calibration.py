@@ -1,9 +1,9 @@
-"""Claim: what `hf-stepflow calibrate` finds on the embedded reasoner, and what its preset does at every difficulty.
+"""Runs `hf-stepflow calibrate` on the embedded reasoner, and compares its preset with the base at every difficulty.
 
-The command is run as a user would type it: part "both" on both families of problems at once, part "chains" on one of
-them. What it writes is kept in benchmarks/reasoner_calibration/, the preset of the chains in calibrations/, too. A run
-that was stopped is continued. Then that preset is held against the base on the test split, which calibration does not
-see: exact traces by teacher-forced scoring, float32, the same problems for both.
+The script runs the command as a user would type it: part "both" on both families of problems at once, part "chains" on
+chains alone. It keeps the output in benchmarks/reasoner_calibration/, and the preset of the chains also in
+calibrations/. A stopped run continues. Part "difficulties" compares that preset with the base on the test split, which
+calibration does not see: exact traces by teacher-forced scoring, in float32, on the same problems for both.
 
 Run: python -m benchmarks.reasoner_calibration [both] [chains] [difficulties] [--budget 100] [--problems 1000]
     [--work FOLDER]
@@ -31,7 +31,8 @@ from hf_stepflow.reasoner.prompts import encode_problem
 FOLDER = Path(__file__).with_suffix("")
 NAME = "stepflow-tiny-reasoner"
 NOTES = "The base model is the reasoner that ships with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
-# {part: (levels, problems of each, tokens of a response at most)}: easy ones, and such as are longer than trained on.
+# {part: (levels, problems of each level, largest number of tokens in a response)}. Each part has easy levels, and
+# levels with longer problems than those of the training.
 RUNS = {
     "both": (["chains-4", "chains-7", "errands-30", "errands-120", "errands-180"], 200, 1200),
     "chains": (["chains-4", "chains-6", "chains-7"], 600, 400),
@@ -39,7 +40,7 @@ RUNS = {
 
 
 def calibrate(part: str, budget: str, work: Path) -> int:
-    """Calibrates the reasoner on the levels of one part."""
+    """Calibrates the reasoner on the levels of one part and returns the exit status."""
     levels, limit, tokens = RUNS[part]
     words = ["reasoner", *(word for level in levels for word in ("--problems", f"reasoner:{level}"))]
     words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", str(tokens), "--batch-size", "32"]
@@ -49,15 +50,15 @@ def calibrate(part: str, budget: str, work: Path) -> int:
 
 
 def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Path, *others: Path) -> int:
-    """Runs the command in the work folder and keeps preset, result and report.
+    """Runs the command in the work folder and keeps the preset, the result and the report.
 
     Args:
-        words: of `hf-stepflow calibrate`, without those that say where results go.
-        name: of the preset.
-        notes: what its notes begin with.
-        work: folder to work in.
-        folder: where the three files are kept.
-        others: where the preset is kept, too.
+        words: The arguments of `hf-stepflow calibrate`, except those that name output files.
+        name: The name of the preset.
+        notes: The text that begins the notes of the preset.
+        work: The folder to work in.
+        folder: The folder for the three files.
+        others: Further folders for the preset.
 
     Returns:
         The exit status of the command.
@@ -79,13 +80,13 @@ def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Pa
 
 
 def difficulties(number: int) -> None:
-    """Holds the preset against the base at every level, and prints the table."""
+    """Compares the preset with the base at every level, and prints the table."""
     preset = FOLDER / f"{NAME}.json"
     model, tokenizer = load_reasoner(str(preset))
     rows = []
     for level in LEVELS:
         problems = [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
-        # Long batches are padded more, which takes longer on a CPU.
+        # Large batches hold more padding, which takes longer on a CPU.
         base, own = (
             [[score.exact] for score in score_traces(model, problems, stepflow, batch_tokens=2048)]
             for stepflow in (False, True)
@@ -102,7 +103,7 @@ def difficulties(number: int) -> None:
 
 
 def difficulties_table(rows: list[dict[str, Any]]) -> str:
-    """The table of what `difficulties` found; every level is a comparison, and p is Holm-adjusted over them."""
+    """Makes the table of `difficulties`; each level is one comparison, and p-values are Holm-adjusted over them."""
     adjusted = adjust([row["p_value"] for row in rows])
     cells = []
     for row, p_value in zip(rows, adjusted, strict=True):
@@ -115,10 +116,15 @@ def difficulties_table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=[*RUNS, "difficulties"])
-    parser.add_argument("--budget", default="100")
-    parser.add_argument("--problems", type=int, default=1000)
-    parser.add_argument("--work", type=Path, default=Path("build/reasoner-calibration"), help="kept to continue")
+    parser.add_argument("parts", nargs="*", default=[*RUNS, "difficulties"], help="parts to run (default: all)")
+    parser.add_argument("--budget", default="100", help="candidates of each search, or a time (default: 100)")
+    parser.add_argument("--problems", type=int, default=1000, help="test problems of each level (default: 1000)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/reasoner-calibration"),
+        help="folder of the runs, which lets a stopped run continue",
+    )
     args = parser.parse_args()
     statuses = [calibrate(part, args.budget, args.work.resolve()) for part in RUNS if part in args.parts]
     if "difficulties" in args.parts and all(status in (0, 3) for status in statuses):

@@ -1,12 +1,12 @@
-"""Claim: what StepFlow adds to other methods on the embedded reasoner, at the same number of generated tokens.
+"""Measures what StepFlow adds to other methods on the embedded reasoner, at the same number of generated tokens.
 
-Every method alone and with StepFlow at the paper's settings, greedy but for the votes, on the same problems of the
-test split, in float32. Nothing is chosen on them: the limits of steps and tokens are what the right responses of 100
-problems of the calibration split have (`limits`), and votes are drawn at temperature 1, from the model's own
-distribution.
+Every method runs alone and with StepFlow at the paper's settings, on the same problems of the test split, in float32.
+Decoding is greedy except for votes. Nothing is chosen on the test split: the limits on steps and tokens come from the
+right responses to 100 problems of the calibration split (`limits`), and votes are sampled at temperature 1, the
+model's own distribution.
 
-What is generated is kept in build/reasoner_combinations/, so that a run that was stopped goes on; the summary of each
-level is written to benchmarks/reasoner_combinations/ when it is complete.
+The script keeps the responses in build/reasoner_combinations/, so that a stopped run continues, and writes the summary
+of each level to benchmarks/reasoner_combinations/ once the level is complete.
 
 Run: python -m benchmarks.reasoner_combinations [run|table] [--levels chains-7 errands-90] [--problems 200]
 """
@@ -35,7 +35,7 @@ VOTES = 4
 
 
 def limits(model: Any, tokenizer: Any, level: str) -> dict[str, int]:
-    """Thinking steps and tokens of the right responses to 100 problems of the calibration split."""
+    """Counts the thinking steps and tokens of the right responses to 100 problems of the calibration split."""
     vocabulary = model.stepflow_runtime.rules.vocabulary
     steps, tokens = [], []
     for problem in problems_of(level, "calibration", 100):
@@ -46,7 +46,7 @@ def limits(model: Any, tokenizer: Any, level: str) -> dict[str, int]:
 
 
 def run(level: str, number: int) -> dict[str, Any]:
-    """Every setting, alone and with every method, on one level."""
+    """Runs every setting alone and with every method on one level."""
     model, tokenizer = load_reasoner()
     known = limits(model, tokenizer, level)
     methods = {
@@ -63,13 +63,13 @@ def run(level: str, number: int) -> dict[str, Any]:
         max_new_tokens=known["most_tokens"] * 6 // 5,
         out=RESPONSES / f"{level}.jsonl",
     )
-    told = result.to_dict()
-    told["about"]["model"] = "the embedded reasoner"
-    return {"level": level, "n": number, "limits": known, **told}
+    summary = result.to_dict()
+    summary["about"]["model"] = "the embedded reasoner"
+    return {"level": level, "n": number, "limits": known, **summary}
 
 
 def table(found: dict[str, Any]) -> str:
-    """A level's table of docs/combinations.md."""
+    """Makes the table of one level for docs/combinations.md."""
     lines = [
         "| arm | right, % | tokens a problem | to base | to the method alone | to base, same tokens | unfinished |",
         "|---" * 7 + "|",
@@ -92,10 +92,10 @@ def _points(one: dict[str, float] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["run", "table"])
-    parser.add_argument("--levels", nargs="*", default=["chains-7", "errands-90"])
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("parts", nargs="*", default=["run", "table"], help="parts to run (default: both)")
+    parser.add_argument("--levels", nargs="*", default=["chains-7", "errands-90"], help="levels of the problems")
+    parser.add_argument("--problems", type=int, default=200, help="problems of each level (default: 200)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     FOLDER.mkdir(exist_ok=True)

