@@ -383,7 +383,7 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
             yield Problem(
                 f"settings.{name}",
                 f"is {shown(value)}",
-                f"{expected!r} if provenance.kind is {kind!r}",
+                f"{expected!r} where provenance.kind is {kind!r}",
                 hint='use the kind "measured" for settings that were chosen by measurement',
             )
 
