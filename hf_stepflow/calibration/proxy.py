@@ -51,6 +51,8 @@ class Solved:
 
     Attributes:
         problem: The problem.
+        prompt: Token ids of the prompt.
+        reference: Token ids of the reference trace; None without one.
         accuracy: The share of right responses.
         tokens: The length of the reference trace, or without one the mean length of the responses.
         steps: The number of thinking steps, by the same rule.
@@ -58,6 +60,8 @@ class Solved:
     """
 
     problem: EvalProblem
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...] | None
     accuracy: float
     tokens: float
     steps: float
@@ -83,8 +87,8 @@ def read_answers(
         if problem.id not in answered:
             continue
         own = answered[problem.id]
+        prompt, reference = encode_prompt(tokenizer, problem.prompt, **template), None
         if problem.trace is not None:
-            prompt = encode_prompt(tokenizer, problem.prompt, **template)
             reference = encode_response(tokenizer, problem.trace)
             records = vocabulary.scan(prompt + reference, prompt_length=len(prompt))[len(prompt) :]
             tokens = float(len(reference))
@@ -93,7 +97,8 @@ def read_answers(
             tokens = float(np.mean([len(result["ids"]) for result in own]))
             steps = float(np.mean([result["steps"] for result in own]))
         accuracy = float(np.mean([result["right"] for result in own]))
-        solved.append(Solved(problem, accuracy, tokens, steps, own))
+        known = None if reference is None else tuple(reference)
+        solved.append(Solved(problem, tuple(prompt), known, accuracy, tokens, steps, own))
     return solved
 
 
@@ -105,7 +110,7 @@ def short_and_easy(solved: Sequence[Solved]) -> set[str]:
     return {one.problem.id for one in solved if one.accuracy == 1 and one.tokens <= middle}
 
 
-def rows_to_score(solved: Sequence[Solved], tokenizer: Any, template: Mapping[str, Any], limit: int) -> list[Row]:
+def rows_to_score(solved: Sequence[Solved], limit: int) -> list[Row]:
     """Chooses responses to score: half of them to problems that the base misses.
 
     The right response to a problem is its reference trace, or without one each of the model's own right responses; the
@@ -113,8 +118,6 @@ def rows_to_score(solved: Sequence[Solved], tokenizer: Any, template: Mapping[st
 
     Args:
         solved: The base's answers, in a random order.
-        tokenizer: The model's tokenizer.
-        template: Further arguments of the chat template.
         limit: The largest number of problems to choose.
     """
     missed = [one for one in solved if one.accuracy < 1]
@@ -123,13 +126,12 @@ def rows_to_score(solved: Sequence[Solved], tokenizer: Any, template: Mapping[st
     rows = []
     for part, whole in ((chosen, missed), (known[: limit - len(chosen)], known)):
         for one in part:
-            prompt = tuple(encode_prompt(tokenizer, one.problem.prompt, **template))
             right = [tuple(result["ids"]) for result in one.results if result["right"]]
             wrong = [tuple(result["ids"]) for result in one.results if not result["right"]]
-            if one.problem.trace is not None:
-                right = [tuple(encode_response(tokenizer, one.problem.trace))]
+            if one.reference is not None:
+                right = [one.reference]
             rows += [
-                Row(one.problem.id, prompt, response, is_right, len(whole) / len(part))
+                Row(one.problem.id, one.prompt, response, is_right, len(whole) / len(part))
                 for responses, is_right in ((right, True), (wrong, False))
                 for response in dict.fromkeys(responses)
             ]

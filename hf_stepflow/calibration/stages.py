@@ -194,9 +194,9 @@ def _run_stages(
     gate = look_for_trend([1 - one.accuracy for one in solved], measures, seed)
     found = Calibration(header, about, gate, _is_forced(run, gate, force), held_out=len(held_out))
     if gate.is_open or found.is_forced:
-        rows = rows_to_score(solved, run.tokenizer, run.sampling.template, scored)
+        rows = rows_to_score(solved, scored)
         scoring = _Scoring(run, rows, short_and_easy(solved), run.likelihoods(None, rows))
-        lengths = _context_lengths(run, solved)
+        lengths = _context_lengths(solved)
         found.bands = _propose(run, solved)
         found.heads = _try_all_heads(scoring, lengths[0])
         tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
@@ -231,10 +231,9 @@ def _is_forced(run: CalibrationRun, gate: Gate, force: bool) -> bool:
     return False
 
 
-def _context_lengths(run: CalibrationRun, solved: Sequence[Solved]) -> list[int]:
+def _context_lengths(solved: Sequence[Solved]) -> list[int]:
     """The lengths that three quarters and half of all traces exceed, from which a length temperature may start."""
-    template = run.sampling.template
-    lengths = [len(encode_prompt(run.tokenizer, one.problem.prompt, **template)) + one.tokens for one in solved]
+    lengths = [len(one.prompt) + one.tokens for one in solved]
     return sorted({max(2, int(value)) for value in np.quantile(lengths, [0.25, 0.5])})
 
 
@@ -245,10 +244,9 @@ def _propose(run: CalibrationRun, solved: Sequence[Solved]) -> Bands:
         return Bands([quarter_rule(layers)], (0, 0), layers, reason="there was no time for Step-Saliency")
     traces: dict[bool, list[tuple[list[int], int]]] = {True: [], False: []}
     for one in solved:
-        prompt = encode_prompt(run.tokenizer, one.problem.prompt, **run.sampling.template)
         result = one.results[0]
         if result["outcome"] != "unfinished":  # the index of decay needs a summary
-            traces[result["right"]].append(([*prompt, *result["ids"]], len(prompt)))
+            traces[result["right"]].append(([*one.prompt, *result["ids"]], len(one.prompt)))
 
     def propose() -> dict[str, Any]:
         return asdict(

@@ -37,13 +37,13 @@ class Architecture:
     def from_dict(cls, data: dict[str, Any]) -> "Architecture":
         """Reads the `architecture` object of a preset."""
         layers = data.get("attention_layers")
-        counts = {name: data[name] for name in _COUNTS}
-        return cls(data["model_type"], **counts, attention_layers=None if layers is None else tuple(layers))
+        return cls(**data | {"attention_layers": None if layers is None else tuple(layers)})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the `architecture` object of a preset."""
-        data = {"model_type": self.model_type} | {name: getattr(self, name) for name in _COUNTS}
-        return data if self.attention_layers is None else data | {"attention_layers": list(self.attention_layers)}
+        data = dict(vars(self))
+        layers = data.pop("attention_layers")
+        return data if layers is None else data | {"attention_layers": list(layers)}
 
     @property
     def layers(self) -> list[int]:

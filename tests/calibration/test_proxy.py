@@ -132,13 +132,15 @@ def solved(accuracies: list[float], traces: bool = False) -> list[Solved]:
             )
         rights = [sample < accuracy * 2 for sample in range(2)]
         results = [{"right": right, "ids": [10 + at, 50 + sample], "steps": 1} for sample, right in enumerate(rights)]
-        made.append(Solved(problem, accuracy, 10.0 + at, 1.0, results))
+        reference = (*encode(problem.trace), byte_tokenizer().eos_token_id) if problem.trace else None
+        prompt = tuple(encode(problem.prompt))
+        made.append(Solved(problem, prompt, reference, accuracy, 10.0 + at, 1.0, results))
     return made
 
 
 def test_rows_stand_for_all_problems() -> None:
     own = solved([1.0] * 30 + [0.0] * 10 + [0.5] * 10)
-    rows = rows_to_score(own, byte_tokenizer(), {}, 20)
+    rows = rows_to_score(own, 20)
     names = {row.problem for row in rows}
     assert len(names) == 20
     missed = {one.problem.id for one in own if one.accuracy < 1}
@@ -148,12 +150,12 @@ def test_rows_stand_for_all_problems() -> None:
     assert sum(weight for name, weight in weights.items() if name in missed) == pytest.approx(20)
     half = [row for row in rows if row.problem == "45"]
     assert sorted(row.is_right for row in half) in ([], [False, True])
-    few = rows_to_score(solved([1.0] * 30 + [0.0] * 2), byte_tokenizer(), {}, 20)
+    few = rows_to_score(solved([1.0] * 30 + [0.0] * 2), 20)
     assert len({row.problem for row in few}) == 20  # problems that are solved fill up
 
 
 def test_reference_traces_are_the_right_ones() -> None:
-    rows = rows_to_score(solved([1.0, 0.0, 0.5], traces=True), byte_tokenizer(), {}, 3)
+    rows = rows_to_score(solved([1.0, 0.0, 0.5], traces=True), 3)
     right = {row.problem: row.response for row in rows if row.is_right}
     eos = byte_tokenizer().eos_token_id
     assert right == {str(at): (*encode(f"It is {at + 1}."), eos) for at in range(3)}
@@ -173,6 +175,7 @@ def test_answers_are_read_by_problem() -> None:
     ]
     (one,) = read_answers(asked, results, byte_tokenizer(), VOCABULARY, {})
     assert (one.accuracy, one.tokens, one.steps) == (0.5, 6.0, 3.0)
+    assert (one.prompt, one.reference) == (tuple(encode(asked[0].prompt)), None)
 
 
 def test_length_and_steps_are_those_of_the_reference() -> None:
@@ -182,6 +185,8 @@ def test_length_and_steps_are_those_of_the_reference() -> None:
     lost = [{"problem": "0", "right": False, "ids": [1] * 900, "steps": 70}]
     (one,) = read_answers(asked, lost, byte_tokenizer(), VOCABULARY, {})
     assert (one.tokens, one.steps) == (len(encode(trace)) + 1, 3.0)
+    assert one.prompt == tuple(encode("How many?<think>"))
+    assert one.reference == (*encode(trace), byte_tokenizer().eos_token_id)
 
 
 # Heads
