@@ -105,12 +105,14 @@ def evaluate(
         }
         prompts = {name: encoded[arm.instruction] for name, arm in chosen.items()}
         _check_lengths(model, asked, prompts, max_new_tokens, chosen)
+        generation_config = model.generation_config.to_diff_dict()  # applies wherever a run asks for nothing else
+        generation_config.pop("transformers_version", None)
         header = {
             "problems": digest([problem.asked() for problem in asked]),
             "n_problems": len(asked),
             **identify(model, tokenizer),
             "settings": None if runtime is None else runtime.settings.to_dict(),
-            "generation_config": _generation_config(model),
+            "generation_config": generation_config,
             "attention": model.config._attn_implementation,
             "arms": {name: arm.to_dict() for name, arm in chosen.items()},
             **counts,
@@ -210,13 +212,6 @@ def _check_lengths(
                 f"the response makes {wanted}; this model has {room} positions",
                 hint=f"max_new_tokens of at most {fitting}, or shorter problems",
             )
-
-
-def _generation_config(model: Any) -> dict[str, Any]:
-    """The changes that the model's generation config makes; they apply wherever a run asks for nothing else."""
-    changes = model.generation_config.to_diff_dict()
-    changes.pop("transformers_version", None)
-    return changes
 
 
 def _warn_of_idle_budgets(arms: dict[str, Arm], results: list[dict[str, Any]]) -> None:

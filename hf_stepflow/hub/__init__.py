@@ -1,1 +1,1 @@
-"""Repositories on the Hub: their cards, their files, and how they get there."""
+"""Repositories on the Hub: their files, their cards, and their upload."""

@@ -1,4 +1,4 @@
-"""The base model of a preset: what its repository says, and its weights for a repository that loads on its own."""
+"""The base model of a preset: facts from its repository, and its weights for a repository that loads on its own."""
 
 import os
 import shutil
@@ -31,9 +31,9 @@ class BaseFacts:
     """Facts that a base model's repository states.
 
     Attributes:
-        config: The model's config, None where it cannot be had.
-        generation_config: The generation config that the model loads with, None where it cannot be had.
-        problem: Why they cannot be had, or None.
+        config: The model's config, or None if it cannot be read.
+        generation_config: The generation config that the model loads with, or None if it cannot be read.
+        problem: The reason why they cannot be read, or None.
     """
 
     config: Any = None
@@ -45,9 +45,9 @@ def facts_of(base: str, revision: str | None = None, token: str | bool | None = 
     """Reads the configs of a base model from the Hub, its cache or a folder; runs none of its code.
 
     Args:
-        base: Hub id or folder.
-        revision: Revision of the base.
-        token: Its token, as in huggingface_hub.
+        base: A Hub id or folder.
+        revision: The revision of the base.
+        token: The token for it, as in huggingface_hub.
     """
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, token=token, trust_remote_code=False)
@@ -63,12 +63,12 @@ def facts_of(base: str, revision: str | None = None, token: str | bool | None = 
 def current_commit(
     repo_id: str, token: str | bool | None = None, revision: str | None = None
 ) -> tuple[str | None, str | None]:
-    """Asks the Hub which commit a branch or tag is at; returns the commit, or None and why it cannot be had.
+    """Asks the Hub which commit a branch or tag points to; returns the commit, or None and the reason.
 
     Args:
-        repo_id: Id of the repository.
-        token: Its token, as in huggingface_hub.
-        revision: Branch or tag; None for the main branch.
+        repo_id: The id of the repository.
+        token: The token for it, as in huggingface_hub.
+        revision: A branch or tag; None for the main branch.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # of the transport too
@@ -80,7 +80,7 @@ def current_commit(
 
 
 def fetch_base(base: str, revision: str | None, token: str | bool | None) -> Path:
-    """Returns the folder with a base model's files, fetched from the Hub unless it is a folder of this machine.
+    """Returns the folder of a base model's files, fetched from the Hub unless `base` is a local folder.
 
     Raises:
         StepFlowFileError: The files cannot be fetched.
@@ -105,14 +105,14 @@ def write_merged(folder: Path, source: Path, base: str, settings: Any, generatio
     """Writes the files of a whole model with StepFlow to a folder.
 
     Args:
-        folder: an empty one.
-        source: the base's folder.
-        base: what it is called.
-        settings: of StepFlow.
-        generation_config: that which the base loads with.
+        folder: An empty folder.
+        source: The folder of the base model.
+        base: The name of the base model, for errors.
+        settings: The settings of StepFlow.
+        generation_config: The generation config that the base loads with.
 
     Raises:
-        StepFlowFileError: files that lead out of the base's folder.
+        StepFlowFileError: A file of the base is a link out of its folder.
     """
     for pattern in FILES:
         for file in sorted(source.glob(pattern)):
@@ -124,15 +124,15 @@ def write_merged(folder: Path, source: Path, base: str, settings: Any, generatio
 
 
 def check_base(source: Path, base: str) -> None:
-    """Checks that a base's files make a repository that loads on its own.
+    """Checks that the files of a base model suffice for a repository that loads on its own.
 
     Args:
-        source: the base's folder.
-        base: what it is called.
+        source: The folder of the base model.
+        base: The name of the base model, for errors.
 
     Raises:
-        StepFlowUnsupportedError: it brings code of its own.
-        StepFlowFileError: files are missing, broken, or lead out of its folder.
+        StepFlowUnsupportedError: The base needs code of its own.
+        StepFlowFileError: A file is missing, broken, or a link out of the folder.
     """
     config = _read(source / "config.json", base)
     if config.get("model_type") not in CONFIG_MAPPING:

@@ -151,7 +151,7 @@ def _card(
 
 
 def _eval_results(provenance: dict[str, Any]) -> list[EvalResult]:
-    """The differences that were measured, each with n and interval, under names that no score of a model has."""
+    """Makes an entry for each measured difference, with n and interval, under a name that no model score has."""
     dataset = one_line(provenance["dataset"])
     return [
         EvalResult(
@@ -179,7 +179,7 @@ def _interval(delta: dict[str, Any]) -> str:
 
 
 def _provenance(preset: Preset) -> str:
-    """What stands behind the settings, so that nobody takes one kind for another."""
+    """Describes the provenance of the settings, so that nobody mistakes one kind for another."""
     stated = preset.provenance
     if preset.kind == "paper":
         headline = "**Published in the paper, NOT measured by this project.**"
@@ -210,7 +210,7 @@ def _provenance(preset: Preset) -> str:
 
 
 def _in_use(preset: Preset) -> str:
-    """What the preset has of it all, where that is not just the paper's two mechanisms; else nothing."""
+    """Names the mechanisms that differ from the paper's two: those that are off, and the length temperature."""
     settings = preset.settings
     is_on = {
         "bridge": settings.tau_max > 0 and settings.oeb_layers not in ("none", []),
@@ -227,7 +227,7 @@ def _in_use(preset: Preset) -> str:
 
 
 def _settings(preset: Preset) -> str:
-    """All settings as a table, after the layers that the bands come to."""
+    """Makes the table of all settings, after the layers of the bands."""
     settings = preset.to_dict()["settings"]
     rows = [(SETTINGS[name].group, f"`{name}`", json_code(value)) for name, value in settings.items()]
     text = table(("part", "setting", "value"), rows)

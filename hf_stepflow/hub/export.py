@@ -1,4 +1,4 @@
-"""Exporting a preset as a repository: a folder that transformers loads with trust_remote_code=True."""
+"""Exports a preset as a repository: a folder that transformers loads with trust_remote_code=True."""
 
 import os
 import re
@@ -190,13 +190,13 @@ def transformers_range() -> Any:
 
 
 def with_base(preset: Preset, base: str | os.PathLike[str] | None, revision: str | None) -> Preset:
-    """A preset for another base model, or another revision of its own.
+    """Returns a preset for another base model, or for another revision of its own.
 
-    What a preset claims holds for the base that it was made for: "paper" and "measured" are not carried over to
-    another model on the Hub. A folder is taken for a copy of the base.
+    The claims of a preset hold for its own base only: "paper" and "measured" do not carry over to another model on the
+    Hub. A folder counts as a copy of the base.
 
     Raises:
-        StepFlowConfigError: there is no base at all.
+        StepFlowConfigError: Neither the preset nor `base` names a base model.
         StepFlowInputError: `base` is neither a Hub id nor a folder.
     """
     if base is None:
@@ -219,12 +219,12 @@ def with_base(preset: Preset, base: str | os.PathLike[str] | None, revision: str
 
 
 def is_local(base: str) -> bool:
-    """Whether a base model is a folder, which transformers prefers to a Hub id, or cannot be a Hub id."""
+    """Returns whether a base model is a folder, which transformers prefers to a Hub id, or cannot be a Hub id."""
     return os.path.isdir(base) or HUB_ID.fullmatch(base) is None or ".." in base
 
 
 def _code_at(code_repo: str | None, token: Any) -> tuple[str | None, str | None, list[str]]:
-    """The repository of the code, the commit to record for it, and warnings."""
+    """Returns the repository of the code, the commit to record for it, and warnings."""
     if code_repo is None:
         return None, None, []
     repo_id, _, revision = code_repo.partition("@")
@@ -296,7 +296,7 @@ def _check_target(target: Path) -> None:
 
 
 def _of_an_export(target: Path) -> set[str]:
-    """The files that an export would have written, as far as the folder holds one; releases differ in their code."""
+    """Lists the files of an earlier export in a folder, if there is one; releases differ in their code."""
     names: set[str] = set()
     if all((target / f"{name}.py").is_file() for name in PRESET_CODE):
         names |= {*_DATA, *_code(target, PRESET_CODE)}
@@ -321,5 +321,5 @@ def _code(folder: Path, entries: tuple[str, ...]) -> set[str]:
 def _imported(file: Path) -> list[str]:
     try:
         return get_relative_import_files(file)
-    except (OSError, UnicodeDecodeError):  # imports a file that is not there: no export, which is whole
+    except (OSError, UnicodeDecodeError):  # it imports a missing file, so it is not an export, which is complete
         return []

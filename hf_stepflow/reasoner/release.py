@@ -83,11 +83,6 @@ class Run:
     recipe: Recipe
     log: list[dict[str, Any]]
 
-    @property
-    def minutes(self) -> float:
-        """The minutes that it took."""
-        return float(self.log[-1]["seconds"] / 60)
-
 
 # {level: (exact traces, mean tokens of a response)}
 Accuracy = dict[str, tuple[int, float]]
@@ -201,7 +196,7 @@ def write_card(out: Path, runs: list[Run], accuracies: list[Accuracy], number: i
         seed=shipped.recipe.seed,
         steps=shipped.recipe.steps,
         batch=shipped.recipe.batch_tokens,
-        minutes=shipped.minutes,
+        minutes=shipped.log[-1]["seconds"] / 60,
         last=json.dumps(shipped.log[-1]),
     )
     (out / "README.md").write_text(card)

@@ -129,7 +129,7 @@ WRONG = [
     ({"provenance": MEASURED | {"verdict": "great"}}, "verdict"),
     ({"provenance": MEASURED | {"date": "2026-13-01"}}, "provenance.date"),
     ({"provenance": MEASURED | {"date": 20260301}}, "provenance.date"),
-    ({"provenance": NOTHING_COMPARED}, r"provenance.deltas is \[\], expected at least one, since tau_max is not 0"),
+    ({"provenance": NOTHING_COMPARED}, r"provenance.deltas is \[\], expected at least one, because tau_max is not 0"),
     ({"provenance": NOTHING_COMPARED | {"p_value": 1.0}, **OFF}, "provenance.p_value is 1.0, expected null"),
     ({"provenance": NOTHING_COMPARED | {"verdict": "harm"}, **OFF}, "provenance.verdict is 'harm'"),
     ({"provenance": MEASURED | {"p_value": None}}, "provenance.p_value is None, expected a number"),
