@@ -220,7 +220,7 @@ def test_a_preset_by_its_id_on_a_model(hub, base, tmp_path):
     pushed(hub, tmp_path, settings={"tau_max": 0.4})
     with pytest.raises(StepFlowFileError, match=f"no preset '{PRESET}'.*401.*Repository Not Found") as caught:
         load_preset(PRESET)
-    assert "a private one needs a token" in caught.value.hint
+    assert "a private repository needs a token" in caught.value.hint
     preset = load_preset(PRESET, token=hub.token)
     assert (preset.base_model, preset.settings.tau_max, preset.kind) == (BASE, 0.4, "measured")
     assert load_preset(PRESET, revision=older, token=hub.token).settings.tau_max == 0.3
