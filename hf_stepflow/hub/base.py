@@ -52,7 +52,7 @@ def facts_of(base: str, revision: str | None = None, token: str | bool | None = 
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, token=token, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:  # older releases stumble over JSON that is no object
-        return BaseFacts(problem=(str(error) or type(error).__name__).strip().splitlines()[0])
+        return BaseFacts(problem=first_line(error))
     try:
         generation = GenerationConfig.from_pretrained(base, revision=revision or "main", token=token)
     except OSError:  # there is none: the model makes it from its config
@@ -76,7 +76,12 @@ def current_commit(
     try:
         return HfApi(token=token).model_info(repo_id, revision=revision).sha, None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        return None, (str(error) or type(error).__name__).strip().splitlines()[0]
+        return None, first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, or the kind of error if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fetch_base(base: str, revision: str | None, token: str | bool | None) -> Path:
@@ -96,7 +101,7 @@ def fetch_base(base: str, revision: str | None, token: str | bool | None) -> Pat
         )
     except (OSError, ValueError) as error:
         raise StepFlowFileError(
-            f"the weights of {base!r} could not be fetched: {str(error).strip().splitlines()[0]}",
+            f"the weights of {base!r} could not be fetched: {first_line(error)}",
             hint="export without --merge-weights needs none; or give a folder with --base",
         ) from error
 

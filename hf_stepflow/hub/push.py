@@ -14,7 +14,7 @@ from hf_stepflow.presets.strict_json import read_json_object
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import is_saved_with_stepflow
 
-from .base import INDEX, current_commit
+from .base import INDEX, current_commit, first_line
 from .export import (
     CUSTOM_GENERATE,
     Export,
@@ -183,9 +183,8 @@ def _push(export: Export, repo_id: str, private: bool | None, revision: str | No
     except StepFlowError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise StepFlowFileError(
-            f"{repo_id!r} could not be pushed: {reason}",
+            f"{repo_id!r} could not be pushed: {first_line(error)}",
             hint=f"{_LOGIN}, if it asks for one; running the same again completes an interrupted push",
         ) from error
     return Push(url.repo_id, revision, str(url), commit.oid, export)

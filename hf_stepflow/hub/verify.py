@@ -13,6 +13,8 @@ from hf_stepflow.runtime.configuration_stepflow import read_object
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import PRESET_CODE, code_files
 
+from .base import first_line
+
 RELEASES = Path(__file__).with_name("code_hashes.json")
 # The files of a repository that run, and those whose auto_map names what runs.
 _CODE, _CONFIGS = "*.py", "*config.json"
@@ -166,7 +168,7 @@ def _fetched(repo_id: str, revision: str | None, token: Any) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[_CODE, _CONFIGS]))
     except (OSError, ValueError) as error:
         raise StepFlowFileError(
-            f"{repo_id!r} cannot be fetched: {(str(error) or type(error).__name__).strip().splitlines()[0]}",
+            f"{repo_id!r} cannot be fetched: {first_line(error)}",
             hint="give a folder, or the id of a repository on the Hub",
         ) from error
 
