@@ -336,17 +336,10 @@ def _read(file: Path) -> Preset:
     problems = preset_problems(data, _stem(file))
     if problems:
         raise _error(file, problems[0])
-    base = {"base_model_name_or_path": data["base_model"], "base_model_revision": data.get("base_model_revision")}
-    return Preset(
-        name=data["name"],
-        base_model=data["base_model"],
-        base_model_revision=data.get("base_model_revision"),
-        architecture=Architecture.from_dict(data["architecture"]),
-        settings=StepFlowSettings(**base, **data["settings"]),
-        provenance=data["provenance"],
-        path=file,
-        notes=data.get("notes"),
-    )
+    base, revision = data["base_model"], data.get("base_model_revision")
+    settings = StepFlowSettings(base_model_name_or_path=base, base_model_revision=revision, **data["settings"])
+    architecture = Architecture.from_dict(data["architecture"])
+    return Preset(data["name"], base, revision, architecture, settings, data["provenance"], file, data.get("notes"))
 
 
 def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str) -> Preset:
@@ -364,16 +357,11 @@ def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str
         settings = settings_from_data(data, str(source))
     except StepFlowConfigError as error:
         raise StepFlowConfigError(f"{str(source)!r}: {error.message}", hint=error.hint) from error
-    return Preset(
-        name=block.get("name", name),
-        base_model=settings.base_model_name_or_path,
-        base_model_revision=settings.base_model_revision,
-        architecture=Architecture.from_dict(block["architecture"]) if block else None,
-        settings=settings,
-        provenance=block.get("provenance", {"kind": "unstated"}),
-        path=file,
-        notes=block.get("notes"),
-    )
+    name, notes = block.get("name", name), block.get("notes")
+    base, revision = settings.base_model_name_or_path, settings.base_model_revision
+    architecture = Architecture.from_dict(block["architecture"]) if block else None
+    provenance = block.get("provenance", {"kind": "unstated"})
+    return Preset(name, base, revision, architecture, settings, provenance, file, notes)
 
 
 def _fetch(repository: str, revision: str | None, token: str | bool | None) -> Preset:
