@@ -1,16 +1,16 @@
-"""Claim: what a token costs with StepFlow on, against StepFlow off and against the base model untouched.
+"""Measures the time per token with StepFlow on, with StepFlow off, and in the untouched base model.
 
-One CPU thread, the paper's settings (both bands a quarter of the layers), in two parts:
+All parts run on one CPU thread with the paper's settings, so that each band is a quarter of the layers:
 
     steps      single decode steps of a model in the shape of SmolLM2-135M (30 layers, random weights). The three arms
-               decode the same tokens, interleaved token by token in one process and in random order, each on its own
-               copy of a synthetic KV cache; the traces are thinking, a step every 28 tokens. A time is a token's.
-    generate   whole calls of `generate` with the embedded reasoner on problems of `chains-6`, greedy, the prompt
-               included. Every arm makes the same number of new tokens, whatever it says. A time is a call's.
+               decode the same tokens in one process, interleaved token by token in random order, each on its own copy
+               of a synthetic KV cache. The traces are thinking, with a step every 28 tokens. Times are per token.
+    generate   whole calls of `generate` with the embedded reasoner on problems of `chains-6`, greedy, including the
+               prompt. Every arm generates the same number of tokens, whatever they say. Times are per call.
 
-Reported: the median time of each arm, and the median of the ratio of an arm to the base for the same token or call,
-with a 95 % bootstrap interval. Each measurement is written as it finishes, and one that is in the file from the same
-machine, versions and settings is not made again. Shapes that do not fit into the memory are named as skipped.
+The script reports the median time of each arm, and the median ratio between an arm and the base for the same token or
+call, with a 95 % bootstrap interval. It writes each measurement as it finishes, and does not repeat one that the file
+holds from the same machine, versions and settings. Shapes that do not fit into memory are reported as skipped.
 
 Run: python -m benchmarks.decode_overhead [--parts steps generate] [--dtype float32] [--batch 1] [--context 512]
 """
@@ -63,17 +63,21 @@ WARM_UP = 3
 
 
 def main() -> None:
-    """Measures what is asked for."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"), help="file of the results")
     parser.add_argument("--parts", nargs="+", choices=("steps", "generate"), default=["steps", "generate"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--batch", type=int, nargs="+", help=f"default: {BATCHES} steps, {GENERATE_BATCHES} generate")
-    parser.add_argument("--context", type=int, nargs="+", default=CONTEXTS, help="tokens before the steps")
-    parser.add_argument("--tokens", type=int, default=120, help="steps a shape at batch 1; a third in larger batches")
-    parser.add_argument("--calls", type=int, default=40, help="calls of generate at batch 1; half in larger batches")
-    parser.add_argument("--new-tokens", type=int, default=128, help="of each call; a right response is as long")
-    parser.add_argument("--memory", type=float, default=20.0, help="GB that a shape may take")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes (default: all)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help=f"default: {BATCHES} for steps, {GENERATE_BATCHES} for generate"
+    )
+    parser.add_argument("--context", type=int, nargs="+", default=CONTEXTS, help="tokens in the cache")
+    parser.add_argument("--tokens", type=int, default=120, help="steps at batch size 1; a third in larger batches")
+    parser.add_argument("--calls", type=int, default=40, help="calls at batch size 1; half in larger batches")
+    parser.add_argument(
+        "--new-tokens", type=int, default=128, help="tokens of each call, the length of a right response"
+    )
+    parser.add_argument("--memory", type=float, default=20.0, help="largest memory of a shape, in GB")
     args = parser.parse_args()
     torch.set_num_threads(1)
     random.seed(0)
@@ -97,12 +101,12 @@ def measure_steps(
     """Measures single decode steps in one dtype.
 
     Args:
-        measurements: Where the rows go.
+        measurements: The file that receives the rows.
         dtype: A key of `DTYPES`.
-        batches: Rows of the batch.
-        contexts: Tokens in the cache.
-        tokens: Steps at batch 1; a third in larger batches.
-        memory: Bytes that a shape may take.
+        batches: The batch sizes.
+        contexts: The numbers of tokens in the cache.
+        tokens: The number of steps at batch size 1; larger batches take a third.
+        memory: The largest memory of a shape, in bytes.
     """
     arms: dict[str, Any] = {}
     for batch in batches:
@@ -127,7 +131,7 @@ def measure_steps(
 
 
 def decode(arms: dict[str, Any], batch: int, context: int, tokens: int) -> Row:
-    """Decodes `tokens` tokens after `context` of them in each arm."""
+    """Decodes `tokens` tokens in each arm, after a context of `context` tokens."""
     ids, mask = ragged(context, batch, arms["base"].device)
     caches = {arm: random_cache(SHAPE, batch, context, arms["base"]) for arm in ARMS}
     put_state_on(caches["on"], labelled(arms["on"], ids, mask))
@@ -155,11 +159,11 @@ def measure_generate(
     """Measures whole calls of `generate` in one dtype.
 
     Args:
-        measurements: Where the rows go.
+        measurements: The file that receives the rows.
         dtype: A key of `DTYPES`.
-        batches: Problems of a call.
-        calls: Calls at batch 1; half as many in larger batches.
-        new_tokens: New tokens of each problem.
+        batches: The numbers of problems in a call.
+        calls: The number of calls at batch size 1; larger batches make half as many.
+        new_tokens: The number of new tokens for each problem.
     """
     model, tokenizer = load_reasoner(dtype=dtype)
     base = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype).eval()
@@ -172,7 +176,7 @@ def measure_generate(
 
 
 def generate(arms: dict[str, Any], tokenizer: Any, batch: int, calls: int, new_tokens: int) -> Row:
-    """Runs calls of `generate` in each arm, each on problems of its own."""
+    """Runs calls of `generate` in each arm, each call on problems of its own."""
     problems = problems_of("chains-6", "test", batch * (calls + 1))
     prompts = [encode_problem(tokenizer, problem)[0] for problem in problems]
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}

@@ -1,4 +1,4 @@
-"""Measurements of a benchmark: a file that grows as they finish, and what follows from the times of several arms."""
+"""Measurements of a benchmark: a file that grows as they finish, and the comparison of the times of several arms."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ _REPEATS = 2000
 
 
 class Measurements:
-    """The rows of a benchmark, written after each measurement, so that a run that was cut short goes on from there.
+    """The rows of a benchmark, written after each measurement, so that an interrupted run continues.
 
-    A row holds a name (what was measured), `settings` (how), `measured_on`, and the result. Of rows with one name the
-    file keeps the newest. Rows that another machine wrote stay until they are measured again.
+    A row holds a name (the object of the measurement), `settings` (its method), `measured_on`, and the result. The
+    file keeps the newest of the rows with one name. Rows from another machine stay until they are measured again.
 
     Args:
         path: The JSON file, or None to write nothing.
         about: The machine and the versions.
-        same: The keys of `about` in which a row must agree to count as measured.
+        same: The keys of `about` that must agree for a row to count as measured.
 
     Attributes:
         rows: All rows, those of the file first.
@@ -40,7 +40,7 @@ class Measurements:
         self.rows: list[Row] = json.loads(path.read_text())["results"] if path is not None and path.exists() else []
 
     def has(self, name: Row, settings: Row) -> bool:
-        """Whether a measurement is there, made under the same conditions and not skipped."""
+        """Returns whether the file holds a measurement under the same conditions that was not skipped."""
         return any(
             _goes_by(row, name)
             and "skipped" not in row
@@ -74,17 +74,17 @@ def _goes_by(row: Row, name: Row) -> bool:
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions, and a hash of the code that is measured."""
+    """Returns the machine, the versions, and a hash of the measured code."""
     files = sorted((Path(hf_stepflow.__file__).parent / "runtime").glob("*.py"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     return machine(device) | {"stepflow": hf_stepflow.__version__, "code": code}
 
 
 def compare(seconds: dict[str, list[float]], base: str = "base") -> Row:
-    """Compares every arm with one of them.
+    """Compares every arm with one of the arms.
 
     Args:
-        seconds: {arm: times}, of which those at one place were taken one after the other on the same work.
+        seconds: {arm: times}; the times at one index belong to the same work, done by one arm after another.
         base: The arm to compare with.
 
     Returns:
@@ -101,6 +101,6 @@ def compare(seconds: dict[str, list[float]], base: str = "base") -> Row:
 
 
 def interval(values: list[float]) -> list[float]:
-    """95 % bootstrap interval of the median."""
+    """Returns the 95 % bootstrap interval of the median."""
     draws = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(_REPEATS))
     return [round(draws[int(_REPEATS * q)], 4) for q in (0.025, 0.975)]

@@ -1,4 +1,4 @@
-"""Traces in the middle of their thinking, KV caches of them without a prefill, and the arms that go on from there."""
+"""Traces in the middle of thinking, KV caches for them without a prefill, and the arms that continue from there."""
 
 import copy
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ ARMS = ("base", "off", "on")
 
 
 def trace(length: int) -> list[int]:
-    """A question of an eighth of the trace, then thinking."""
+    """Makes a trace: a question that fills an eighth of it, then thinking."""
     ids = encode("Q" * (length // 8) + "<think>")
     while len(ids) < length:
         ids += STEP
@@ -26,7 +26,7 @@ def trace(length: int) -> list[int]:
 
 
 def ragged(context: int, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Traces from the whole context down to about half of it, padded on the left.
+    """Makes traces whose lengths fall from the whole context to about half of it, padded on the left.
 
     Returns:
         Token ids and mask, int64 [B, context].
@@ -38,27 +38,27 @@ def ragged(context: int, batch: int, device: torch.device) -> tuple[torch.Tensor
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model on random weights, made where it is to run."""
+    """Makes a model with random weights on its device."""
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def twin(model: Any) -> Any:
-    """A second model on the same weights."""
+    """Makes a second model that shares the weights."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def arms_of(base: Any) -> dict[str, Any]:
-    """The base model, and one on the same weights with StepFlow attached, in the paper's settings."""
+    """Returns the base model, and a second one on the same weights with StepFlow attached at the paper's settings."""
     other = StepFlowModelForCausalLM.attach(twin(base), None, tokenizer=byte_tokenizer())
     return {"base": base, "off": other, "on": other}
 
 
 @contextmanager
 def switched(arm: str, model: Any) -> Iterator[None]:
-    """Turns StepFlow off inside the block, in the arm that is without it."""
+    """Turns StepFlow off inside the block if the arm is "off"."""
     if arm != "off":
         yield
         return
@@ -67,14 +67,14 @@ def switched(arm: str, model: Any) -> Iterator[None]:
 
 
 def random_cache(config: Any, batch: int, context: int, like: Any, capacity: int | None = None) -> Any:
-    """A KV cache of that length, the same at each call.
+    """Makes a KV cache with random contents, the same at each call.
 
     Args:
         config: The model's config.
-        batch: Rows.
-        context: Tokens of each row.
+        batch: The number of rows.
+        context: The number of tokens in each row.
         like: A model with the dtype and the device.
-        capacity: Slots of a static cache; None makes one that grows.
+        capacity: The number of slots of a static cache; None makes a cache that grows.
     """
     torch.manual_seed(1)
     shape = (batch, config.num_key_value_heads, context, head_width(config))
@@ -86,21 +86,21 @@ def random_cache(config: Any, batch: int, context: int, like: Any, capacity: int
 
 
 def head_width(config: Any) -> int:
-    """Width of an attention head."""
+    """Returns the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def cache_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes of a KV cache."""
+    """Returns the size of a KV cache, in bytes."""
     elements = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width(config) * batch * context
     return elements * dtype.itemsize
 
 
 def step_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes that a decode step takes beside weights and cache, about, in the arm that takes most.
+    """Estimates the memory of a decode step beside weights and cache, in bytes, in the arm that needs most.
 
-    A layer's keys and values exist again while they grow, once for each query head where a mask is given, and the
-    keys once in float32.
+    The keys and values of one layer exist a second time while they grow, once for each query head if there is a mask,
+    and the keys once in float32.
     """
     layer = cache_bytes(config, batch, context, dtype) // config.num_hidden_layers
     copies = 2 + config.num_attention_heads // config.num_key_value_heads
@@ -108,20 +108,20 @@ def step_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int
 
 
 def weight_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of the weights."""
+    """Returns the size of the weights, in bytes."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def labelled(model: Any, ids: torch.Tensor, mask: torch.Tensor, capacity: int | None = None) -> FlowState:
-    """The state that a cache of these tokens carries where StepFlow is on.
+    """Makes the state that a cache of these tokens carries if StepFlow is on.
 
     Args:
         model: The attached model.
-        ids: int64 [B, T].
+        ids: Token ids, int64 [B, T].
         mask: 0 for padding, [B, T].
-        capacity: Slots of a static cache.
+        capacity: The number of slots of a static cache; None for a cache that grows.
     """
     runtime = model.stepflow_runtime
     state = FlowState(runtime.vocabulary_for(runtime.settings), len(ids), ids.device, capacity)
