@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .bridge import DecodeGroups, bridge_floors, bridged_decode, bridged_weights
+from .bridge import Attention, MergeFloors, Run, bridge_floors, bridged_merge, bridged_weights
 from .errors import StepFlowUnsupportedError
 from .forward import FlowPass
 from .momentum import inject
@@ -29,6 +29,9 @@ _CACHED_ELEMENTS = 1 << 19
 _SHORTEST_CHUNK = 32
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
+
+# The kernel behind scaled_dot_product_attention on a CPU, which also reports the log-sum-exp of the logits.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass
@@ -152,12 +155,12 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
         else:
             bridged = BridgedCall(*arguments, flow, tau)
-            if query.shape[2] > 1:  # the base's kernel for all queries, and the bridge for those that it applies to
-                output, weights = bridged.rewrite(*base(module, query, key, value, attention_mask, **kwargs))
-            elif bridged.differs_by_head:
+            if bridged.has_ranges:
+                output, weights = bridged.decode() if query.shape[2] == 1 else bridged.merge(), None
+            elif query.shape[2] == 1:
                 output, weights = bridged.rows(0, 1)
-            else:
-                output, weights = bridged.decode()
+            else:  # the base's kernel for all queries, and the bridge for those that it applies to
+                output, weights = bridged.rewrite(*base(module, query, key, value, attention_mask, **kwargs))
         if link.layer in flow.plan.inject and flow.has_trigger:
             visible = _visible_to(flow, attention_mask, query.shape[2], key.shape[2])
             output = inject(flow, link.layer, output, value, visible)
@@ -185,45 +188,165 @@ class BridgedCall(AttentionCall):
     flow: FlowPass
     tau: "float | tuple[float, ...]"
 
-    def decode(self) -> Output:
-        """Attention of one query a row; all rows are computed here, bridged or not."""
+    @property
+    def has_ranges(self) -> bool:
+        """Whether attention over ranges of keys serves: the host knows them, and the base's kernel reports its sum.
+
+        Everything else takes the general form: weights that are wanted, gradients, learned sinks, softcaps, biases and
+        masks of their own for each head, tool results inside thinking.
+        """
+        flow, mask, queries, keys = self.flow, self.mask, self.query.shape[2], self.key.shape[2]
+        if flow.runs is None or self.base_name != "sdpa" or self.query.device.type != "cpu":
+            return False
+        if self.sink_logits is not None or self.kwargs.get("position_bias") is not None:
+            return False
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (self.query, self.key, self.value)):
+            return False
+        if self.query.shape[-1] != self.value.shape[-1]:
+            return False
+        if mask is None:
+            return queries == 1 or flow.total == queries
+        return (
+            isinstance(mask, torch.Tensor) and mask.shape[1] == 1 and mask.shape[2] == queries <= mask.shape[3] >= keys
+        )
+
+    def _attend(self, query: torch.Tensor, rows: slice, start: int, end: int, **kwargs: Any) -> Attention:
+        """Attention of queries [b, H or Hkv, c, D] of some rows over keys [start, end)."""
+        key, value = self.key[rows, :, start:end], self.value[rows, :, start:end]
+        return _flash(query, key, value, scale=self.scaling, **kwargs)
+
+    def decode(self) -> torch.Tensor:
+        """Attention of one query a row by ranges: [B, 1, H, D]. All rows are computed here, bridged or not."""
         batch, heads = self.query.shape[:2]
-        total = self.flow.total
-        self.flow.offset(self.key.shape[2])  # raises where keys are no tokens
-        keys = min(self.key.shape[2], total) if isinstance(total, int) else self.key.shape[2]
-        logits = self.logits(self.query, keys)[:, :, 0]
-        dtype, device = logits.dtype, logits.device
-        groups = self.flow.found(self.mask, ("groups", keys, dtype, device), lambda: self._groups(keys, dtype))
-        key = ("floors", keys, dtype, device, self.tau)
-        floors = self.flow.found(self.mask, key, lambda: self._floors(groups, dtype))
-        weights, before, after, whole = bridged_decode(
-            logits, groups, floors=floors, floor=self.flow.plan.settings.bridge_floor, sink_logits=self.sink_logits
+        groups = self.key.shape[1]
+        shape = batch, groups, heads // groups, self.query.shape[3]
+        query, everything = self.query.reshape(shape), slice(None)
+        key = "decode", self.key.shape[2], shape, query.dtype, self.tau
+        ranges = self.flow.found(self.mask, key, self._ranges)
+        whole = self._attend(query, everything, 0, ranges.keys, attn_mask=ranges.bias)
+        if ranges.floors is None:
+            return whole[0].reshape(batch, 1, heads, -1)
+        bridge = self._attend(query, everything, *ranges.bridge, attn_mask=ranges.bridge_bias)
+        same = None
+        if ranges.same is not None:
+            same = self._attend(query, everything, *ranges.same, attn_mask=ranges.same_bias)
+        output, log_before, least = bridged_merge(
+            whole, bridge, same, ranges.floors, self.flow.plan.settings.bridge_floor, query.new_empty(shape)
         )
         if self.flow.state.tally is not None:
-            if isinstance(total, int):
-                self.flow.state.tally.note_bridge(self.layer, before, after, whole, floors)
-            else:
-                before, after = ((mass / whole)[..., None] for mass in (before, after))
-                self.flow.state.tally.add_bridge(self.layer, before, after, floors[..., None])
-        shape = (batch, self.key.shape[1], heads // self.key.shape[1], keys)
-        output = torch.matmul(weights.to(self.value.dtype).view(shape), self.value[:, :, :keys])
-        output = output.view(batch, 1, heads, -1)
-        return output, self._whole(weights.view(batch, heads, 1, keys)) if self.wants_weights else None
+            self.flow.state.tally.note_bridge(self.layer, log_before, least, ranges.floors.share)
+        return output.view(batch, 1, heads, -1)
 
-    def _groups(self, keys: int, dtype: torch.dtype) -> DecodeGroups:
-        device = self.query.device
-        visible, bias = None, None
-        if self.mask is not None or not isinstance(self.flow.total, int):
-            visible, added = visible_keys(self.flow, self.mask, 0, 1, 1, keys)
-            visible = visible.to(device)
-            added = torch.zeros((), dtype=dtype, device=device) if added is None else added.to(device, dtype)
-            bias = torch.where(visible, added, torch.finfo(dtype).min / 2)[:, 0, 0]
-        same, bridge = self.flow.key_groups(self.flow.records.to(device), keys, visible)
-        return DecodeGroups.of(same[:, 0, 0], bridge[:, 0, 0], bias, dtype)
+    def _ranges(self) -> "_DecodeRanges":
+        """The ranges of one query a row, for all layers that see the same keys through the same mask."""
+        runs, total, offset, keys = self._known()
+        batch, dtype, device = self.query.shape[0], self.query.dtype, self.query.device
+        bias = None if self.mask is None else _bias(self.mask[..., :keys], dtype, float("-inf"))
+        bridge = _inside(min(run.bridge[0] for run in runs), max(run.bridge[1] for run in runs), offset, keys)
+        same = _inside(min(run.same for run in runs), total, offset, keys)
+        if bridge[0] == bridge[1]:
+            return _DecodeRanges(keys, bias, bridge)
+        has_others = any(run.has_others for run in runs)
+        heads = (1, 1) if isinstance(self.tau, float) else (self.key.shape[1], len(self.tau) // self.key.shape[1])
+        if self.mask is None and len(runs) == batch and len({(run.same, run.bridge) for run in runs}) == 1:
+            floors = MergeFloors.of_numbers(same[1] - same[0], bridge[1] - bridge[0], self.tau, self.query)
+            floors = floors.reshape(1, *heads)
+            return _DecodeRanges(keys, bias, bridge, None, same if has_others else None, None, floors)
+        bounds = [[0] * 4 for _ in range(batch)]
+        for run in runs:
+            bounds[run.row] = [run.same, total, *run.bridge]
+        limits = torch.tensor(bounds, device=device)[:, :, None] - offset
+        n_same, same_bias = self._members(same, limits[:, :2], has_others)
+        n_bridge, bridge_bias = self._members(bridge, limits[:, 2:], True)
+        floors = MergeFloors.of(self._floors(n_same, n_bridge)).reshape(batch, *heads)
+        return _DecodeRanges(keys, bias, bridge, bridge_bias, same if has_others else None, same_bias, floors)
 
-    def _floors(self, groups: DecodeGroups, dtype: torch.dtype) -> torch.Tensor:
-        cap = torch.tensor(self.tau, dtype=dtype, device=self.query.device)
-        return bridge_floors(groups.n_same, groups.n_bridge, cap, dtype)
+    def _members(
+        self, within: tuple[int, int], limits: torch.Tensor, wants_bias: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """How many keys of its range each row sees, [B, 1], and what takes the logits of all others out of them.
+
+        Args:
+            within: The keys that are looked at.
+            limits: First key of each row and the one after its last, [B, 2, 1].
+            wants_bias: Whether the bias [B, 1, 1, keys] is wanted.
+        """
+        slots = torch.arange(*within, device=limits.device)
+        member = ((slots >= limits[:, 0]) & (slots < limits[:, 1]))[:, None, None]
+        added = torch.zeros((), dtype=self.query.dtype, device=limits.device)
+        if self.mask is not None:
+            seen, added = _seen_and_added(self.mask[..., within[0] : within[1]], self.query.dtype)
+            member = member & seen
+        bias = torch.where(member, added, torch.finfo(self.query.dtype).min / 2) if wants_bias else None
+        return member.sum(-1).flatten(1), bias
+
+    def _floors(self, n_same: torch.Tensor, n_bridge: torch.Tensor) -> torch.Tensor:
+        """The floors for numbers of keys that broadcast with [H] (or [1] where all heads share the cap)."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        cap = torch.tensor(self.tau, dtype=dtype, device=self.query.device).reshape(-1)
+        return bridge_floors(n_same, n_bridge, cap, dtype)
+
+    def _known(self) -> tuple[list[Run], int, int, int]:
+        """The runs, the number of tokens, the slot of the first key and the number of keys that are filled."""
+        runs, total = self.flow.runs, self.flow.total
+        assert runs is not None
+        assert isinstance(total, int)
+        return runs, total, int(self.flow.offset(self.key.shape[2])), min(self.key.shape[2], total)
+
+    def merge(self) -> torch.Tensor:
+        """Attention of many queries by ranges: [B, q, H, D]."""
+        runs, _, _, keys = self._known()
+        bias = None if self.mask is None else _bias(self.mask[..., :keys], self.query.dtype, float("-inf"))
+        whole = self._attend(self.query, slice(None), 0, keys, attn_mask=bias, is_causal=bias is None)
+        for run in runs:
+            self._merge_run(run, whole)
+        return whole[0].transpose(1, 2).contiguous()
+
+    def _merge_run(self, run: Run, whole: Attention) -> None:
+        """Bridges the queries of a run in the output of attention over all keys."""
+        _, total, offset, keys = self._known()
+        start, end = _inside(*run.bridge, offset, keys)
+        if start == end:
+            return
+        rows, some = slice(run.row, run.row + 1), slice(run.first, run.last)
+        first = total - self.query.shape[2] - offset  # key of the first query of the pass
+        own, last, same_start = first + run.first, first + run.last, max(run.same - offset, 0)
+        query, mask = self.query[rows, :, some], None
+        if self.mask is not None:
+            mask = self.mask[rows if self.mask.shape[0] > 1 else slice(None), :, some]
+
+        def find() -> tuple[MergeFloors, bool]:
+            """The floors of the queries, [1, 1 or H, c], and whether the mask changes anything about the bridge."""
+            n_same = torch.arange(own - same_start, last - same_start, device=query.device)[None, :, None] + 1
+            n_bridge, is_masked = torch.full_like(n_same, end - start), False
+            if mask is not None:
+                seen, added = _seen_and_added(mask, query.dtype)
+                n_same, n_bridge = (
+                    seen[:, 0, :, part].sum(-1, keepdim=True) for part in (slice(same_start, last), bridge)
+                )
+                is_masked = bool((n_bridge < end - start).any() or (added[..., bridge] if added.ndim else added).any())
+            return MergeFloors.of(self._floors(n_same, n_bridge).mT), is_masked
+
+        bridge = slice(start, end)
+        key = "floors", run, self.key.shape[2], query.dtype, self.tau
+        floors, is_masked = self.flow.found(self.mask, key, find)
+        bias = _bias(mask[..., bridge], query.dtype) if is_masked and mask is not None else None
+        over_bridge, over_same = self._attend(query, rows, start, end, attn_mask=bias), None
+        if run.has_others and mask is not None:
+            bias = _bias(mask[..., same_start:last], query.dtype)
+            over_same = self._attend(query, rows, same_start, last, attn_mask=bias)
+        elif run.has_others:
+            over_same = self._attend(query, rows, own, last, is_causal=True)
+            if same_start < own:
+                over_same = _joined(over_same, self._attend(query, rows, same_start, own))
+        part = whole[0][rows, :, some], whole[1][rows, :, some]
+        _, log_before, least = bridged_merge(
+            part, over_bridge, over_same, floors, self.flow.plan.settings.bridge_floor, part[0]
+        )
+        if self.flow.state.tally is not None:
+            before, usable = log_before.exp(), floors.share
+            after = torch.maximum(before, usable if least is None else least)
+            self.flow.state.tally.add_bridge(self.layer, before, after, usable, run.row)
 
     def rewrite(self, output: torch.Tensor, weights: torch.Tensor | None) -> Output:
         """Many queries: the base's output, with the bridged queries computed anew, chunk by chunk."""
@@ -290,12 +413,6 @@ class BridgedCall(AttentionCall):
         )
         return found, same.any(-1) & bridge.any(-1) & (torch.as_tensor(tau, device=device) > 0)
 
-    @property
-    def differs_by_head(self) -> bool:
-        """Whether heads differ in what they see or add, which `decode` does not provide for."""
-        mask_heads = self.mask.shape[1] if isinstance(self.mask, torch.Tensor) else 1
-        return mask_heads > 1 or self.kwargs.get("position_bias") is not None
-
     def _whole(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights over all keys, as the base returns them."""
         return torch.nn.functional.pad(weights, (0, self.key.shape[2] - weights.shape[-1])).to(self.query.dtype)
@@ -307,6 +424,56 @@ class BridgedCall(AttentionCall):
         if self.query.device.type != "cpu":
             return most
         return min(most, max(_SHORTEST_CHUNK, _CACHED_ELEMENTS // elements))
+
+
+@dataclass(frozen=True)
+class _DecodeRanges:
+    """The ranges of one query a row.
+
+    Attributes:
+        keys: Number of keys.
+        bias: Added to their logits, [B, 1, 1, keys], or None.
+        bridge: The keys among which all rows have theirs of the bridge.
+        bridge_bias: Added to their logits: far below any where a key is not the row's; None for nothing.
+        same: The same for S; None where S and B are all that any row sees.
+        same_bias: As `bridge_bias`.
+        floors: [B, 1, 1] or [B, Hkv, G]; None where no row sees a key of the bridge.
+    """
+
+    keys: int
+    bias: torch.Tensor | None
+    bridge: tuple[int, int]
+    bridge_bias: torch.Tensor | None = None
+    same: tuple[int, int] | None = None
+    same_bias: torch.Tensor | None = None
+    floors: MergeFloors | None = None
+
+
+def _inside(start: int, end: int, offset: int, keys: int) -> tuple[int, int]:
+    """Slots as keys of a layer, as far as it still holds them."""
+    start = min(max(start - offset, 0), keys)
+    return start, min(max(end - offset, start), keys)
+
+
+def _seen_and_added(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys a mask shows, and what it adds to their logits."""
+    if mask.dtype == torch.bool:
+        return mask, torch.zeros((), dtype=dtype, device=mask.device)
+    return mask > torch.finfo(mask.dtype).min / 2, mask.to(dtype)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype, hidden: float | None = None) -> torch.Tensor:
+    """A mask as something to add; hidden keys get a value far below any logit, which is finite if not given."""
+    seen, added = _seen_and_added(mask, dtype)
+    return torch.where(seen, added, torch.finfo(dtype).min / 2 if hidden is None else hidden)
+
+
+def _joined(one: Attention, other: Attention) -> Attention:
+    """Attention over the keys of both."""
+    log_sum = torch.logaddexp(one[1], other[1])
+    shares = ((part[1] - log_sum).exp()[..., None] for part in (one, other))
+    first, second = (part[0] * share for part, share in zip((one, other), shares, strict=True))
+    return (first + second).to(one[0].dtype), log_sum
 
 
 def _temperature(

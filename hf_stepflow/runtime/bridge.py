@@ -7,18 +7,23 @@ proportions inside each group do not.
 
 * `bridge_shifts` is the equation, on the log masses of the groups.
 * `odds_equal_bridge` is the reference, on dense logits.
-* `bridged_weights` and `bridged_decode` are what models run. Each group has its own softmax, and the equation says how
-  much mass each gets in the merged attention. So any mass keeps its digits, however small, without a second form for
-  extreme masses and without asking the device. The first takes many queries, with a group for each query and key; the
-  second takes one query a row, with groups that all heads and layers share.
+* `bridged_weights` is the general form: a group for each query and key. Each group has its own softmax, and the
+  equation says how much mass each gets in the merged attention. So any mass keeps its digits, however small, without a
+  second form for extreme masses and without asking the device.
+* `bridged_merge` is the form where the keys of a group are a range: the output of ordinary attention, moved by that of
+  attention over the bridge alone.
 
 Shapes: B batch, H query heads, Hkv key-value heads, G = H / Hkv, c queries, K keys.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .configuration_stepflow import StepFlowSettings
+from .step_detector import THINKING, Field
 
 BRIDGE_FLOORS = ("share", "absolute")
 
@@ -212,66 +217,143 @@ def bridged_weights(
 
 
 @dataclass(frozen=True)
-class DecodeGroups:
-    """The key groups of one query a row, the same for all heads.
+class Run:
+    """Neighbouring queries of one row whose bridge is one range of slots, the same for all of them.
+
+    The keys of S are the slots from `same` to the query's own.
 
     Attributes:
-        indicator: [B, 3, K] of 0 and 1: which keys are others or invisible, current segment, bridge.
-        tops: [B, 2, K] of 0 and 1: which keys are outside the bridge, which are in it.
-        outside: [B, 1, K]: 0 for the keys of the bridge, far below any logit for the rest.
-        n_same: Number of visible keys in S, [B, 1].
-        n_bridge: Number of visible keys in B, [B, 1].
-        bias: [B, 1, K] to add to the logits, far below any logit where a key is not visible; None for nothing.
+        row: The row.
+        first: The first query.
+        last: The one after the last.
+        same: The first slot of S.
+        bridge: The slots of B, [start, end).
+        has_others: Whether keys in neither group may hold mass.
     """
 
-    indicator: Tensor
-    tops: Tensor
-    outside: Tensor
-    n_same: Tensor
-    n_bridge: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, same: Tensor, bridge: Tensor, bias: Tensor | None, dtype: torch.dtype) -> "DecodeGroups":
-        """Makes the groups from bool masks [B, K] of the visible keys in S and B and a bias [B, K]."""
-        groups = torch.stack((~(same | bridge), same, bridge), 1)
-        counts = groups.sum(-1)
-        indicator = groups.to(dtype)
-        tops = torch.cat((1 - indicator[:, 2:], indicator[:, 2:]), 1)
-        outside = tops[:, :1] * (torch.finfo(dtype).min / 2)
-        return cls(
-            indicator, tops, outside, counts[:, 1:2], counts[:, 2:], None if bias is None else bias[:, None].to(dtype)
-        )
+    row: int
+    first: int
+    last: int
+    same: int
+    bridge: tuple[int, int]
+    has_others: bool
 
 
-def bridged_decode(
-    logits: Tensor, groups: DecodeGroups, *, floors: Tensor, floor: str, sink_logits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes the attention weights of one query a row with the bridge.
+def runs_of(row: int, records: list[list[int]], slot: int, settings: StepFlowSettings) -> list[Run] | None:
+    """The runs of a row's bridged queries; None where the keys of a group are not one range.
+
+    Tool results within the round and padding within the trace are what divides a group.
 
     Args:
-        logits: [B, H, K], float32 or float64, after scaling and softcap.
-        groups: The key groups, which carry the mask.
-        floors: The floors of the groups, as `bridge_floors` returns them, broadcastable to [B, H].
+        row: The row.
+        records: The records of its queries.
+        slot: Slot of the first of them.
+        settings: The settings.
+    """
+    runs: list[Run] = []
+    first, ranges = 0, None
+    for query, record in enumerate(records):
+        now = None
+        if record[Field.ACTIVE]:
+            now = _ranges_of(record, slot + query, settings)
+            if now is None:
+                return None
+        if now != ranges:
+            if ranges is not None:
+                runs.append(Run(row, first, query, *ranges))
+            first, ranges = query, now
+    if ranges is not None:
+        runs.append(Run(row, first, len(records), *ranges))
+    return runs
+
+
+def _ranges_of(record: list[int], slot: int, settings: StepFlowSettings) -> "tuple[int, tuple[int, int], bool] | None":
+    """What `Run` holds of one query, or None where its groups are no ranges."""
+    first, start = record[Field.FIRST_SLOT], record[Field.THINKING_SLOT]
+    if record[Field.HAS_ASIDE] or record[Field.COUNT] != slot - first + 1:
+        return None
+    after_sinks = first + settings.sink_tokens
+    if record[Field.LABEL] % 3 == THINKING:
+        if settings.bridge_scope == "step":
+            start = max(start, record[Field.STEP_SLOT])
+        return start, (after_sinks, max(start, after_sinks)), settings.sink_tokens > 0
+    end = record[Field.SUMMARY_SLOT]
+    start = max(start, after_sinks)
+    return end, (start, max(end, start)), True
+
+
+Attention = tuple[Tensor, Tensor]
+"""The output of attention over some keys, [..., q, D], and its log-sum-exp over them, [..., q]."""
+
+
+def bridged_merge(
+    whole: Attention, bridge: Attention, same: Attention | None, floors: "MergeFloors", floor: str, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bridges attention over all keys, given attention over the bridge alone.
+
+    Moving mass from S to B moves the output along the difference of their means, so no weight is formed. Where S and
+    B are all that a query sees, its mean of S need not be known: what it sees is a mixture of the two.
+
+    Args:
+        whole: Attention over all keys, [..., q, D] and [..., q]; the means may be in half precision.
+        bridge: Attention over the bridge. Finite values where it is empty.
+        same: Attention over the current segment; None where S and B are all that any of the queries sees.
+        floors: The floors, broadcastable to [..., q].
         floor: "share" or "absolute".
-        sink_logits: Learned sinks [H], in the denominator only.
+        out: Where the output goes, [..., q, D]; may be that of `whole`.
 
     Returns:
-        The weights [B, H, K]; and the mass of the bridge before and after and of everything, in one unit, [B, H].
+        The output; the log of the mass of the bridge before, [..., q]; and the mass that it has at least
+        afterwards, [..., q], None for the floors.
     """
-    if groups.bias is not None:
-        logits = (logits + groups.bias).clamp(min=torch.finfo(logits.dtype).min / 2)
-    with torch.no_grad():
-        top, own = logits.amax(-1, keepdim=True), (logits + groups.outside).amax(-1, keepdim=True)
-    weights = torch.baddbmm(logits, torch.cat((top, own), -1), groups.tops, alpha=-1).exp()
-    factors, before, after, total = _merged(
-        torch.matmul(weights, groups.indicator.mT),
-        (own - top)[..., 0],
-        floors,
-        floor,
-        None if sink_logits is None else sink_logits.to(logits.dtype) - top[..., 0],
-    )
-    return weights * torch.matmul(factors, groups.indicator), before, after, total
+    log_bridge = bridge[1] - whole[1]
+    if same is None:
+        kept = torch.minimum(torch.expm1(log_bridge), floors.rest)  # minus the mass of S afterwards
+        moved = torch.addcdiv(floors.one, floors.rest, kept, value=-1)
+        return _moved(whole[0], bridge[0], whole[0], moved, out), log_bridge, None
+    mass, share = log_bridge.exp(), floors.share
+    held = mass + (same[1] - whole[1]).exp()
+    if floor == "absolute":
+        share = torch.where(share < held, share / held, 0.0)
+    least = share * held
+    return _moved(whole[0], bridge[0], same[0], (least - mass).clamp(min=0), out), log_bridge, least
+
+
+@dataclass(frozen=True)
+class MergeFloors:
+    """The floors of a merge, with what each layer would otherwise work out again.
+
+    Attributes:
+        share: The floors, as `bridge_floors` returns them.
+        rest: The floors minus 1.
+        one: 1, of their shape.
+    """
+
+    share: Tensor
+    rest: Tensor
+    one: Tensor
+
+    @classmethod
+    def of(cls, share: Tensor) -> "MergeFloors":
+        """Works out the rest."""
+        return cls(share, share - 1, torch.ones_like(share))
+
+    @classmethod
+    def of_numbers(cls, n_same: int, n_bridge: int, tau_max: float | tuple[float, ...], like: Tensor) -> "MergeFloors":
+        """The floors for numbers of keys that the host knows, [1] or [H], by one transfer."""
+        caps = (tau_max,) if isinstance(tau_max, float) else tau_max
+        shares = [min(math.sqrt(n_bridge / (n_bridge + n_same)), cap) for cap in caps]
+        columns = [shares, [share - 1 for share in shares], [1.0] * len(shares)]
+        return cls(*torch.tensor(columns, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device))
+
+    def reshape(self, *shape: int) -> "MergeFloors":
+        """The same in another shape."""
+        return MergeFloors(*(part.reshape(shape) for part in (self.share, self.rest, self.one)))
+
+
+def _moved(whole: Tensor, there: Tensor, here: Tensor, moved: Tensor, out: Tensor) -> Tensor:
+    """The output after a share of the attention mass has moved from one mean to another."""
+    return torch.addcmul(whole, there - here, moved[..., None], out=out)
 
 
 def bridge_floors(n_same: Tensor, n_bridge: Tensor, tau_max: float | Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .bridge import Run, runs_of
 from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_state import FlowState, put_state_on, state_of
@@ -132,6 +133,7 @@ class FlowPass:
         total: Slots after this pass: an int, or a tensor [] where compiled.
         active: The queries from the first to the last that any row bridges, [first, last); all where it is not known,
             empty where there is none.
+        runs: The key ranges of the bridged queries; None where they are not known or do not suffice.
         has_trigger: Whether any query is injected; True where it is not known.
         reached: {layer: whether it got the pass as an argument} of the layers whose attention has run; the one thing
             that attention writes (not where compiled).
@@ -145,6 +147,7 @@ class FlowPass:
     host: list[list[list[int]]] | None
     total: "int | torch.Tensor"
     active: tuple[int, int]
+    runs: list[Run] | None
     has_trigger: bool
     reached: dict[int, bool] = field(default_factory=dict)
     by_mask: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
@@ -159,12 +162,15 @@ class FlowPass:
         total: "int | torch.Tensor",
     ) -> "FlowPass":
         """The pass of some records that the state ends with."""
-        active, has_trigger = (0, records.shape[1]), True
-        if host is not None:
-            places = [place for row in host for place, record in enumerate(row) if record[Field.ACTIVE]]
-            active = (min(places), max(places) + 1) if places else (0, 0)
-            has_trigger = any(record[Field.TRIGGER] for row in host for record in row)
-        return cls(plan, state, records, host, total, active, has_trigger)
+        if host is None:
+            return cls(plan, state, records, host, total, (0, records.shape[1]), None, True)
+        slot = int(total) - records.shape[1]
+        of_rows = [runs_of(row, made, slot, plan.settings) for row, made in enumerate(host)]
+        runs = None if None in of_rows else [run for made in of_rows for run in made or ()]
+        places = [place for row in host for place, record in enumerate(row) if record[Field.ACTIVE]]
+        active = (min(places), max(places) + 1) if places else (0, 0)
+        has_trigger = any(record[Field.TRIGGER] for row in host for record in row)
+        return cls(plan, state, records, host, total, active, runs, has_trigger)
 
     def last(self, queries: int) -> "FlowPass":
         """This pass for a layer that computes its last queries only (some families skip the rest of a prefill)."""
@@ -475,7 +481,7 @@ class FlowRuntime:
         if cache is not None and getattr(cache, "is_compileable", False):
             capacity = _capacity(cache)
         state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
-        state.tally = Tally(ids.shape[0], tuple(sorted(self.heads)), ids.device)
+        state.tally = Tally(ids.shape[0], self.heads, ids.device)
         if cache is not None:
             state.follow(int(cache.get_seq_length()), mask)
             if ids.shape[1] == self._slot.prompt_length:  # the whole prompt: what lies before it is no part of it

@@ -1,5 +1,6 @@
 """FlowReport: what StepFlow did to a generation or a forward pass, by row and layer, and the sums behind it."""
 
+import copy
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,42 +10,51 @@ import torch
 from .step_detector import Field
 from .trace import TraceStep, steps_of_records
 
-# Columns of Tally.sums, per row and layer.
-BRIDGE_QUERIES, BRIDGED, MASS_BEFORE, MASS_AFTER, INJECTIONS, INJECTION_NORM = range(6)
-COLUMNS = 6
+# Columns of Tally.bridge, for each row, layer and head.
+QUERIES, LIFTED, BEFORE, AFTER = range(4)
 
 # Decode steps that a layer may note before they are added up: bounds memory, and spreads the cost of adding.
 _NOTES = 32
 
-Note = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Note = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 class Tally:
     """Sums over the queries of each row and layer.
 
     Attributes:
-        sums: float32 [B, layers, COLUMNS].
+        bridge: float32 [B, layers, H, 4]: queries with a floor, those lifted, and their mass before and after.
+        injections: float32 [B, layers, 2]: number, and sum of norms relative to the head output.
     """
 
-    def __init__(self, batch: int, layers: tuple[int, ...], device: torch.device):
-        self.sums = torch.zeros(batch, len(layers), COLUMNS, device=device)
-        self._place = {layer: index for index, layer in enumerate(layers)}
+    def __init__(self, batch: int, heads: dict[int, int], device: torch.device):
+        most = max(heads.values(), default=0)
+        self.bridge = torch.zeros(batch, len(heads), most, AFTER + 1, device=device)
+        self.injections = torch.zeros(batch, len(heads), 2, device=device)
+        self._place = {layer: (index, heads[layer]) for index, layer in enumerate(sorted(heads))}
         self._notes: dict[int, list[Note]] = {}
 
     def copy(self) -> "Tally":
         """An independent copy."""
         self.add_notes()
-        copied = object.__new__(Tally)
-        copied.sums, copied._place, copied._notes = self.sums.clone(), self._place, {}
+        copied = copy.copy(self)
+        copied.bridge, copied.injections, copied._notes = self.bridge.clone(), self.injections.clone(), {}
         return copied
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of a layer, which may be changed in place: [B, H, 4] and [B, 2]."""
+        place, heads = self._place[layer]
+        return self.bridge[:, place, :heads], self.injections[:, place]
 
     def add_injections(self, layer: int, number: torch.Tensor, norm: torch.Tensor) -> None:
         """Adds the number of injections of a layer and the sum of their relative norms, both [B]."""
-        amounts = torch.stack((number, norm), 1).to(self.sums.device, self.sums.dtype)
-        self.sums[:, self._place[layer], INJECTIONS:] += amounts
+        sums = self.of_layer(layer)[1]
+        sums += torch.stack((number, norm), 1).to(sums.device, sums.dtype)
 
     @torch.no_grad()
-    def add_bridge(self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor) -> None:
+    def add_bridge(
+        self, layer: int, before: torch.Tensor, after: torch.Tensor, usable: torch.Tensor, row: int | None = None
+    ) -> None:
         """Adds the bridge of some queries.
 
         Args:
@@ -52,17 +62,19 @@ class Tally:
             before: Mass of the bridge without the floor, [B, H, c].
             after: Its mass with it, [B, H, c].
             usable: Where the bridge had a say (non-zero), broadcastable to them.
+            row: The row that they belong to; None for all.
         """
         chosen = usable.expand_as(before) > 0
-        counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1)
-        self.sums[:, self._place[layer], : MASS_AFTER + 1] += counts.sum((1, 2)).to(self.sums.device, self.sums.dtype)
+        counts = torch.stack((chosen, (after > before) & chosen, before * chosen, after * chosen), -1).sum(2)
+        sums = self.of_layer(layer)[0][slice(None) if row is None else slice(row, row + 1)]
+        sums += counts.to(sums.device, sums.dtype)
 
     def note_bridge(
-        self, layer: int, before: torch.Tensor, after: torch.Tensor, whole: torch.Tensor, usable: torch.Tensor
+        self, layer: int, log_before: torch.Tensor, least: torch.Tensor | None, floors: torch.Tensor
     ) -> None:
-        """As `add_bridge` for one query a row, added up later: masses in units of `whole`, [B, H]; usable [B, 1|H]."""
+        """As `add_bridge` for one query a row, to be added up later, from the results of `bridged_merge`."""
         notes = self._notes.setdefault(layer, [])
-        notes.append((before.detach(), after.detach(), whole.detach(), usable))
+        notes.append((log_before, least, floors))
         if len(notes) >= _NOTES:
             self._add_notes_of(layer)
 
@@ -72,25 +84,30 @@ class Tally:
             self._add_notes_of(layer)
 
     def _add_notes_of(self, layer: int) -> None:
-        notes = self._notes.pop(layer)
-        before, after, whole = (torch.stack([note[column] for note in notes], 2) for column in range(3))
-        usable = torch.stack([note[3].expand_as(note[0]) for note in notes], 2)
-        self.add_bridge(layer, before / whole, after / whole, usable)
+        notes = [(log, floors if least is None else least, floors) for log, least, floors in self._notes.pop(layer)]
+        log, least, floors = (
+            torch.stack([note[part].expand_as(note[0]).flatten(1) for note in notes], 2) for part in range(3)
+        )
+        before = log.exp()
+        self.add_bridge(layer, before, torch.maximum(before, least), floors)
 
     def select(self, rows: torch.Tensor) -> None:
         """Takes rows by index."""
         self.add_notes()
-        self.sums = self.sums.index_select(0, rows)
+        self.bridge = self.bridge.index_select(0, rows)
+        self.injections = self.injections.index_select(0, rows)
 
     def repeat(self, times: int) -> None:
         """Repeats each row in place."""
         self.add_notes()
-        self.sums = self.sums.repeat_interleave(times, 0)
+        self.bridge = self.bridge.repeat_interleave(times, 0)
+        self.injections = self.injections.repeat_interleave(times, 0)
 
     def zero_(self) -> None:
         """Forgets everything."""
         self._notes.clear()
-        self.sums.zero_()
+        self.bridge.zero_()
+        self.injections.zero_()
 
 
 @dataclass(frozen=True)
@@ -161,7 +178,7 @@ class FlowReport:
         sums = None
         if tally is not None:
             tally.add_notes()
-            sums = tally.sums.tolist()
+            sums = torch.cat((tally.bridge.sum(2), tally.injections), 2).tolist()
         rows = []
         for index, row in enumerate(records):
             steps = steps_of_records(row, [record[Field.TOKEN] for record in row], tokenizer)
@@ -178,15 +195,15 @@ class FlowReport:
 
 
 def _layer_report(layer: int, amounts: list[float]) -> LayerReport:
-    queries, injections = amounts[BRIDGE_QUERIES], amounts[INJECTIONS]
+    queries, lifted, before, after, injections, norms = amounts
     return LayerReport(
         layer,
         round(queries),
-        amounts[BRIDGED] / queries if queries else None,
-        amounts[MASS_BEFORE] / queries if queries else None,
-        amounts[MASS_AFTER] / queries if queries else None,
+        lifted / queries if queries else None,
+        before / queries if queries else None,
+        after / queries if queries else None,
         round(injections),
-        amounts[INJECTION_NORM] / injections if injections else None,
+        norms / injections if injections else None,
     )
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hf_stepflow.runtime.bridge import (
     BRIDGE_FLOORS,
-    DecodeGroups,
+    MergeFloors,
     bridge_floors,
     bridge_shifts,
-    bridged_decode,
+    bridged_merge,
     bridged_weights,
     odds_equal_bridge,
 )
@@ -133,7 +133,7 @@ def test_equals_the_oracle(row: Row) -> None:
     )
 )
 @given(rows(empty_groups=True))
-def test_weights_in_both_forms_equal_the_oracle(row: Row) -> None:
+def test_both_forms_equal_the_oracle(row: Row) -> None:
     visible = row.logits > HIDDEN
     assume(visible.any())
     p_same, p_bridge, _ = row.masses(row.logits)
@@ -143,27 +143,40 @@ def test_weights_in_both_forms_equal_the_oracle(row: Row) -> None:
         row.logits.tolist(), row.same.tolist(), row.bridge.tolist(), row.tau_max, row.floor, row.sink
     )
     same, bridge = row.same & visible, row.bridge & visible
-    settings = {
-        "tau_max": torch.tensor([[row.tau_max]], dtype=torch.float64),
-        "floor": row.floor,
-        "sink_logits": None if row.sink is None else torch.tensor([row.sink], dtype=torch.float64),
-    }
-    bias = torch.where(visible, 0.0, float("-inf"))[None]
-    groups = DecodeGroups.of(same[None], bridge[None], bias, torch.float64)
-    rest = dict(settings)
-    floors = bridge_floors(groups.n_same, groups.n_bridge, rest.pop("tau_max"), torch.float64)
-    weights, *masses, whole = bridged_decode(
-        row.logits.nan_to_num(neginf=0.0)[None, None], groups, floors=floors, **rest
-    )
-    for form in (
-        bridged_weights(row.logits[None, None, None], same[None, None, None], bridge[None, None, None], **settings),
-        (weights, *(mass / whole for mass in masses)),
-    ):
+    tau_max = torch.tensor([[row.tau_max]], dtype=torch.float64)
+    sink_logits = None if row.sink is None else torch.tensor([row.sink], dtype=torch.float64)
+    forms = [
+        bridged_weights(
+            row.logits[None, None, None],
+            same[None, None, None],
+            bridge[None, None, None],
+            tau_max=tau_max,
+            floor=row.floor,
+            sink_logits=sink_logits,
+        )
+    ]
+    if row.sink is None:
+        floors = MergeFloors.of(bridge_floors(same.sum(), bridge.sum(), tau_max, torch.float64))
+        parts = [attention_over(row.logits, group) for group in (visible, bridge, same)]
+        segments = [parts[2]] if (visible & ~same & ~bridge).any() else [parts[2], None]
+        for segment in segments:  # what S holds need not be known where there is nothing else
+            weights, log_before, least = bridged_merge(
+                parts[0], parts[1], segment, floors, row.floor, torch.empty_like(parts[0][0])
+            )
+            before = log_before.exp()
+            forms.append((weights, before, torch.maximum(before, floors.share if least is None else least)))
+    for form in forms:
         weights, before, after = (tensor.flatten() for tensor in form)
         torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
         assert before.item() == pytest.approx(p_bridge, abs=1e-10)
         if p_same > 0 and p_bridge > 0:
             assert after.item() == pytest.approx(weights[row.bridge].sum().item(), abs=1e-10)
+
+
+def attention_over(logits: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over a group, with values that make its output the weights: [1, 1, K] and [1, 1]."""
+    part = logits.nan_to_num(neginf=0.0).where(group, torch.tensor(-1e300, dtype=logits.dtype))[None, None]
+    return part.softmax(-1), part.logsumexp(-1)
 
 
 @given(rows(empty_groups=True), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 26))

@@ -106,7 +106,9 @@ def test_layers_on_another_device_than_the_token_ids(variant) -> None:
         (weights, *_), usable = call.weights(query, 0)
         assert weights.device.type == usable.device.type == "meta"
         assert weights.shape == (1, 4, total, total)
-    output, _ = BridgedCall(0, query[:, :, :1], key, key, None, {}, "sdpa", flow.last(1), 0.4).decode()
+    call = BridgedCall(0, query[:, :, :1], key, key, None, {}, "sdpa", flow.last(1), 0.4)
+    assert not call.has_ranges
+    output, _ = call.rows(0, 1)
     assert (output.device.type, output.shape) == ("meta", (1, 1, 4, 8))
 
 
@@ -118,7 +120,7 @@ def test_layers_with_other_numbers_of_key_value_heads() -> None:
     query, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 4, flow.state.count, 8)
     for shared in (1, 2, 4):
         key = keys[:, ::shared]
-        output, _ = BridgedCall(0, query, key, key, None, {}, "sdpa", flow, flow.plan.tau[0]).decode()
+        output = BridgedCall(0, query, key, key, None, {}, "sdpa", flow, flow.plan.tau[0]).decode()
         whole = key.repeat_interleave(shared, 1)
         expected, _ = BridgedCall(0, query, whole, whole, None, {}, "sdpa", flow, flow.plan.tau[0]).rows(0, 1)
         torch.testing.assert_close(output, expected)
