@@ -126,5 +126,5 @@ def labelled(model: Any, ids: torch.Tensor, mask: torch.Tensor, capacity: int | 
     runtime = model.stepflow_runtime
     state = FlowState(runtime.vocabulary_for(runtime.settings), len(ids), ids.device, capacity)
     state.append(state.read(ids, mask == 0), None, ids.device)
-    state.tally = Tally(len(ids), tuple(range(model.config.num_hidden_layers)), ids.device)
+    state.tally = Tally(len(ids), model.stepflow_runtime.heads, ids.device)
     return state

@@ -18,6 +18,8 @@ from hypothesis import settings
 from tests.support.hub_server import hub as hub  # a fixture
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("continuous", deadline=None, derandomize=True, database=None, print_blob=True)

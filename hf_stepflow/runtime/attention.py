@@ -18,8 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .bridge import Attention, MergeFloors, Run, bridge_floors, bridged_merge, bridged_weights
 from .errors import StepFlowUnsupportedError
+from .flow_state import kernels_on
 from .forward import FlowPass
-from .momentum import inject
+from .momentum import inject, inject_by_kernel
 from .step_detector import Field
 
 # Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass. On a CPU
@@ -27,6 +28,10 @@ from .step_detector import Field
 _CHUNK_ELEMENTS = 1 << 24
 _CACHED_ELEMENTS = 1 << 19
 _SHORTEST_CHUNK = 32
+
+# What kernels of an accelerator take; a block mask is written out for them up to so many queries.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE_QUERIES = 16
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -90,6 +95,30 @@ class AttentionCall:
     def sink_logits(self) -> torch.Tensor | None:
         """Learned sinks [H], in the denominator only."""
         return self.kwargs.get("s_aux")
+
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether the kernels of an accelerator compute this: no weights or gradients wanted, nothing by head.
+
+        They read a dense mask, so the block mask of a long prefill stays with the general form.
+        """
+        parts, mask, queries = (self.query, self.key, self.value), self.mask, self.query.shape[2]
+        if self.wants_weights or self.query.dtype not in _KERNEL_DTYPES or max(one.shape[-1] for one in parts) > 256:
+            return False
+        if self.kwargs.get("position_bias") is not None:
+            return False
+        if torch.is_grad_enabled() and any(one.requires_grad for one in parts):
+            return False
+        if isinstance(mask, torch.Tensor):
+            return mask.shape[1:3] == (1, queries) and bool(mask.shape[3] >= self.key.shape[2])
+        return mask is None or queries <= _DENSE_QUERIES
+
+    def dense_mask(self, flow: FlowPass) -> torch.Tensor | None:
+        """The mask as kernels read it: a tensor [B or 1, 1, q, K or more], or None."""
+        if self.mask is None or isinstance(self.mask, torch.Tensor):
+            return self.mask
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        return flow.found(self.mask, ("dense", keys), lambda: _dense_block_mask(self.mask, 0, queries, keys))
 
     def logits(self, query: torch.Tensor, seen: int) -> torch.Tensor:
         """Logits [B, H, c, seen] of queries [B, H, c, D] over the first keys, scaled and capped, at least float32."""
@@ -155,15 +184,23 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
         else:
             bridged = BridgedCall(*arguments, flow, tau)
-            if bridged.has_ranges:
+            kernels = kernels_on(query.device)
+            if kernels is not None and bridged.suits_kernels:
+                output, weights = bridged.by_kernel(kernels), None
+            elif bridged.has_ranges:
                 output, weights = bridged.decode() if query.shape[2] == 1 else bridged.merge(), None
             elif query.shape[2] == 1:
                 output, weights = bridged.rows(0, 1)
             else:  # the base's kernel for all queries, and the bridge for those that it applies to
                 output, weights = bridged.rewrite(*base(module, query, key, value, attention_mask, **kwargs))
         if link.layer in flow.plan.inject and flow.has_trigger:
-            visible = _visible_to(flow, attention_mask, query.shape[2], key.shape[2])
-            output = inject(flow, link.layer, output, value, visible)
+            call = AttentionCall(*arguments)
+            kernels = kernels_on(query.device)
+            if kernels is not None and call.suits_kernels:
+                output = inject_by_kernel(kernels, flow, link.layer, output, value, call.dense_mask(flow))
+            else:
+                visible = _visible_to(flow, attention_mask, query.shape[2], key.shape[2])
+                output = inject(flow, link.layer, output, value, visible)
         return output, weights
 
     return flow_attention
@@ -188,6 +225,37 @@ class BridgedCall(AttentionCall):
     flow: FlowPass
     tau: "float | tuple[float, ...]"
 
+    def by_kernel(self, kernels: Any) -> torch.Tensor:
+        """Attention of all queries by one kernel, bridged or not: [B, q, H, Dv]."""
+        flow, settings = self.flow, self.flow.plan.settings
+        sums = None if flow.state.tally is None else flow.state.tally.of_layer(self.layer)[0]
+        own = (
+            sums
+            if sums is None or sums.device == self.query.device
+            else torch.zeros_like(sums, device=self.query.device)
+        )
+        on_device = isinstance(flow.total, torch.Tensor)
+        output = kernels.ranged_attention(
+            self.query,
+            self.key,
+            self.value,
+            self.dense_mask(flow),
+            *flow.on(self.query.device),
+            [self.tau] if isinstance(self.tau, float) else self.tau,
+            self.sink_logits,
+            own,
+            flow.total if on_device else None,
+            0 if on_device else flow.total,
+            self.scaling,
+            self.softcap,
+            settings.bridge_floor == "absolute",
+            settings.bridge_scope == "step",
+            settings.sink_tokens,
+        )
+        if sums is not None and own is not None and own is not sums:
+            sums += own.to(sums.device)
+        return output
+
     @property
     def has_ranges(self) -> bool:
         """Whether attention over ranges of keys serves: the host knows them, and the base's kernel reports its sum.
@@ -205,7 +273,7 @@ class BridgedCall(AttentionCall):
         if self.query.shape[-1] != self.value.shape[-1]:
             return False
         if mask is None:
-            return queries == 1 or flow.total == queries
+            return queries == 1 or int(flow.total) == queries
         return (
             isinstance(mask, torch.Tensor) and mask.shape[1] == 1 and mask.shape[2] == queries <= mask.shape[3] >= keys
         )

@@ -6,6 +6,8 @@ same index operation. It is carried by swapping the cache's class for one with `
 """
 
 import copy
+import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,24 @@ from .report import Tally
 from .step_detector import FIELDS, Field, StepVocabulary, empty_record
 
 _FRESH = tuple(empty_record())
+
+_KERNELS: dict[str, Any] = {}
+
+
+def kernels_on(device: torch.device) -> Any:
+    """The kernels (`kernels.Kernels`) where tensors on a device take them; None elsewhere.
+
+    `HF_STEPFLOW_ROUTE=device` makes those on a CPU take them too (Triton then needs `TRITON_INTERPRET=1`).
+    """
+    if device.type not in _KERNELS:
+        takes = device.type == "cuda" or (device.type == "cpu" and os.environ.get("HF_STEPFLOW_ROUTE") == "device")
+        found = None
+        if takes and importlib.util.find_spec("triton") is not None:
+            from .kernels import KERNELS
+
+            found = KERNELS
+        _KERNELS[device.type] = found
+    return _KERNELS[device.type]
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class FlowState:
             compiled decode step changes no Python value.
         tally: The sums behind the report, or None.
         virtual_tokens: Slots before the prompt's first token, which generation does not count (prefix tuning).
+        is_behind: Whether a pass without StepFlow may have added tokens to the cache.
     """
 
     def __init__(self, vocabulary: StepVocabulary, batch: int, device: torch.device, capacity: int | None = None):
@@ -51,13 +72,17 @@ class FlowState:
         self.length: int | torch.Tensor = torch.zeros((), dtype=torch.long, device=device) if self.is_static else 0
         self.tally: Tally | None = None
         self.virtual_tokens = 0
+        self.is_behind = False
         # Where implicit thinking starts, and the same for compiled steps: a tensor [], -1 for nowhere.
         self._prompt_length: int | None = None
         self._opening = torch.full_like(self.length, -1) if isinstance(self.length, torch.Tensor) else None
         self._count: int | None = 0
         self._last: list[list[int]] | None = [empty_record() for _ in range(batch)]
-        if self.is_static:  # a compiled step has to find the tables on this device
+        if isinstance(self.length, torch.Tensor):  # a compiled step has to find tables and kernels on this device
             vocabulary.advance(self.records.new_tensor([_FRESH]).long(), self.records.new_zeros(1).long(), 0)
+            kernels_on(device)
+            for tensor in (self.records, self.length, self._opening):  # else it runs without CUDA graphs
+                torch._dynamo.mark_static_address(tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FlowState":
         copied = copy.copy(self)
@@ -160,14 +185,41 @@ class FlowState:
         hidden = None if padding is None else padding[:, 0]
         records = self.vocabulary.advance(record, ids[:, 0], slot, hidden, opening).int()[:, None]
         self.records.index_copy_(1, slot.reshape(1), records)
+        self._grow(1)
+        return records
+
+    def append_by_kernel(
+        self, kernels: Any, ids: torch.Tensor, padding: torch.Tensor | None, prompt_length: int | None
+    ) -> torch.Tensor:
+        """As `append_in_tensors`, for a few tokens a row by one kernel.
+
+        Args:
+            kernels: The kernels of the device.
+            ids: int64 [B, q].
+            padding: bool [B, q] of the tokens that are padding, or None.
+            prompt_length: As for `append`.
+
+        Returns:
+            The new records, int32 [B, q, FIELDS].
+        """
+        self._open_at(prompt_length)
+        queries = ids.shape[1]
+        if not self.is_static:
+            self._reserve(self.count + queries)
+        opening = self._prompt_length if self._opening is None else self._opening
+        records = self.vocabulary.label(kernels.label, self.records, ids, self.length, padding, opening)
+        self._grow(queries)
+        return records
+
+    def _grow(self, slots: int) -> None:
+        """Counts slots whose records have been written on the device."""
         if isinstance(self.length, torch.Tensor):
-            self.length.add_(1)
+            self.length.add_(slots)
             self._count = None
         else:
-            self.length += 1
+            self.length += slots
             self._count = self.length
         self._last = None
-        return records
 
     def _open_at(self, prompt_length: int | None) -> None:
         if prompt_length is not None:

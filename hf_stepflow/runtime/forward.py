@@ -21,7 +21,7 @@ import torch
 from .bridge import Run, runs_of
 from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
-from .flow_state import FlowState, put_state_on, state_of
+from .flow_state import FlowState, kernels_on, put_state_on, state_of
 from .report import FlowReport, Tally
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
@@ -33,6 +33,9 @@ _VOCABULARIES: "WeakKeyDictionary[Any, dict[tuple[Any, ...], StepVocabulary]]" =
 
 # Rows up to which a decode step labels its tokens on the host, which costs fewer operations than in tensors.
 _HOST_ROWS = 32
+
+# New tokens up to which a device with kernels labels them itself: a decode step, or the check of a draft.
+_DEVICE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,13 @@ class FlowPass:
                 return finding
         self.by_mask.append((mask, key, find()))
         return self.by_mask[-1][2]
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The records of the queries and of all slots on the device of a layer."""
+        if device == self.records.device:
+            return self.records, self.state.records
+        key = "records", device
+        return self.found(None, key, lambda: (self.records.to(device), self.state.records.to(device)))
 
     def offset(self, keys: int) -> "int | torch.Tensor":
         """Slot of a layer's first key: sliding layers hold the last slots only, static caches hold empty ones too.
@@ -399,6 +409,9 @@ class FlowRuntime:
         parameters, takes_more = _parameters(forward)
         rules = self._active_rules()
         if rules is None:
+            state = state_of(kwargs.get("past_key_values"))
+            if state is not None:
+                state.is_behind = True
             # Said outright: layers that are recomputed for a backward pass ask again when the settings may be others.
             return forward(model, *args, **kwargs, **({"stepflow_pass": False} if takes_more else {}))
         kwargs = dict(zip(parameters, args, strict=False)) | kwargs
@@ -437,16 +450,23 @@ class FlowRuntime:
         if prompt_length is None and known is not None and rules.plan.settings.implicit_thinking and not compiling:
             prompt_length = known + state.virtual_tokens
         padding = _padding(mask, ids, state.length if cached is None else cached)
-        if ids.shape[1] == 1 and (compiling or ids.shape[0] > _HOST_ROWS):
+        kernels = kernels_on(ids.device)
+        if kernels is not None and ids.shape[1] <= _DEVICE_TOKENS:
+            if cached is not None and state.is_behind:
+                state.follow(int(cached), mask)
+            records, host = state.append_by_kernel(kernels, ids, padding, prompt_length), None
+        elif ids.shape[1] == 1 and (compiling or ids.shape[0] > _HOST_ROWS):
             if cached is not None:
                 state.follow(int(cached), mask)
             records, host = state.append_in_tensors(ids, padding, prompt_length), None
         else:
             records, host = _append_on_host(state, ids, padding, prompt_length, cached, mask)
         if compiling:
-            flow = FlowPass.of(rules.plan, state, records, None, torch.as_tensor(state.length))
+            total = torch.as_tensor(state.length, device=ids.device)
+            flow = FlowPass.of(rules.plan, state, records, None, total)
         else:
             flow = FlowPass.of(rules.plan, state, records, host, state.length if host is None else state.count)
+        state.is_behind = False
         self.last = (state, rules.plan)
         return flow
 
@@ -481,7 +501,7 @@ class FlowRuntime:
         if cache is not None and getattr(cache, "is_compileable", False):
             capacity = _capacity(cache)
         state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
-        state.tally = Tally(ids.shape[0], self.heads, ids.device)
+        state.tally = Tally(ids.shape[0], self.heads, ids.device, capacity is not None)
         if cache is not None:
             state.follow(int(cache.get_seq_length()), mask)
             if ids.shape[1] == self._slot.prompt_length:  # the whole prompt: what lies before it is no part of it

@@ -4,12 +4,13 @@ Source: "Reasoning Fails Where Step Flow Breaks" (arXiv 2604.06695); docs/method
 head output of that token, before the output projection, receives alpha times the mean.
 
 * `step_momentum` is the mean of a step given by its slots: the reference.
-* `inject` is what models run, on the records of a pass.
+* `inject` is what models run, on the records of a pass; `inject_by_kernel` is the same on an accelerator.
 
 Shapes: B batch, q queries, n some of them, H query heads, Hkv key-value heads, K keys, D width of a value vector.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,39 @@ def inject(flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: V
         with torch.no_grad():
             flow.state.tally.add_injections(layer, *_effect(addition, output))
     return output + addition
+
+
+def inject_by_kernel(
+    kernels: Any, flow: FlowPass, layer: int, output: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """As `inject`, by one kernel and in place; rows that begin no step cost a read of their record.
+
+    Args:
+        kernels: The kernels of the device.
+        flow: The pass.
+        layer: Index of the layer, for the report.
+        output: [B, q, H, D], contiguous.
+        value: [B, Hkv, K, D].
+        mask: Which keys queries see, [B or 1, 1, q, K], bool or to be added, or None.
+    """
+    settings, output = flow.plan.settings, output.contiguous()
+    sums = None if flow.state.tally is None else flow.state.tally.of_layer(layer)[1]
+    own = sums if sums is None or sums.device == output.device else torch.zeros_like(sums, device=output.device)
+    on_device = isinstance(flow.total, Tensor)
+    kernels.inject(
+        output,
+        value,
+        mask,
+        *flow.on(output.device),
+        own,
+        flow.total if on_device else None,
+        0 if on_device else flow.total,
+        settings.alpha,
+        -1 if settings.smi_window is None else settings.smi_window,
+    )
+    if sums is not None and own is not None and own is not sums:
+        sums += own.to(sums.device)
+    return output
 
 
 def _effect(addition: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:

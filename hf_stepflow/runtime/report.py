@@ -27,12 +27,15 @@ class Tally:
         injections: float32 [B, layers, 2]: number, and sum of norms relative to the head output.
     """
 
-    def __init__(self, batch: int, heads: dict[int, int], device: torch.device):
+    def __init__(self, batch: int, heads: dict[int, int], device: torch.device, is_static: bool = False):
         most = max(heads.values(), default=0)
         self.bridge = torch.zeros(batch, len(heads), most, AFTER + 1, device=device)
         self.injections = torch.zeros(batch, len(heads), 2, device=device)
         self._place = {layer: (index, heads[layer]) for index, layer in enumerate(sorted(heads))}
         self._notes: dict[int, list[Note]] = {}
+        if is_static:  # else a compiled step runs without CUDA graphs
+            for tensor in (self.bridge, self.injections):
+                torch._dynamo.mark_static_address(tensor)
 
     def copy(self) -> "Tally":
         """An independent copy."""

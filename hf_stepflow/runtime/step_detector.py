@@ -160,6 +160,7 @@ class _Detector:
             self.where, self.lookup, self.possible, self.number = _choose, _read, bool, int
         else:
             self.features = vocabulary.features.to(device)
+            self.tables = [self.features, *kept]
             self.where, self.lookup, self.possible, self.number = torch.where, _gather, _always, torch.Tensor.long
 
     def walk(self, record: list[int], token: int, slot: int, is_padding: bool, opening: int | None) -> list[int]:
@@ -517,6 +518,45 @@ class StepVocabulary:
         if not self.settings.implicit_thinking:
             prompt_length = None
         return self._detector(ids.device).advance(record, ids, slot, padding, prompt_length)
+
+    def label(
+        self,
+        kernel: Callable[..., torch.Tensor],
+        records: torch.Tensor,
+        ids: torch.Tensor,
+        slot: "int | torch.Tensor",
+        padding: torch.Tensor | None,
+        opening: "int | torch.Tensor | None",
+    ) -> torch.Tensor:
+        """As `advance`, for a few tokens a row by one kernel (`kernels.label`), which writes to the records in place.
+
+        Args:
+            kernel: The operator.
+            records: int32 [B, T, FIELDS] of all slots.
+            ids: int64 [B, q].
+            slot: Slot of the first token.
+            padding: bool [B, q], tokens that are padding, or None.
+            opening: As `prompt_length` of `advance`.
+
+        Returns:
+            int32 [B, q, FIELDS].
+        """
+        settings, is_known = self.settings, isinstance(slot, int)
+        on_device = isinstance(opening, torch.Tensor)
+        return kernel(
+            records,
+            ids,
+            padding,
+            None if is_known else slot,
+            slot if is_known else 0,
+            opening if on_device else None,
+            -1 if on_device or opening is None else opening,
+            self._detector(ids.device).tables,
+            self.markers.message_open is not None,
+            settings.implicit_thinking,
+            settings.min_step_chars,
+            -1 if settings.oeb_span is None else settings.oeb_span,
+        )
 
     def _detector(self, device: torch.device | None) -> _Detector:
         if device not in self._detectors:

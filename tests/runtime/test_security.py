@@ -57,11 +57,12 @@ def calls(file):
 
 @pytest.mark.parametrize("file", RUNTIME, ids=lambda file: file.name)
 def test_imports(file):
+    allowed = STANDARD_LIBRARY | {"torch", "transformers"} | ({"triton"} if file.name == "kernels.py" else set())
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= STANDARD_LIBRARY | {"torch", "transformers"}
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            assert node.module.split(".")[0] in STANDARD_LIBRARY | {"torch", "transformers"}
+            assert node.module.split(".")[0] in allowed
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 1
             assert f"{node.module}.py" in {neighbour.name for neighbour in RUNTIME}
@@ -91,7 +92,7 @@ def test_files_hide_nothing():
     assert [path.name for path in (PACKAGE / "runtime").iterdir() if path.is_dir()] in ([], ["__pycache__"])
     for file in RUNTIME:
         lines = file.read_text(encoding="utf-8").splitlines()
-        assert len(lines) < 600
+        assert len(lines) < (800 if file.name == "kernels.py" else 600)
         assert max(map(len, lines), default=0) < 120
         assert not any(re.search(r"[A-Za-z0-9+/=]{100,}", line) for line in lines)
 
