@@ -200,7 +200,7 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
                 output = inject_by_kernel(kernels, flow, link.layer, output, value, call.dense_mask(flow))
             else:
                 visible = _visible_to(flow, attention_mask, query.shape[2], key.shape[2])
-                output = inject(flow, link.layer, output, value, visible)
+                output = inject(flow, link.layer, output, value, visible, attention_mask)
         return output, weights
 
     return flow_attention

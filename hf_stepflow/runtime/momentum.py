@@ -64,7 +64,9 @@ def step_momentum(
     return mean_of_members(counts[:, None], value)[:, :, 0]
 
 
-def inject(flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: Visible | None) -> Tensor:
+def inject(
+    flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: Visible | None, mask: Any = None
+) -> Tensor:
     """Adds alpha times the previous step's mean value at the first token of each step.
 
     Args:
@@ -73,11 +75,14 @@ def inject(flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: V
         output: Head outputs before the output projection, [B, q, H, D].
         value: [B, Hkv, K, D].
         visible: Which keys queries see; None where every query sees all steps before it.
+        mask: What `visible` reads, by whose identity layers share what they find.
 
     Returns:
         The new head outputs, [B, q, H, D].
     """
     alpha, shared = flow.plan.settings.alpha, output.shape[2] // value.shape[1]
+    if flow.host is not None and output.shape[1] == 1:
+        return _injected_decode(flow, layer, output, value, visible, mask)
     if flow.host is None:
         means = _means_of_all(flow, output.shape[1], value, visible)
         triggered = flow.records[:, :, Field.TRIGGER].to(output.device) > 0
@@ -89,13 +94,46 @@ def inject(flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: V
             triggered_here = [query for query, record in enumerate(records) if record[Field.TRIGGER]]
             for start in range(0, len(triggered_here), _TOGETHER):
                 some = triggered_here[start : start + _TOGETHER]
-                means = _means_of_row(flow, row, some, value, visible)
+                members, left = _members_of_row(flow, row, some, value.shape[2], value.device, visible)
+                means = mean_of_members(members, value[row, :, left : left + members.shape[1]])
                 spread = means.repeat_interleave(shared, 0).transpose(0, 1)
                 addition[row, some] = alpha * spread.to(output.device, output.dtype)
     if flow.state.tally is not None:
         with torch.no_grad():
             flow.state.tally.add_injections(layer, *_effect(addition, output))
     return output + addition
+
+
+def _injected_decode(
+    flow: FlowPass, layer: int, output: Tensor, value: Tensor, visible: Visible | None, mask: Any
+) -> Tensor:
+    """One query a row: all rows at once, with weights that layers share."""
+    keys, heads = value.shape[2], value.shape[1]
+
+    def find() -> tuple[int, Tensor, Tensor]:
+        """First key, weights [B, 1, 1, n] and the factors of the sums, [B, 1, 1, 1]."""
+        assert flow.host is not None
+        rows = [row for row, (record,) in enumerate(flow.host) if record[Field.TRIGGER]]
+        found = {row: _members_of_row(flow, row, [0], keys, value.device, visible) for row in rows}
+        first = min(left for _, left in found.values())
+        last = max(left + members.shape[1] for members, left in found.values())
+        counts = torch.zeros(len(flow.host), 1, 1, last - first, dtype=torch.bool, device=value.device)
+        for row, (members, left) in found.items():
+            counts[row, 0, 0, left - first : left - first + members.shape[1]] = members[0]
+        weights, rest = _weights(counts, value.dtype)
+        return first, weights, flow.plan.settings.alpha / rest
+
+    first, weights, factor = flow.found(mask, ("step", keys, value.dtype, value.device), find)
+    sums = torch.matmul(weights, value[:, :, first : first + weights.shape[3]])
+    addition = (sums * factor).to(output.device, output.dtype)
+    if flow.state.tally is not None:
+        with torch.no_grad():
+            repeats = (output.shape[2] // heads) ** 0.5
+            dtype = torch.promote_types(output.dtype, torch.float32)
+            size = torch.linalg.vector_norm(addition, dim=(1, 2, 3), dtype=dtype) * repeats
+            whole = torch.linalg.vector_norm(output, dim=(1, 2, 3), dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
+            flow.state.tally.add_injections(layer, size > 0, size / whole)
+    return (output.view(len(output), heads, -1, output.shape[3]) + addition).view(output.shape)
 
 
 def inject_by_kernel(
@@ -139,24 +177,23 @@ def _effect(addition: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     return (size > 0).sum(1), ratio.sum(1)
 
 
-def _means_of_row(flow: FlowPass, row: int, some: list[int], value: Tensor, visible: Visible | None) -> Tensor:
-    """Mean values [Hkv, n, D] of the steps before those that open at n queries: only those steps' slots are read."""
+def _members_of_row(
+    flow: FlowPass, row: int, some: list[int], keys: int, device: torch.device, visible: Visible | None
+) -> tuple[Tensor, int]:
+    """The keys of the steps before those that open at n queries: bool [n, K'], and the first of the K' keys."""
     assert flow.host is not None
     records = [flow.host[row][query] for query in some]
-    keys = value.shape[2]
-    offset = flow.offset(keys)
+    offset = int(flow.offset(keys))
     left = max(min(record[Field.PREVIOUS_START] for record in records) - offset, 0)
     right = max(max(record[Field.PREVIOUS_END] for record in records) - offset, left)
-    labels, steps = (
-        column[row, left:right].to(value.device) for column in flow.key_columns(keys, Field.LABEL, Field.STEP)
-    )
+    labels, steps = (column[row, left:right].to(device) for column in flow.key_columns(keys, Field.LABEL, Field.STEP))
     wanted = [(one[Field.LABEL] - int(one[Field.LABEL] % 3 == SUMMARY), one[Field.STEP] - 1) for one in records]
-    label, previous = torch.tensor(wanted, device=value.device).T[..., None]
+    label, previous = torch.tensor(wanted, device=device).T[..., None]
     members = _last_of((labels == label) & (steps == previous), flow.plan.settings.smi_window)
     if visible is not None:
         seen = torch.cat([visible(query, query + 1)[:, 0, :, left:right] for query in some], 1)
-        members = members & seen[row if seen.shape[0] > 1 else 0].to(value.device)
-    return mean_of_members(members, value[row, :, left:right])
+        members = members & seen[row if seen.shape[0] > 1 else 0].to(device)
+    return members, left
 
 
 def _means_of_all(flow: FlowPass, queries: int, value: Tensor, visible: Visible | None) -> Tensor:
@@ -193,10 +230,17 @@ def mean_of_members(members: Tensor, value: Tensor) -> Tensor:
     Returns:
         The means [..., Hkv, n, D] of the dtype of `value`; zeros for a set without a slot.
     """
-    # One weight, rounded to the dtype of the values, serves all slots of a set: dividing by the sum of the weights
-    # takes its rounding out again, and the product reads the cache once, without a float32 copy of it.
-    accumulator = torch.promote_types(value.dtype, torch.float32)
+    weights, rest = _weights(members, value.dtype)
+    return (torch.matmul(weights.unsqueeze(-3), value) / rest.unsqueeze(-3)).to(value.dtype)
+
+
+def _weights(members: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights of the slots of each set, and what divides their sums, at least float32.
+
+    One weight, rounded to the dtype of the values, serves all slots of a set: dividing by the sum of the weights takes
+    its rounding out again, and the product reads the cache once, without a float32 copy of it.
+    """
+    accumulator = torch.promote_types(dtype, torch.float32)
     number = members.sum(-1, keepdim=True).clamp(min=1).to(accumulator)
-    weight = number.reciprocal().to(value.dtype)
-    total = torch.matmul((members * weight).unsqueeze(-3), value)
-    return (total.to(accumulator) / (number * weight.to(accumulator)).unsqueeze(-3)).to(value.dtype)
+    weight = number.reciprocal().to(dtype)
+    return members * weight, number * weight.to(accumulator)
