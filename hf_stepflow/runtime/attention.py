@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .bridge import Attention, MergeFloors, Run, bridge_floors, bridged_merge, bridged_weights
+from .bridge import (
+    Attention,
+    DecodeRanges,
+    MergeFloors,
+    Run,
+    bridge_floors,
+    bridged_merge,
+    bridged_weights,
+    joined,
+    slots_within,
+)
 from .errors import StepFlowUnsupportedError
 from .flow_state import kernels_on
 from .forward import FlowPass
@@ -228,33 +238,11 @@ class BridgedCall(AttentionCall):
     def by_kernel(self, kernels: Any) -> torch.Tensor:
         """Attention of all queries by one kernel, bridged or not: [B, q, H, Dv]."""
         flow, settings = self.flow, self.flow.plan.settings
-        sums = None if flow.state.tally is None else flow.state.tally.of_layer(self.layer)[0]
-        own = (
-            sums
-            if sums is None or sums.device == self.query.device
-            else torch.zeros_like(sums, device=self.query.device)
-        )
-        on_device = isinstance(flow.total, torch.Tensor)
-        output = kernels.ranged_attention(
-            self.query,
-            self.key,
-            self.value,
-            self.dense_mask(flow),
-            *flow.on(self.query.device),
-            [self.tau] if isinstance(self.tau, float) else self.tau,
-            self.sink_logits,
-            own,
-            flow.total if on_device else None,
-            0 if on_device else flow.total,
-            self.scaling,
-            self.softcap,
-            settings.bridge_floor == "absolute",
-            settings.bridge_scope == "step",
-            settings.sink_tokens,
-        )
-        if sums is not None and own is not None and own is not sums:
-            sums += own.to(sums.device)
-        return output
+        sums = None if flow.state.tally is None else flow.state.tally.sums_on(self.query.device, self.layer, 0)
+        parts = self.query, self.key, self.value, self.dense_mask(flow), *flow.on(self.query.device)
+        tau, scales = [self.tau] if isinstance(self.tau, float) else self.tau, (self.scaling, self.softcap)
+        rules = settings.bridge_floor == "absolute", settings.bridge_scope == "step", settings.sink_tokens
+        return kernels.ranged_attention(*parts, tau, self.sink_logits, sums, *flow.counted, *scales, *rules)
 
     @property
     def has_ranges(self) -> bool:
@@ -278,9 +266,13 @@ class BridgedCall(AttentionCall):
             isinstance(mask, torch.Tensor) and mask.shape[1] == 1 and mask.shape[2] == queries <= mask.shape[3] >= keys
         )
 
-    def _attend(self, query: torch.Tensor, rows: slice, start: int, end: int, **kwargs: Any) -> Attention:
-        """Attention of queries [b, H or Hkv, c, D] of some rows over keys [start, end)."""
-        key, value = self.key[rows, :, start:end], self.value[rows, :, start:end]
+    def _attend(self, query: torch.Tensor, rows: slice | None, start: int, end: int, **kwargs: Any) -> Attention:
+        """Attention of queries [b, H or Hkv, c, D] of some rows (None: all) over keys [start, end)."""
+        key, value = self.key, self.value
+        if rows is not None:
+            key, value = key[rows], value[rows]
+        if end - start < key.shape[2]:
+            key, value = key[:, :, start:end], value[:, :, start:end]
         return _flash(query, key, value, scale=self.scaling, **kwargs)
 
     def decode(self) -> torch.Tensor:
@@ -288,16 +280,16 @@ class BridgedCall(AttentionCall):
         batch, heads = self.query.shape[:2]
         groups = self.key.shape[1]
         shape = batch, groups, heads // groups, self.query.shape[3]
-        query, everything = self.query.reshape(shape), slice(None)
+        query = self.query.reshape(shape)
         key = "decode", self.key.shape[2], shape, query.dtype, self.tau
         ranges = self.flow.found(self.mask, key, self._ranges)
-        whole = self._attend(query, everything, 0, ranges.keys, attn_mask=ranges.bias)
+        whole = self._attend(query, None, 0, ranges.keys, attn_mask=ranges.bias)
         if ranges.floors is None:
             return whole[0].reshape(batch, 1, heads, -1)
-        bridge = self._attend(query, everything, *ranges.bridge, attn_mask=ranges.bridge_bias)
+        bridge = self._attend(query, None, *ranges.bridge, attn_mask=ranges.bridge_bias)
         same = None
         if ranges.same is not None:
-            same = self._attend(query, everything, *ranges.same, attn_mask=ranges.same_bias)
+            same = self._attend(query, None, *ranges.same, attn_mask=ranges.same_bias)
         output, log_before, least = bridged_merge(
             whole, bridge, same, ranges.floors, self.flow.plan.settings.bridge_floor, query.new_empty(shape)
         )
@@ -305,21 +297,21 @@ class BridgedCall(AttentionCall):
             self.flow.state.tally.note_bridge(self.layer, log_before, least, ranges.floors.share)
         return output.view(batch, 1, heads, -1)
 
-    def _ranges(self) -> "_DecodeRanges":
+    def _ranges(self) -> "DecodeRanges":
         """The ranges of one query a row, for all layers that see the same keys through the same mask."""
         runs, total, offset, keys = self._known()
         batch, dtype, device = self.query.shape[0], self.query.dtype, self.query.device
         bias = None if self.mask is None else _bias(self.mask[..., :keys], dtype, float("-inf"))
-        bridge = _inside(min(run.bridge[0] for run in runs), max(run.bridge[1] for run in runs), offset, keys)
-        same = _inside(min(run.same for run in runs), total, offset, keys)
+        bridge = slots_within(min(run.bridge[0] for run in runs), max(run.bridge[1] for run in runs), offset, keys)
+        same = slots_within(min(run.same for run in runs), total, offset, keys)
         if bridge[0] == bridge[1]:
-            return _DecodeRanges(keys, bias, bridge)
+            return DecodeRanges(keys, bias, bridge)
         has_others = any(run.has_others for run in runs)
         heads = (1, 1) if isinstance(self.tau, float) else (self.key.shape[1], len(self.tau) // self.key.shape[1])
         if self.mask is None and len(runs) == batch and len({(run.same, run.bridge) for run in runs}) == 1:
             floors = MergeFloors.of_numbers(same[1] - same[0], bridge[1] - bridge[0], self.tau, self.query)
             floors = floors.reshape(1, *heads)
-            return _DecodeRanges(keys, bias, bridge, None, same if has_others else None, None, floors)
+            return DecodeRanges(keys, bias, bridge, None, same if has_others else None, None, floors)
         bounds = [[0] * 4 for _ in range(batch)]
         for run in runs:
             bounds[run.row] = [run.same, total, *run.bridge]
@@ -327,7 +319,7 @@ class BridgedCall(AttentionCall):
         n_same, same_bias = self._members(same, limits[:, :2], has_others)
         n_bridge, bridge_bias = self._members(bridge, limits[:, 2:], True)
         floors = MergeFloors.of(self._floors(n_same, n_bridge)).reshape(batch, *heads)
-        return _DecodeRanges(keys, bias, bridge, bridge_bias, same if has_others else None, same_bias, floors)
+        return DecodeRanges(keys, bias, bridge, bridge_bias, same if has_others else None, same_bias, floors)
 
     def _members(
         self, within: tuple[int, int], limits: torch.Tensor, wants_bias: bool
@@ -365,7 +357,7 @@ class BridgedCall(AttentionCall):
         """Attention of many queries by ranges: [B, q, H, D]."""
         runs, _, _, keys = self._known()
         bias = None if self.mask is None else _bias(self.mask[..., :keys], self.query.dtype, float("-inf"))
-        whole = self._attend(self.query, slice(None), 0, keys, attn_mask=bias, is_causal=bias is None)
+        whole = self._attend(self.query, None, 0, keys, attn_mask=bias, is_causal=bias is None)
         for run in runs:
             self._merge_run(run, whole)
         return whole[0].transpose(1, 2).contiguous()
@@ -373,7 +365,7 @@ class BridgedCall(AttentionCall):
     def _merge_run(self, run: Run, whole: Attention) -> None:
         """Bridges the queries of a run in the output of attention over all keys."""
         _, total, offset, keys = self._known()
-        start, end = _inside(*run.bridge, offset, keys)
+        start, end = slots_within(*run.bridge, offset, keys)
         if start == end:
             return
         rows, some = slice(run.row, run.row + 1), slice(run.first, run.last)
@@ -406,7 +398,7 @@ class BridgedCall(AttentionCall):
         elif run.has_others:
             over_same = self._attend(query, rows, own, last, is_causal=True)
             if same_start < own:
-                over_same = _joined(over_same, self._attend(query, rows, same_start, own))
+                over_same = joined(over_same, self._attend(query, rows, same_start, own))
         part = whole[0][rows, :, some], whole[1][rows, :, some]
         _, log_before, least = bridged_merge(
             part, over_bridge, over_same, floors, self.flow.plan.settings.bridge_floor, part[0]
@@ -494,35 +486,6 @@ class BridgedCall(AttentionCall):
         return min(most, max(_SHORTEST_CHUNK, _CACHED_ELEMENTS // elements))
 
 
-@dataclass(frozen=True)
-class _DecodeRanges:
-    """The ranges of one query a row.
-
-    Attributes:
-        keys: Number of keys.
-        bias: Added to their logits, [B, 1, 1, keys], or None.
-        bridge: The keys among which all rows have theirs of the bridge.
-        bridge_bias: Added to their logits: far below any where a key is not the row's; None for nothing.
-        same: The same for S; None where S and B are all that any row sees.
-        same_bias: As `bridge_bias`.
-        floors: [B, 1, 1] or [B, Hkv, G]; None where no row sees a key of the bridge.
-    """
-
-    keys: int
-    bias: torch.Tensor | None
-    bridge: tuple[int, int]
-    bridge_bias: torch.Tensor | None = None
-    same: tuple[int, int] | None = None
-    same_bias: torch.Tensor | None = None
-    floors: MergeFloors | None = None
-
-
-def _inside(start: int, end: int, offset: int, keys: int) -> tuple[int, int]:
-    """Slots as keys of a layer, as far as it still holds them."""
-    start = min(max(start - offset, 0), keys)
-    return start, min(max(end - offset, start), keys)
-
-
 def _seen_and_added(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys a mask shows, and what it adds to their logits."""
     if mask.dtype == torch.bool:
@@ -534,14 +497,6 @@ def _bias(mask: torch.Tensor, dtype: torch.dtype, hidden: float | None = None) -
     """A mask as something to add; hidden keys get a value far below any logit, which is finite if not given."""
     seen, added = _seen_and_added(mask, dtype)
     return torch.where(seen, added, torch.finfo(dtype).min / 2 if hidden is None else hidden)
-
-
-def _joined(one: Attention, other: Attention) -> Attention:
-    """Attention over the keys of both."""
-    log_sum = torch.logaddexp(one[1], other[1])
-    shares = ((part[1] - log_sum).exp()[..., None] for part in (one, other))
-    first, second = (part[0] * share for part, share in zip((one, other), shares, strict=True))
-    return (first + second).to(one[0].dtype), log_sum
 
 
 def _temperature(

@@ -400,3 +400,40 @@ def _merged(
     after = torch.maximum(bridge, floors * held)
     masses = torch.stack((others, held - after, after), -1)
     return masses / (sums.clamp(min=torch.finfo(sums.dtype).tiny) * total[..., None]), bridge, after, total
+
+
+def joined(one: Attention, other: Attention) -> Attention:
+    """Attention over the keys of both."""
+    log_sum = torch.logaddexp(one[1], other[1])
+    shares = ((part[1] - log_sum).exp()[..., None] for part in (one, other))
+    first, second = (part[0] * share for part, share in zip((one, other), shares, strict=True))
+    return (first + second).to(one[0].dtype), log_sum
+
+
+@dataclass(frozen=True)
+class DecodeRanges:
+    """The ranges of one query a row.
+
+    Attributes:
+        keys: Number of keys.
+        bias: Added to their logits, [B, 1, 1, keys], or None.
+        bridge: The keys among which all rows have theirs of the bridge.
+        bridge_bias: Added to their logits: far below any where a key is not the row's; None for nothing.
+        same: The same for S; None where S and B are all that any row sees.
+        same_bias: As `bridge_bias`.
+        floors: [B, 1, 1] or [B, Hkv, G]; None where no row sees a key of the bridge.
+    """
+
+    keys: int
+    bias: Tensor | None
+    bridge: tuple[int, int]
+    bridge_bias: Tensor | None = None
+    same: tuple[int, int] | None = None
+    same_bias: Tensor | None = None
+    floors: MergeFloors | None = None
+
+
+def slots_within(start: int, end: int, offset: int, keys: int) -> tuple[int, int]:
+    """Slots as keys of a layer, as far as it still holds them."""
+    start = min(max(start - offset, 0), keys)
+    return start, min(max(end - offset, start), keys)

@@ -118,7 +118,7 @@ class FlowState:
         reads_last = self._last is None and self.count > 0
         if reads_last:
             parts.append(self.records[:, self.count - 1].to(ids.device, ids.dtype))
-        rows, queries = torch.cat(parts, 1).tolist(), ids.shape[1]
+        rows, queries = (torch.cat(parts, 1) if len(parts) > 1 else ids).tolist(), ids.shape[1]
         end = queries if padding is None else 2 * queries
         if reads_last:
             self._last = [row[-FIELDS:] for row in rows]
@@ -404,3 +404,41 @@ def put_state_on(cache: Any, state: FlowState) -> None:
             _CARRIERS[kind] = type(kind.__name__, (FlowCacheMixin, kind), {"__module__": kind.__module__})
         cache.__class__ = _CARRIERS[kind]
     cache.stepflow_state = state
+
+
+def slots_of(cache: Any) -> int:
+    """Slots of a cache with static shapes."""
+    lengths = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]
+    windows = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
+    if len(windows) == len(lengths):
+        return 1 << 16  # sliding layers alone say nothing of the trace's length
+    return max(lengths)
+
+
+def padding_of(mask: Any, ids: torch.Tensor, before: "int | torch.Tensor") -> torch.Tensor | None:
+    """Which of the new tokens are padding, bool [B, q], or None if none is.
+
+    A 2D mask says it outright (it may be longer than the tokens so far); in a 4D one padding is a token that does not
+    see itself.
+    """
+    if isinstance(mask, dict):
+        masks = [mask.get("full_attention"), *mask.values()]
+        mask = next((value for value in masks if value is not None), None)
+    if not isinstance(mask, torch.Tensor):
+        return None
+    queries = ids.shape[1]
+    if mask.ndim == 2:
+        last = mask.shape[1] - queries
+        if isinstance(before, int):
+            start = min(before, last)
+            return (mask[:, start : start + queries] == 0).to(ids.device)
+        slots = torch.arange(queries, device=mask.device) + before.to(mask.device).clamp(max=last)
+        return (mask.index_select(1, slots) == 0).to(ids.device)
+    if mask.ndim != 4:
+        return None
+    keys = mask.shape[-1]
+    slots = torch.arange(queries, device=mask.device) + before
+    offset = torch.clamp(torch.as_tensor(before + queries - keys, device=mask.device), min=0)
+    own = mask[:, 0].gather(2, (slots - offset)[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
+    seen = own if mask.dtype == torch.bool else own > torch.finfo(mask.dtype).min / 2
+    return (~seen).expand(ids.shape[0], -1).to(ids.device)

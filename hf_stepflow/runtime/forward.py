@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ import torch
 from .bridge import Run, runs_of
 from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
-from .flow_state import FlowState, kernels_on, put_state_on, state_of
+from .flow_state import FlowState, kernels_on, padding_of, put_state_on, slots_of, state_of
 from .report import FlowReport, Tally
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
@@ -56,6 +57,11 @@ class FlowPlan:
     inject: frozenset[int]
     gamma: dict[int, float | tuple[float, ...]]
 
+    @cached_property
+    def changed(self) -> frozenset[int]:
+        """All layers in which anything is done."""
+        return self.inject | self.tau.keys() | self.gamma.keys()
+
     @classmethod
     def resolve(cls, settings: StepFlowSettings, heads: dict[int, int]) -> "FlowPlan":
         """Resolves settings against the attention layers of a model.
@@ -89,7 +95,7 @@ class FlowPlan:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is ever to be done."""
-        return not (self.tau or self.inject or self.gamma)
+        return not self.changed
 
 
 def _by_head(
@@ -198,6 +204,11 @@ class FlowPass:
             return self.records, self.state.records
         key = "records", device
         return self.found(None, key, lambda: (self.records.to(device), self.state.records.to(device)))
+
+    @property
+    def counted(self) -> tuple[torch.Tensor | None, int]:
+        """The total as kernels take it: a tensor, or None and the number."""
+        return (self.total, 0) if isinstance(self.total, torch.Tensor) else (None, self.total)
 
     def offset(self, keys: int) -> "int | torch.Tensor":
         """Slot of a layer's first key: sliding layers hold the last slots only, static caches hold empty ones too.
@@ -449,7 +460,7 @@ class FlowRuntime:
         known = self._slot.prompt_length
         if prompt_length is None and known is not None and rules.plan.settings.implicit_thinking and not compiling:
             prompt_length = known + state.virtual_tokens
-        padding = _padding(mask, ids, state.length if cached is None else cached)
+        padding = padding_of(mask, ids, state.length if cached is None else cached)
         kernels = kernels_on(ids.device)
         if kernels is not None and ids.shape[1] <= _DEVICE_TOKENS:
             if cached is not None and state.is_behind:
@@ -499,7 +510,7 @@ class FlowRuntime:
                 return state, None
         capacity = None
         if cache is not None and getattr(cache, "is_compileable", False):
-            capacity = _capacity(cache)
+            capacity = slots_of(cache)
         state = FlowState(vocabulary, ids.shape[0], ids.device, capacity)
         state.tally = Tally(ids.shape[0], self.heads, ids.device, capacity is not None)
         if cache is not None:
@@ -511,13 +522,12 @@ class FlowRuntime:
 
     def _finish(self, model: Any, flow: FlowPass, output: Any) -> None:
         """Leaves the state on a cache that the model made itself, and checks what attention saw."""
-        wanted = flow.plan.tau.keys() | flow.plan.inject | flow.plan.gamma.keys()
         self.hands_down = all(flow.reached.values())
-        missed = wanted - flow.reached.keys()
+        missed: frozenset[int] = flow.plan.changed - flow.reached.keys()
         if missed:
             # Drafts by early exit run the first layers only, and the config says how many.
             depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-            missed = {layer for layer in missed if depth is None or layer < depth}
+            missed = frozenset(layer for layer in missed if depth is None or layer < depth)
         if missed:
             raise StepFlowUnsupportedError(
                 f"layers {sorted(missed)} of {type(model).__name__} did not call StepFlow's attention function",
@@ -578,41 +588,3 @@ def _parameters(forward: Callable[..., Any]) -> tuple[list[str], bool]:
         free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         _PARAMETERS[forward] = list(parameters)[1:], free
     return _PARAMETERS[forward]
-
-
-def _capacity(cache: Any) -> int:
-    """Slots of a cache with static shapes."""
-    lengths = [layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len")]
-    windows = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
-    if len(windows) == len(lengths):
-        return 1 << 16  # sliding layers alone say nothing of the trace's length
-    return max(lengths)
-
-
-def _padding(mask: Any, ids: torch.Tensor, before: "int | torch.Tensor") -> torch.Tensor | None:
-    """Which of the new tokens are padding, bool [B, q], or None if none is.
-
-    A 2D mask says it outright (it may be longer than the tokens so far); in a 4D one padding is a token that does not
-    see itself.
-    """
-    if isinstance(mask, dict):
-        masks = [mask.get("full_attention"), *mask.values()]
-        mask = next((value for value in masks if value is not None), None)
-    if not isinstance(mask, torch.Tensor):
-        return None
-    queries = ids.shape[1]
-    if mask.ndim == 2:
-        last = mask.shape[1] - queries
-        if isinstance(before, int):
-            start = min(before, last)
-            return (mask[:, start : start + queries] == 0).to(ids.device)
-        slots = torch.arange(queries, device=mask.device) + before.to(mask.device).clamp(max=last)
-        return (mask.index_select(1, slots) == 0).to(ids.device)
-    if mask.ndim != 4:
-        return None
-    keys = mask.shape[-1]
-    slots = torch.arange(queries, device=mask.device) + before
-    offset = torch.clamp(torch.as_tensor(before + queries - keys, device=mask.device), min=0)
-    own = mask[:, 0].gather(2, (slots - offset)[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
-    seen = own if mask.dtype == torch.bool else own > torch.finfo(mask.dtype).min / 2
-    return (~seen).expand(ids.shape[0], -1).to(ids.device)

@@ -150,22 +150,9 @@ def inject_by_kernel(
         mask: Which keys queries see, [B or 1, 1, q, K], bool or to be added, or None.
     """
     settings, output = flow.plan.settings, output.contiguous()
-    sums = None if flow.state.tally is None else flow.state.tally.of_layer(layer)[1]
-    own = sums if sums is None or sums.device == output.device else torch.zeros_like(sums, device=output.device)
-    on_device = isinstance(flow.total, Tensor)
-    kernels.inject(
-        output,
-        value,
-        mask,
-        *flow.on(output.device),
-        own,
-        flow.total if on_device else None,
-        0 if on_device else flow.total,
-        settings.alpha,
-        -1 if settings.smi_window is None else settings.smi_window,
-    )
-    if sums is not None and own is not None and own is not sums:
-        sums += own.to(sums.device)
+    sums = None if flow.state.tally is None else flow.state.tally.sums_on(output.device, layer, 1)
+    window = -1 if settings.smi_window is None else settings.smi_window
+    kernels.inject(output, value, mask, *flow.on(output.device), sums, *flow.counted, settings.alpha, window)
     return output
 
 

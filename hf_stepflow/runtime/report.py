@@ -33,6 +33,7 @@ class Tally:
         self.injections = torch.zeros(batch, len(heads), 2, device=device)
         self._place = {layer: (index, heads[layer]) for index, layer in enumerate(sorted(heads))}
         self._notes: dict[int, list[Note]] = {}
+        self._elsewhere: dict[tuple[torch.device, int, int], torch.Tensor] = {}
         if is_static:  # else a compiled step runs without CUDA graphs
             for tensor in (self.bridge, self.injections):
                 torch._dynamo.mark_static_address(tensor)
@@ -41,13 +42,24 @@ class Tally:
         """An independent copy."""
         self.add_notes()
         copied = copy.copy(self)
-        copied.bridge, copied.injections, copied._notes = self.bridge.clone(), self.injections.clone(), {}
+        copied.bridge, copied.injections = self.bridge.clone(), self.injections.clone()
+        copied._notes, copied._elsewhere = {}, {}
         return copied
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The sums of a layer, which may be changed in place: [B, H, 4] and [B, 2]."""
         place, heads = self._place[layer]
         return self.bridge[:, place, :heads], self.injections[:, place]
+
+    def sums_on(self, device: torch.device, layer: int, part: int) -> torch.Tensor:
+        """The sums of a layer that a kernel adds to (`of_layer`), on its device."""
+        sums = self.of_layer(layer)[part]
+        if sums.device == device:
+            return sums
+        key = device, layer, part
+        if key not in self._elsewhere:
+            self._elsewhere[key] = torch.zeros_like(sums, device=device)
+        return self._elsewhere[key]
 
     def add_injections(self, layer: int, number: torch.Tensor, norm: torch.Tensor) -> None:
         """Adds the number of injections of a layer and the sum of their relative norms, both [B]."""
@@ -85,14 +97,21 @@ class Tally:
         """Adds up what was noted."""
         for layer in list(self._notes):
             self._add_notes_of(layer)
+        for (_, layer, part), sums in self._elsewhere.items():
+            self.of_layer(layer)[part].add_(sums.to(self.bridge.device))
+        self._elsewhere.clear()
 
     def _add_notes_of(self, layer: int) -> None:
-        notes = [(log, floors if least is None else least, floors) for log, least, floors in self._notes.pop(layer)]
-        log, least, floors = (
-            torch.stack([note[part].expand_as(note[0]).flatten(1) for note in notes], 2) for part in range(3)
+        notes = self._notes.pop(layer)
+        logs = [log for log, _, _ in notes]
+        least = [floors if one is None else one for _, one, floors in notes]
+        usable = [floors for _, _, floors in notes]
+        before, after, floors = (
+            torch.stack([one.expand_as(log) for one, log in zip(part, logs, strict=True)], -1).flatten(1, -2)
+            for part in (logs, least, usable)
         )
-        before = log.exp()
-        self.add_bridge(layer, before, torch.maximum(before, least), floors)
+        before = before.exp()
+        self.add_bridge(layer, before, torch.maximum(before, after), floors)
 
     def select(self, rows: torch.Tensor) -> None:
         """Takes rows by index."""
@@ -109,6 +128,7 @@ class Tally:
     def zero_(self) -> None:
         """Forgets everything."""
         self._notes.clear()
+        self._elsewhere.clear()
         self.bridge.zero_()
         self.injections.zero_()
 
