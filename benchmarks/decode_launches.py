@@ -103,6 +103,11 @@ def measure(route: str) -> list[dict[str, Any]]:
     return results
 
 
+def versions() -> dict[str, str]:
+    """What the counts depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def main() -> None:
     """Counts on both routes, each in a process of its own, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,8 +123,7 @@ def main() -> None:
         environment = {**os.environ, "HF_STEPFLOW_ROUTE": route, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "benchmarks.decode_launches", "--route", route]
         results += json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    args.json.write_text(json.dumps({"versions": versions, "results": results}, indent=2) + "\n", encoding="utf-8")
+    args.json.write_text(json.dumps({"versions": versions(), "results": results}, indent=2) + "\n", encoding="utf-8")
     for result in results:
         print({name: value for name, value in result.items() if name not in ARMS})
 

@@ -267,10 +267,15 @@ def runs_of(row: int, records: list[list[int]], slot: int, settings: StepFlowSet
     return runs
 
 
+def is_divided(record: list[int], slot: int) -> bool:
+    """Whether tool results in the round, or padding in the trace, may leave a group of a query in several ranges."""
+    return record[Field.HAS_ASIDE] > 0 or record[Field.COUNT] != slot - record[Field.FIRST_SLOT] + 1
+
+
 def _ranges_of(record: list[int], slot: int, settings: StepFlowSettings) -> "tuple[int, tuple[int, int], bool] | None":
     """What `Run` holds of one query, or None where its groups are no ranges."""
     first, start = record[Field.FIRST_SLOT], record[Field.THINKING_SLOT]
-    if record[Field.HAS_ASIDE] or record[Field.COUNT] != slot - first + 1:
+    if is_divided(record, slot):
         return None
     after_sinks = first + settings.sink_tokens
     if record[Field.LABEL] % 3 == THINKING:

@@ -792,7 +792,9 @@ _LIBRARY = torch.library.Library("hf_stepflow", "FRAGMENT")
 
 
 def _registered(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers an operator. Each copy of this code (a preset repository brings one) has its own."""
+    """Registers an operator. Each copy of this code (repositories bring some) has its own, under a longer name."""
+    if __name__ != "hf_stepflow.runtime.kernels":
+        name += "_of_copy"
     while hasattr(torch.ops.hf_stepflow, name):
         name += "_"
     _LIBRARY.define(name + schema)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .bridge import is_divided
 from .step_detector import Field
 from .trace import TraceStep, steps_of_records
 
@@ -158,10 +159,18 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class RowReport:
-    """Steps and layers of one row."""
+    """Steps and layers of one row.
+
+    Attributes:
+        steps: The steps.
+        layers: The layers that StepFlow was to change.
+        bridged_by_label: Number of tokens whose bridge is no range of keys, because of tool results in their round or
+            padding inside the trace; for them each key's label is looked at.
+    """
 
     steps: list[TraceStep]
     layers: list[LayerReport]
+    bridged_by_label: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,8 @@ class FlowReport:
         for index, row in enumerate(records):
             steps = steps_of_records(row, [record[Field.TOKEN] for record in row], tokenizer)
             amounts = [] if sums is None else zip(layers, sums[index], strict=True)
-            rows.append(RowReport(steps, [_layer_report(*one) for one in amounts if one[0] in changed]))
+            by_label = sum(record[Field.ACTIVE] and is_divided(record, slot) for slot, record in enumerate(row))
+            rows.append(RowReport(steps, [_layer_report(*one) for one in amounts if one[0] in changed], by_label))
         return cls(rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,6 +248,10 @@ def _row_text(index: int, row: RowReport) -> str:
             text = "" if step.text is None else " ".join(step.text.split())
             text = text if len(text) <= 72 else text[:71] + "\u2026"
             lines.append(f"  {step.label:<8} {step.index:>3}  tokens {step.start:>5}-{step.end - 1:<5}  {text}")
+    if row.bridged_by_label:
+        lines.append(
+            f"  {row.bridged_by_label} tokens bridged by label, since tool results or padding divide their keys"
+        )
     if row.layers:
         lines.append(f"  {'layer':>5} {'heads bridged':>14} {'bridge mass':>17} {'injections':>11} {'norm':>6}")
     for layer in row.layers:

@@ -6,10 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
-from benchmarks import decode_overhead, gpu, reasoner_calibration, saliency_scale, smollm2_saliency
+from benchmarks import decode_launches, decode_overhead, gpu, reasoner_calibration, saliency_scale, smollm2_saliency
 from benchmarks.measurements import Measurements
+from hf_stepflow.runtime import flow_state
+from scripts import performance
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_rows_keep_the_machine_that_they_were_measured_on(tmp_path: Path, monkeypatch) -> None:
@@ -171,3 +176,26 @@ def test_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     for row in rows:
         if row.get("mode") == "compiled":
             assert row["graphs"] == {"base": 1, "off": 1, "on": 1}
+
+
+@pytest.mark.parametrize(("route", "batch"), [("host", 1), ("host", 8), ("device", 1)])
+def test_decode_launches_are_those_of_the_output(route: str, batch: int, monkeypatch) -> None:
+    """Counts of the installed torch and transformers; others may start other operations."""
+    kept = json.loads((ROOT / "benchmarks" / "decode_launches.json").read_text(encoding="utf-8"))
+    if kept["versions"] != decode_launches.versions():
+        pytest.skip(f"counted with {kept['versions']}")
+    monkeypatch.setenv("HF_STEPFLOW_ROUTE", route)
+    monkeypatch.setattr(flow_state, "_KERNELS", {})
+    (row,) = (
+        row
+        for row in kept["results"]
+        if (row["route"], row["dtype"], row["batch"], row["first_of_step"]) == (route, "bfloat16", batch, False)
+    )
+    arms = decode_launches.models(torch.bfloat16)
+    with torch.no_grad():
+        counted = {arm: decode_launches.count(arms[arm], arm == "off", batch, False) for arm in decode_launches.ARMS}
+    assert counted == {arm: row[arm] for arm in decode_launches.ARMS}
+
+
+def test_the_page_of_performance_is_that_of_the_outputs() -> None:
+    assert performance.PAGE.read_text(encoding="utf-8") == performance.page_text()

@@ -10,7 +10,7 @@ from hf_stepflow.runtime.bridge import runs_of
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.flow_state import FlowState
 from hf_stepflow.runtime.forward import FlowPass, FlowPlan
-from hf_stepflow.runtime.report import Tally
+from hf_stepflow.runtime.report import FlowReport, Tally
 from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 from tests.support.flow import TRACES, TWO_ROUNDS, batch, byte_tokenizer, encode
 
@@ -123,7 +123,12 @@ def test_a_divided_group_has_no_range() -> None:
         padding = [is_divided and slot == 14 for slot in range(len(ids))]
         runs = runs_of(0, vocabulary.scan(ids, padding=padding), 0, asked)
         assert (runs is None) == is_divided
-    records = vocabulary.scan(ids)
+    whole = vocabulary.scan(ids)
+    records = vocabulary.scan(ids, padding=[slot == 14 for slot in range(len(ids))])
+    report = FlowReport.of([whole, records], None, (), ())
+    after = sum(record[Field.ACTIVE] for record in records[14:])
+    assert [row.bridged_by_label for row in report.rows] == [0, after]
+    assert f"{after} tokens bridged by label" in str(report)
     for record in records:
         record[Field.HAS_ASIDE] = 1
     assert runs_of(0, records, 0, asked) is None

@@ -1,0 +1,142 @@
+"""Writes the tables of docs/performance.md from the outputs of the benchmarks.
+
+`python -m scripts.performance`, which `make docs` runs.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def rows_of(name: str, key: str) -> list[dict[str, Any]]:
+    """The measurements of a benchmark; none where it has not run."""
+    file = ROOT / "benchmarks" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))[key] if file.exists() else []
+
+
+def table(header: str, rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    lines = [f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def ratio(row: dict[str, Any], name: str) -> str:
+    """A ratio with its interval."""
+    low, high = row[f"{name}_95"]
+    return f"{row[name]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def launches() -> str:
+    """Operations of a decoded token."""
+    routes = {"host": "CPU", "device": "accelerator"}
+    inside = [row for row in rows_of("decode_launches", "results") if not row["first_of_step"]]
+    first = {
+        (row["route"], row["dtype"], row["batch"]): row
+        for row in rows_of("decode_launches", "results")
+        if row["first_of_step"]
+    }
+    return table(
+        "route | dtype | batch | base | off | on | on / base | bytes | first token of a step | host reads more",
+        (
+            (
+                routes[row["route"]],
+                row["dtype"],
+                str(row["batch"]),
+                *(str(row[arm]["operations"]) for arm in ("base", "off", "on")),
+                f"{row['ratio']:.3f}",
+                f"{row['on']['bytes'] / row['base']['bytes']:.3f}",
+                f"{first[row['route'], row['dtype'], row['batch']]['ratio']:.3f}",
+                str(row["on"]["reads"] - row["base"]["reads"]),
+            )
+            for row in inside
+        ),
+    )
+
+
+def steps() -> str:
+    """Time of a decoded token."""
+    rows = [row for row in rows_of("decode_overhead", "results") if row["part"] == "steps" and "skipped" not in row]
+    return table(
+        "dtype | context | batch | base, ms | off / base | on / base",
+        (
+            (
+                row["dtype"],
+                f"{row['context']:,}",
+                "1" if row["batch"] == 1 else f"{row['batch']}, ragged",
+                f"{row['median_ms']['base']:.1f}",
+                ratio(row, "off_to_base"),
+                ratio(row, "on_to_base"),
+            )
+            for row in rows
+        ),
+    )
+
+
+def prefill() -> str:
+    """Time and memory of a long pass."""
+    return table(
+        "tokens | base, s | on / base | peak memory, on / base | n",
+        (
+            (
+                f"{row['length']:,}",
+                f"{row['median_ms']['base'] / 1e3:.1f}",
+                ratio(row, "on_to_base"),
+                f"{row['peak_on_to_base']:.2f}",
+                str(row["n"]),
+            )
+            for row in rows_of("prefill", "results")
+        ),
+    )
+
+
+def calls() -> str:
+    """Time of whole calls of generate."""
+    rows = [row for row in rows_of("decode_overhead", "results") if row["part"] == "generate" and "skipped" not in row]
+    return table(
+        "batch | new tokens | base, tokens/s | on, tokens/s | off / base | on / base",
+        (
+            (
+                str(row["batch"]),
+                str(row["new_tokens"]),
+                *(f"{row['tokens_per_second'][arm]:.0f}" for arm in ("base", "on")),
+                ratio(row, "off_to_base"),
+                ratio(row, "on_to_base"),
+            )
+            for row in rows
+        ),
+    )
+
+
+def saliency() -> str:
+    """Time and memory of Step-Saliency."""
+    return table(
+        "tokens | time | peak memory",
+        (
+            (
+                f"{row['tokens']:,}",
+                f"{row['saliency']['time_over_plain']:.2f}",
+                f"{row['saliency']['peak_bytes'] / row['plain']['peak_bytes']:.2f}",
+            )
+            for row in rows_of("saliency_scale", "rows")
+            if "plain" in row
+        ),
+    )
+
+
+def page_text() -> str:
+    """The page with the tables of the outputs."""
+    text = PAGE.read_text(encoding="utf-8")
+    for part in (launches, steps, calls, prefill, saliency):
+        name = part.__name__
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{part()}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_text(), encoding="utf-8")
