@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_stepflow.evaluation.answers import check_may_run
+from hf_stepflow.evaluation.answers import UNFINISHED, check_may_run
 from hf_stepflow.evaluation.checkers import demand_math_verify
 from hf_stepflow.evaluation.problem import EvalProblem, as_problems
 from hf_stepflow.evaluation.sampler import check_generation, prepared
@@ -23,6 +23,7 @@ from hf_stepflow.evaluation.store import another_run, digest, identify, machine
 from hf_stepflow.presets.preset import rule_preset
 from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.step_detector import SUMMARY, Field
 
 from .bands import Bands, propose_bands, quarter_rule
 from .candidates import EMPTY, Settings, Space, mechanisms
@@ -245,7 +246,7 @@ def _propose(run: CalibrationRun, solved: Sequence[Solved]) -> Bands:
     traces: dict[bool, list[tuple[list[int], int]]] = {True: [], False: []}
     for one in solved:
         result = one.results[0]
-        if result["outcome"] != "unfinished":  # the index of decay needs a summary
+        if result["outcome"] != UNFINISHED and _has_summary(run, one.prompt, result["ids"]):
             traces[result["right"]].append(([*one.prompt, *result["ids"]], len(one.prompt)))
 
     def propose() -> dict[str, Any]:
@@ -256,6 +257,12 @@ def _propose(run: CalibrationRun, solved: Sequence[Solved]) -> Bands:
         )
 
     return Bands.from_dict(run.decide("bands", propose))
+
+
+def _has_summary(run: CalibrationRun, prompt: Sequence[int], ids: Sequence[int]) -> bool:
+    """Whether a response gets beyond its thinking, without which there is no index of decay."""
+    records = run.model.stepflow_runtime.rules.vocabulary.scan([*prompt, *ids], prompt_length=len(prompt))
+    return any(record[Field.LABEL] % 3 == SUMMARY for record in records[len(prompt) :])
 
 
 @dataclass(frozen=True)

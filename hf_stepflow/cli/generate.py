@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             print(_NAMES[name])
         answers[name] = last = answer(sampler, ids, name == "stepflow", args.seed)
         if not args.json:
-            print(f"\n{_length(last, args.max_new_tokens)}\n")
+            print(f"\n{_length(last)}\n")
     lines = [one.lines for one in answers.values()]
     first = first_difference(*lines) if args.compare else None
     if args.json:
@@ -170,13 +170,13 @@ def _data(answer: "Answer", tokenizer: Any, ends: list[int]) -> dict[str, Any]:
     }
 
 
-def _length(answer: "Answer", limit: int) -> str:
+def _length(answer: "Answer") -> str:
     """Says how long an answer is, and whether it is complete."""
     tokens = len(answer.response.ids)
     text = f"{tokens} tokens in {answer.seconds:.1f} s"
-    if answer.response.is_finished:
-        return text
-    return f"{text}; " + ("cut off by --max-new-tokens" if tokens >= limit else "ended before its summary")
+    if not answer.response.is_finished:
+        return f"{text}; cut off by --max-new-tokens"
+    return text if answer.response.is_closed else f"{text}; ended before its summary"
 
 
 def _difference(first: int | None, base: list[str], other: list[str]) -> str:

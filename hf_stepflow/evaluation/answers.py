@@ -47,8 +47,8 @@ def judge(problem: EvalProblem, text: str, is_finished: bool = True, *, run_code
 
     Args:
         problem: The problem that was asked.
-        text: The summary, which the model wrote after its thinking.
-        is_finished: Whether the model ended both its thinking and its answer.
+        text: The text in which the answer is looked for: the summary, or all that the model wrote if it wrote none.
+        is_finished: Whether the model ended its turn.
         run_code: Whether programs may be run; they get a process of their own, with the rights of this one.
 
     Raises:

@@ -78,10 +78,12 @@ class Response:
     Attributes:
         ids: Its token ids, including the end of the turn.
         text: Its text, including special tokens.
-        summary: The text after the thinking, without special tokens.
+        summary: The text in which the answer is looked for, without special tokens: what follows the thinking, or
+            all of the response if thinking is implicit or nothing follows it.
         steps: The number of thinking steps.
-        is_finished: Whether the turn was ended, and not in the middle of thinking.
+        is_finished: Whether the model ended its turn.
         report: The effect of StepFlow, if it was on.
+        is_closed: Whether the response got beyond its thinking.
     """
 
     ids: list[int]
@@ -90,6 +92,7 @@ class Response:
     steps: int
     is_finished: bool
     report: RowReport | None = None
+    is_closed: bool = True
 
 
 @dataclass
@@ -253,24 +256,22 @@ class Sampler:
         records = vocabulary.scan(prompt + ids[:end], prompt_length=len(prompt))
         written, settings = records[len(prompt) :], vocabulary.settings
         thought = [place for place, record in enumerate(written) if record[Field.LABEL] % 3 == THINKING]
-        if settings.implicit_thinking and settings.summary_start is None:
-            summary, is_closed = own, True
-        else:
-            # Without any thinking step every label is "question", and the whole response is the answer.
-            after = thought[-1] + 1 if thought else 0
-            is_closed = not records or records[-1][Field.SEGMENT] != THINKING
-            summary = [
-                token
-                for token, record in zip(own[after:], written[after:], strict=False)
-                if not thought or record[Field.LABEL] % 3 == SUMMARY
-            ]
+        summary = ""
+        # Implicit thinking ends at a phrase that belongs to the answer: \boxed{ opens the box.
+        if thought and not settings.implicit_thinking:
+            after = zip(own[thought[-1] + 1 :], written[thought[-1] + 1 :], strict=False)
+            ids_of_summary = [token for token, record in after if record[Field.LABEL] % 3 == SUMMARY]
+            summary = self.tokenizer.decode(ids_of_summary, skip_special_tokens=True)
+        if not summary.strip():  # a model that marks no summary may answer anywhere
+            summary = self.tokenizer.decode(own, skip_special_tokens=True)
         return Response(
             ids=own,
             text=self.tokenizer.decode(own),
-            summary=self.tokenizer.decode(summary, skip_special_tokens=True),
+            summary=summary,
             steps=records[-1][Field.THINKING_STEPS] if records else 0,
-            is_finished=end is not None and is_closed,
+            is_finished=end is not None,
             report=report,
+            is_closed=not records or records[-1][Field.SEGMENT] != THINKING,
         )
 
     @property

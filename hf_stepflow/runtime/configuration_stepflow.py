@@ -28,6 +28,9 @@ MAX_MARKER, MAX_MARKERS = 200, 1000
 BAND = r"all|none|(bottom|top):(0?\.[0-9]{1,6}|1(\.0{1,6})?)"
 NUMBER = r"0|[1-9][0-9]{0,3}"
 
+# What models without markers write before their final answer, the likeliest first.
+ANSWER_PHRASES = ("The answer is", "the answer is", "Final answer", "Final Answer", "final answer is", "\\boxed{")
+
 BASE, BRIDGE, INJECTION, TEMPERATURE, SEGMENTS = (
     "base model", "Odds-Equal Bridge", "Step Momentum Injection", "length temperature", "segments and steps",
 )  # fmt: skip
@@ -219,7 +222,13 @@ class StepFlowSettings:
         "<think>", "markers", SEGMENTS, "The marker(s) after which thinking starts.", optional=True, labels=True
     )
     summary_start: str | list[str] | None = _setting(
-        "</think>", "markers", SEGMENTS, "The marker(s) after which the summary starts.", optional=True, labels=True
+        "</think>",
+        "markers",
+        SEGMENTS,
+        "The marker(s) after which the summary starts; if implicit_thinking is set and this is not, phrases such as "
+        "`The answer is`.",
+        optional=True,
+        labels=True,
     )
     implicit_thinking: bool = _setting(
         False, "switch", SEGMENTS, "Thinking starts at the end of the prompt, for models without markers.", labels=True
@@ -270,13 +279,15 @@ class StepFlowSettings:
     def replace(self, **changes: Any) -> "StepFlowSettings":
         """These settings with some changed.
 
+        Turning implicit thinking on or off takes `summary_start` along if it is at its default and not given.
+
         Raises:
             StepFlowConfigError: An unknown name or a bad value.
         """
         for name in changes:
             if name not in SETTING_NAMES:
                 raise _unknown(name)
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **_with_summary_start(changes, self.summary_start))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready data: head tables get text keys.
@@ -303,6 +314,20 @@ SETTINGS: dict[str, Setting] = {
 SETTING_NAMES = tuple(SETTINGS)
 _MARKERS = tuple(name for name, setting in SETTINGS.items() if setting.kind == "markers")
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
+
+
+def _with_summary_start(given: dict[str, Any], current: Any) -> dict[str, Any]:
+    """Adds the default start of the summary to settings that switch implicit thinking and do not give it.
+
+    Args:
+        given: Settings by name.
+        current: The value of `summary_start` before them.
+    """
+    implicit = given.get("implicit_thinking")
+    if "summary_start" in given or not isinstance(implicit, bool):
+        return given
+    defaults = {False: _DEFAULTS["summary_start"], True: list(ANSWER_PHRASES)}
+    return given | {"summary_start": defaults[implicit]} if current == defaults[not implicit] else given
 
 
 def _unknown(name: str) -> StepFlowConfigError:
@@ -334,7 +359,7 @@ class StepFlowConfig(PretrainedConfig):
             if name not in _TRANSFORMERS_FIELDS and difflib.get_close_matches(name, SETTING_NAMES, 1, 0.85):
                 raise _unknown(name)
         _check_code_revision(kwargs.get("stepflow_code_revision"))
-        settings = StepFlowSettings(**given)
+        settings = StepFlowSettings(**_with_summary_start(given, _DEFAULTS["summary_start"]))
         for name in SETTING_NAMES:
             setattr(self, name, getattr(settings, name))
         super().__init__(**kwargs)
@@ -449,7 +474,7 @@ def settings_from_data(data: dict[str, Any], source: str) -> StepFlowSettings:
             source,
             unknown,
         )
-    return StepFlowSettings(**{name: data[name] for name in SETTING_NAMES if name in data})
+    return StepFlowSettings().replace(**{name: data[name] for name in SETTING_NAMES if name in data})
 
 
 # Fields of the base's config that a preset carries over.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .configuration_stepflow import StepFlowSettings, read_settings
+from .configuration_stepflow import ANSWER_PHRASES, StepFlowSettings, read_settings
 from .errors import StepFlowConfigError
 from .step_rules import (
     CLOSES_WITH_BAR,
@@ -438,6 +438,8 @@ class StepVocabulary:
         }
         if settings.implicit_thinking:
             kinds[THINKING_START] = []
+            if kinds[SUMMARY_START] == list(ANSWER_PHRASES):  # a default asks no tokenizer for more than it can write
+                kinds[SUMMARY_START] = [text for text in ANSWER_PHRASES if _spell(tokenizer, text) is not None]
         marker_ids = {kind: [_spelled(tokenizer, marker) for marker in kinds[kind]] for kind in kinds}
         markers = _read_markers(tokenizer, text, kinds, marker_ids)
         if end_of_turn_ids is None:
@@ -578,10 +580,16 @@ def _read_markers(
     return markers
 
 
-def _spelled(tokenizer: Any, marker: str) -> list[int]:
-    """The ids of a marker."""
+def _spell(tokenizer: Any, marker: str) -> list[int] | None:
+    """The ids of a marker; None if the tokenizer cannot write it."""
     ids = tokenizer.encode(marker, add_special_tokens=False)
-    if not ids or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+    is_unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+    return None if not ids or is_unknown else ids
+
+
+def _spelled(tokenizer: Any, marker: str) -> list[int]:
+    ids = _spell(tokenizer, marker)
+    if ids is None:
         raise _unwritable(marker)
     return ids
 
