@@ -1,12 +1,15 @@
 """One run: its budget, and the model's answers and likelihoods under any settings, each computed once and kept."""
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hf_stepflow.evaluation.arms import Arm
+from hf_stepflow.evaluation.progress import show_speed
 from hf_stepflow.evaluation.run import batch_seed
 from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.evaluation.scoring import batches, score_traces
@@ -150,16 +153,16 @@ class CalibrationRun:
 
         todo = [batch for batch in batches if not is_answered(batch)]
         missing = sum(found(batch, settings) is None for batch in todo for settings in arms.values())
-        with self.bar(label, -(-missing // self.workers.count), "batch") as advance:
+        with self.bar(label, -(-missing // self.workers.count), "batch") as bar:
             for number, batch in enumerate(self.workers.share(todo)):
                 if end is not None and self.work.spent() >= end:
                     break
                 order = list(arms.values())
                 for settings in order if number % 2 == 0 else reversed(order):  # arms take turns to warm up
                     if found(batch, settings) is None:
-                        made = self._answer(settings, batch, vocabulary)
+                        made = self._answer(settings, batch, vocabulary, bar)
                         self.work.put("answers", made, settings, batch.name, rules)
-                        advance()
+                        bar.update()
         self.workers.wait()
         done = len(batches)
         if end is not None:  # decided once, so that a continued run has the same batches
@@ -218,16 +221,16 @@ class CalibrationRun:
         return end is not None and self.decide("is_over", lambda: self.work.spent() >= end, *parts)
 
     @contextmanager
-    def bar(self, label: str, total: int | None, unit: str) -> Iterator[Callable[[], None]]:
-        """Shows a progress bar in the first process; the function that it yields advances the bar."""
+    def bar(self, label: str, total: int | None, unit: str) -> Iterator[Any]:
+        """Yields a progress bar of tqdm, which the first process shows."""
         from huggingface_hub.utils import tqdm
 
         hidden = not self.progress or not self.workers.is_first or total == 0
         with tqdm(total=total, desc=label, unit=unit, disable=hidden, leave=False) as bar:
-            yield lambda: bar.update(1)
+            yield bar
 
     def _answer(
-        self, settings: Settings | None, batch: Batch, vocabulary: StepVocabulary | None
+        self, settings: Settings | None, batch: Batch, vocabulary: StepVocabulary | None, bar: Any
     ) -> list[dict[str, Any]]:
         sampling, runtime = self.sampling, self.model.stepflow_runtime
         arm, override = Arm(stepflow=False if settings is None else settings), nullcontext()
@@ -246,6 +249,7 @@ class CalibrationRun:
             sampling.template,
             sampling.run_code,
             keep_ids=settings is None,
+            progress=None if bar.disable else partial(show_speed, bar, time.perf_counter()),
         )
         rows = [(one, sampler.encode(one), sample) for one in batch.problems for sample in range(sampling.samples)]
         rows.sort(key=lambda row: len(row[1]))

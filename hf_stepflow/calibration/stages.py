@@ -17,7 +17,10 @@ import numpy as np
 
 from hf_stepflow.evaluation.answers import UNFINISHED, check_may_run
 from hf_stepflow.evaluation.checkers import demand_math_verify
+from hf_stepflow.evaluation.markers import describe_markers
 from hf_stepflow.evaluation.problem import EvalProblem, as_problems
+from hf_stepflow.evaluation.progress import announce
+from hf_stepflow.evaluation.run_checks import FirstResponses, check_steps, warn_of_length, warn_of_markers
 from hf_stepflow.evaluation.sampler import check_generation, prepared
 from hf_stepflow.evaluation.store import another_run, digest, identify, machine
 from hf_stepflow.presets.preset import rule_preset
@@ -128,6 +131,9 @@ def calibrate(
     if not is_attached and stepflow is None:
         stepflow = rule_preset(model).settings
     with prepared(model, tokenizer, stepflow, attach=True):
+        warn_of_length(tokenizer, asked, max_new_tokens)
+        prompts = (encode_prompt(tokenizer, problem.prompt, **sampling.template) for problem in asked)
+        warn_of_markers(tokenizer, model.stepflow_runtime.settings, prompts)
         header = {
             "problems": digest([vars(problem) for problem in asked]),
             "n_problems": len(asked),
@@ -213,8 +219,15 @@ def _solve(
     run: CalibrationRun, problems: Sequence[EvalProblem], batches: list[Batch]
 ) -> tuple[list[Solved], list[Batch]]:
     """The traces: the base's answers, and the batches that there was time for."""
-    run.answers({BASE: None}, batches[:1], "traces")  # whatever the time
+    settings = run.model.stepflow_runtime.settings
+    announce(f"Judging responses: {describe_markers(settings)}.", run.progress and run.workers.is_first)
+    first = FirstResponses(BASE, settings, None, run.sampling.max_new_tokens, may_go_on=False)
+    results, _ = run.answers({BASE: None}, batches[:1], "traces")  # whatever the time
+    first.check(results[BASE])
+    check_steps(results[BASE], settings)
     results, done = run.answers({BASE: None}, batches, "traces", end=run.budget.end_of("traces"))
+    first.check(results[BASE], is_all=True)
+    check_steps(results[BASE], settings)
     vocabulary = run.model.stepflow_runtime.rules.vocabulary
     solved = read_answers(problems, results[BASE], run.tokenizer, vocabulary, run.sampling.template)
     return solved, batches[:done]
@@ -281,7 +294,7 @@ class _Scoring:
     easy: set[str]
     base: list[float]
 
-    def likelihoods(self, advance: Callable[[], None], settings: Settings | None) -> list[float]:
+    def likelihoods(self, advance: Callable[[], Any], settings: Settings | None) -> list[float]:
         """Scores the responses under settings and advances a progress bar."""
         values = self.run.likelihoods(settings, self.rows)
         advance()
@@ -313,8 +326,8 @@ def _try_heads(
     def is_over(head: Head, together: bool) -> bool:
         return scoring.run.is_over(f"{stage} together" if together else stage, stage, list(head), together)
 
-    with scoring.run.bar(stage, len(heads), "head") as advance:
-        return find_heads(heads, acting_on, partial(scoring.likelihoods, advance), scoring.compare, is_over)
+    with scoring.run.bar(stage, len(heads), "head") as bar:
+        return find_heads(heads, acting_on, partial(scoring.likelihoods, bar.update), scoring.compare, is_over)
 
 
 def _search(scoring: _Scoring, space: Space) -> list[Trial]:
@@ -327,12 +340,12 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
         return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
 
     trials = run.budget.candidates
-    with run.bar("search", trials if run.budget.seconds is None else None, "candidate") as advance:
+    with run.bar("search", trials if run.budget.seconds is None else None, "candidate") as bar:
         return search(
             space,
             trials,
             propose,
-            lambda settings: scoring.compare(scoring.base, scoring.likelihoods(advance, settings)),
+            lambda settings: scoring.compare(scoring.base, scoring.likelihoods(bar.update, settings)),
             proposer.tell if proposer else None,
             lambda number: run.is_over("search", "search", number),
         )

@@ -193,6 +193,7 @@ def _markers(path: str, revision: str | None, settings: Any) -> dict[str, Any]:
     """Finds the markers of the settings, and those of presets, in the tokenizer and in the chat template."""
     from transformers import AutoTokenizer
 
+    from hf_stepflow.evaluation.markers import describe_markers, find_marker, unknown_markers
     from hf_stepflow.presets.preset import list_presets
     from hf_stepflow.runtime.step_detector import StepVocabulary
 
@@ -200,24 +201,24 @@ def _markers(path: str, revision: str | None, settings: Any) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         return {"problem": f"no tokenizer could be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"}
-    template = str(tokenizer.chat_template or "")
-    vocabulary = tokenizer.get_vocab()
-
-    def found(text: str) -> dict[str, Any]:
-        return {"text": text, "single_token": text in vocabulary, "in_template": text in template}
-
-    own = {kind: [found(text) for text in settings.markers(kind)] for kind in _MARKERS}
+    own = {kind: [find_marker(tokenizer, text) for text in settings.markers(kind)] for kind in _MARKERS}
     others = {}
     for kind in _MARKERS:
         known = {text for each in list_presets() for text in each.settings.markers(kind)}
-        candidates = map(found, sorted(known - set(settings.markers(kind))))
+        candidates = [find_marker(tokenizer, text) for text in sorted(known - set(settings.markers(kind)))]
         others[kind] = [each for each in candidates if each["single_token"] or each["in_template"]]
     opens, problem = _opens_thinking(tokenizer, settings.markers("thinking_start"))
     try:
         StepVocabulary.from_tokenizer(tokenizer, settings)
     except StepFlowConfigError as error:
         problem = f"{error.message}: {error.hint}"
-    return own | {"others_found": others, "template_opens_thinking": opens, "problem": problem}
+    return own | {
+        "others_found": others,
+        "template_opens_thinking": opens,
+        "problem": problem,
+        "judged_by": describe_markers(settings),
+        "unknown": unknown_markers(tokenizer, settings),
+    }
 
 
 def _opens_thinking(tokenizer: Any, markers: list[str]) -> tuple[bool | None, str | None]:
@@ -265,6 +266,11 @@ def _marker_rows(markers: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((kind, f"{each['text']}: {places or 'text, not in the chat template'}"))
             is_missing |= not places
         rows += [("", f"also found: {each['text']}") for each in markers.get("others_found", {}).get(kind, [])]
+    labels = iter(["eval judges by"])
+    rows += [(next(labels, ""), text) for text in markers.get("judged_by", "").split("; ") if text]
+    if markers.get("unknown"):
+        unknown = " or ".join(map(repr, markers["unknown"]))
+        rows.append(("warning", f"neither the vocabulary nor the chat template has {unknown}: no steps, no effect"))
     opens = markers.get("template_opens_thinking")
     if opens is not None:
         rows.append(("thinking", "starts at the end of the prompt" if opens else "is started by the model"))

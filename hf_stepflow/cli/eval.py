@@ -53,6 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--out", type=Path, help="JSONL file of the results; a run that was stopped resumes from it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="go on if the first responses show no answers, or no effect of StepFlow",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         out=args.out,
         run_code=args.run_code,
+        check=not args.no_check,
         **sampling,
     )
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)

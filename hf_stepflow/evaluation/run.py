@@ -15,8 +15,11 @@ from hf_stepflow.runtime.step_detector import StepVocabulary
 from .answers import check_may_run
 from .arms import Arm, make_arms
 from .checkers import demand_math_verify
+from .markers import describe_markers
 from .problem import EvalProblem, as_problems
+from .progress import RunProgress, announce
 from .result import EvaluationResult
+from .run_checks import FirstResponses, check_arm, warn_of_length, warn_of_markers
 from .sampler import Sampler, check_generation, prepared
 from .store import ResultStore, digest, identify, machine
 
@@ -38,6 +41,7 @@ def evaluate(
     run_code: bool = False,
     template: dict[str, Any] | None = None,
     keep_ids: bool = False,
+    check: bool = True,
     **generation: Any,
 ) -> EvaluationResult:
     """Runs every arm on the same problems and compares it with the first.
@@ -54,15 +58,19 @@ def evaluate(
         batch_size: The number of responses generated together; prompts of similar length are padded on the left.
         max_new_tokens: The number of tokens that a response may have.
         out: A JSONL file to which each batch appends its results; if it holds a part of this run, the run continues.
-        progress: Whether to show a progress bar with the running accuracies.
+        progress: Whether to say which markers are looked for, and to show a progress bar with the running accuracies,
+            tokens per second and the time left.
         run_code: Whether programs that the model wrote may be run, for problems with tests.
         template: Further arguments of the chat template, such as `enable_thinking`.
         keep_ids: Whether to keep the token ids of the responses.
+        check: Whether to stop if the first responses show that the run can mean nothing: none that ended has an
+            answer, or StepFlow was on and did nothing. Otherwise there is a warning at the end.
         **generation: Further arguments of `generate`, such as `do_sample`, `temperature`, `top_p`.
 
     Raises:
-        StepFlowInputError: An argument makes no sense, a prompt is too long for the model, or `out` holds another run.
-        StepFlowError: Settings do not fit the model.
+        StepFlowInputError: An argument makes no sense, a prompt is too long for the model, `out` holds another run, or
+            the first responses have no answers.
+        StepFlowError: Settings do not fit the model, or an arm's StepFlow does nothing.
 
     Example:
         >>> from hf_stepflow import evaluate, load_problems, load_reasoner
@@ -95,9 +103,10 @@ def evaluate(
         if tokenizer is None:
             tokenizer = _load_tokenizer(model) if runtime is None else runtime.tokenizer
         vocabulary = StepVocabulary.from_tokenizer(tokenizer) if runtime is None else runtime.rules.vocabulary
-        for arm in chosen.values():
-            if isinstance(arm.stepflow, dict):
-                runtime.rules_for(runtime.settings.replace(**arm.stepflow))  # raises before anything is generated
+        rules = {
+            name: None if arm.stepflow is False else runtime.rules_for(runtime.settings.replace(**_settings_of(arm)))
+            for name, arm in chosen.items()
+        }
         sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code, keep_ids)
         encoded = {
             instruction: [sampler.encode(problem, instruction) for problem in asked]
@@ -105,6 +114,19 @@ def evaluate(
         }
         prompts = {name: encoded[arm.instruction] for name, arm in chosen.items()}
         _check_lengths(model, asked, prompts, max_new_tokens, chosen)
+        first_responses = {}
+        for name, arm in chosen.items():
+            own, limit = rules[name], int(max_new_tokens * arm.length_factor)
+            settings = vocabulary.settings if own is None else own.vocabulary.settings
+            first_responses[name] = FirstResponses(name, settings, None if own is None else own.plan, limit)
+            if own is not None:
+                check_arm(name, arm.stepflow, own.plan, max(map(len, prompts[name])) + limit)
+                warn_of_markers(tokenizer, settings, prompts[name])
+        warn_of_length(tokenizer, asked, max(one.max_new_tokens for one in first_responses.values()))
+        if not sampler.ends:
+            logger.warning(
+                "The model names no token that ends a turn (eos_token_id), so every response is unfinished."
+            )
         generation_config = model.generation_config.to_diff_dict()  # applies wherever a run asks for nothing else
         generation_config.pop("transformers_version", None)
         header = {
@@ -127,7 +149,12 @@ def evaluate(
             ) from error
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         store = ResultStore(out, header, about)
-        _answer(sampler, chosen, asked, prompts, store, progress)
+        by_markers: dict[str, list[str]] = {}
+        for name, one in first_responses.items():
+            by_markers.setdefault(describe_markers(one.settings), []).append(name)
+        for text, names in by_markers.items():
+            announce(f"Judging {', '.join(names)}: {text}.", progress)
+        _answer(sampler, chosen, asked, prompts, store, progress, first_responses, check)
         _warn_of_idle_budgets(chosen, store.results)
     return EvaluationResult(header, about, store.results)
 
@@ -139,50 +166,52 @@ def _answer(
     prompts: dict[str, list[list[int]]],
     store: ResultStore,
     progress: bool,
+    first_responses: dict[str, FirstResponses],
+    check: bool,
 ) -> None:
     """Generates and stores the results that the store lacks, batch by batch."""
-    from huggingface_hub.utils import tqdm
-
     n_samples, seed, size = (store.header[name] for name in ("n_samples", "seed", "batch_size"))
     # By the length of the first arm's prompts, so that every arm gets the same batches.
     order = sorted(range(len(problems)), key=lambda index: len(next(iter(prompts.values()))[index]))
     items = [(index, sample) for index in order for sample in range(n_samples)]
     done = {(result["arm"], result["problem"], result["sample"]) for result in store.results}
-    bar = tqdm(total=len(items) * len(arms), initial=len(done), disable=not progress, unit="response")
-    bar.set_postfix_str(_accuracies(arms, store.results))
-    for number, start in enumerate(range(0, len(items), size)):
-        batch = items[start : start + size]
-        asked = [problems[index] for index, _ in batch]
-        for name in list(arms) if number % 2 == 0 else reversed(arms):  # no arm is always the one that warms up
-            if all((name, problems[index].id, sample) in done for index, sample in batch):
-                continue
-            made = sampler.run(
-                arms[name], asked, [prompts[name][index] for index, _ in batch], batch_seed(seed, number)
-            )
-            store.append(
-                [
-                    {"arm": name, "problem": problem.id, "sample": sample, "batch": number, "of": len(batch), **result}
+    limits = {name: one.max_new_tokens * arms[name].samples for name, one in first_responses.items()}
+    bar = RunProgress(list(arms), len(items), store.results, limits, progress)
+    sampler.progress = bar.count if progress else None
+    own = {name: [one for one in store.results if one["arm"] == name] for name in arms}
+    if check:
+        for name, first in first_responses.items():
+            first.check(own[name])
+    try:
+        for number, start in enumerate(range(0, len(items), size)):
+            batch = items[start : start + size]
+            asked = [problems[index] for index, _ in batch]
+            for name in list(arms) if number % 2 == 0 else reversed(arms):  # no arm is always the one that warms up
+                if all((name, problems[index].id, sample) in done for index, sample in batch):
+                    continue
+                bar.begin(name, len(batch))
+                made = sampler.run(
+                    arms[name], asked, [prompts[name][index] for index, _ in batch], batch_seed(seed, number)
+                )
+                place = {"arm": name, "batch": number, "of": len(batch)}
+                rows = [
+                    {"problem": problem.id, "sample": sample, **place, **result}
                     for problem, (_, sample), result in zip(asked, batch, made, strict=True)
                 ]
-            )
-            bar.set_postfix_str(_accuracies(arms, store.results), refresh=False)
-            bar.update(len(batch))
-    bar.close()
+                store.append(rows)
+                own[name] += rows
+                bar.end()
+                if check:
+                    first_responses[name].check(own[name])
+    finally:
+        bar.close()
+    for name, first in first_responses.items():
+        first.check(own[name], is_all=True, may_stop=check)
 
 
-def _accuracies(arms: dict[str, Arm], results: list[dict[str, Any]]) -> str:
-    """The running accuracy of the first arm, and the points by which the others differ from it."""
-    right: dict[str, list[bool]] = {name: [] for name in arms}
-    for result in results:
-        right[result["arm"]].append(result["right"])
-    shares = {name: sum(own) / len(own) for name, own in right.items() if own}
-    first = next(iter(arms))
-    if first not in shares:
-        return ""
-    base = shares.pop(first)
-    return ", ".join(
-        [f"{first} {base:.1%}", *(f"{name} {100 * (share - base):+.1f}" for name, share in shares.items())]
-    )
+def _settings_of(arm: Arm) -> dict[str, Any]:
+    """The settings that differ from the model's own."""
+    return arm.stepflow if isinstance(arm.stepflow, dict) else {}
 
 
 def _load_tokenizer(model: Any) -> Any:

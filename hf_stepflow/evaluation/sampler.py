@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from hf_stepflow.runtime.step_detector import SUMMARY, THINKING, Field, StepVoca
 from .answers import CORRECT, judge, votes
 from .arms import Arm
 from .problem import EvalProblem
+from .progress import TokenCounter
 
 
 def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> None:
@@ -108,6 +109,7 @@ class Sampler:
         template: Further arguments of the chat template.
         run_code: Whether programs may be run to judge them.
         keep_ids: Whether results hold the token ids of their responses.
+        progress: A function that is called about twice a second with the number of tokens that a batch has so far.
     """
 
     model: Any
@@ -118,6 +120,7 @@ class Sampler:
     template: dict[str, Any] = field(default_factory=dict)
     run_code: bool = False
     keep_ids: bool = False
+    progress: Callable[[int], Any] | None = None
 
     def encode(self, problem: EvalProblem, instruction: str | None = None) -> list[int]:
         """Encodes a prompt, in the chat template if there is one.
@@ -198,6 +201,7 @@ class Sampler:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         vocabulary = self._vocabulary_of(arm)
+        counter = None if self.progress is None else TokenCounter(self.progress, width, self._pad)
         device = self.model.device.type
         devices = [self.model.device] if device != "cpu" else []
         with torch.random.fork_rng(devices, device_type=device if devices else "cuda"):
@@ -207,6 +211,7 @@ class Sampler:
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 **self._arguments(arm, vocabulary),
+                **({} if counter is None else {"stopping_criteria": [counter]}),
             )
             rows = made[:, width:].tolist()  # waits for the device
             seconds = time.perf_counter() - start
@@ -220,6 +225,13 @@ class Sampler:
             for row, (ids, report) in enumerate(zip(rows, reports, strict=True))
         ]
         return responses, seconds
+
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end a turn."""
+        config = self.model.generation_config.eos_token_id
+        ends = config if isinstance(config, list) else [config]
+        return {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
 
     def _vocabulary_of(self, arm: Arm) -> StepVocabulary:
         """The step rules of an arm, whose settings may change those of the model."""
@@ -251,7 +263,7 @@ class Sampler:
     def _response(
         self, vocabulary: StepVocabulary, prompt: list[int], ids: list[int], report: RowReport | None
     ) -> Response:
-        end = next((place for place, token in enumerate(ids) if token in self._ends), None)
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         own = ids if end is None else ids[: end + 1]
         records = vocabulary.scan(prompt + ids[:end], prompt_length=len(prompt))
         written, settings = records[len(prompt) :], vocabulary.settings
@@ -277,14 +289,8 @@ class Sampler:
     @property
     def _pad(self) -> int:
         """The token for padding; many models have none of their own."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self._ends), 0)
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, *sorted(self.ends), 0)
         return next(token for token in known if token is not None)
-
-    @property
-    def _ends(self) -> set[int]:
-        config = self.model.generation_config.eos_token_id
-        ends = config if isinstance(config, list) else [config]
-        return {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
 
 
 def _mean_effect(report: RowReport) -> dict[str, Any]:

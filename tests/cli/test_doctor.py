@@ -155,3 +155,17 @@ def test_help(capsys):
         main(["doctor", "--help"])
     assert caught.value.code == 0
     assert "Exit status 0" in capsys.readouterr().out
+
+
+def test_it_says_by_which_markers_answers_are_judged(tmp_path, capsys):
+    report = told(capsys, "reasoner")["markers"]
+    assert report["judged_by"].startswith(
+        "thinking starts after '<think>', the summary after '</think>'; the answer is"
+    )
+    assert report["unknown"] == []
+    folder = save_base(tmp_path / "model", "gpt_oss")
+    assert told(capsys, folder)["markers"]["unknown"] == ["<|channel|>analysis<|message|>"]
+    assert main(["doctor", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "eval judges by  thinking starts after '<|channel|>analysis<|message|>', the summary after" in text
+    assert "warning         neither the vocabulary nor the chat template has '<|channel|>analysis<|message|>'" in text
