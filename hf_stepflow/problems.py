@@ -1,4 +1,4 @@
-"""Problems by name: a JSONL file, one of the paper's six benchmarks, or a difficulty of the embedded reasoner.
+"""Problems by name: a file, one of the paper's six benchmarks, a generator, or a difficulty of the embedded reasoner.
 
 This module stands above `evaluation` and `reasoner`, neither of which knows the other's problems.
 """
@@ -7,6 +7,7 @@ import base64
 import json
 import pickletools
 import random
+import textwrap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .evaluation.generated import draw_problems, generators, parse_generator
 from .evaluation.problem import EvalProblem, problem_of
-from .reasoner.levels import problems_of
+from .evaluation.suite import LENGTHS, SUITE, suite_task
+from .reasoner.levels import LEVELS, problems_of
 from .runtime.errors import StepFlowFileError, StepFlowInputError
 
 logger = logging.get_logger(__name__)
+
+DRAWN = 500  # problems of a source without end, unless a limit is given
 
 
 def load_problems(
@@ -31,13 +36,15 @@ def load_problems(
     Args:
         source: A JSONL file (`id, question, answer`, optionally `choices`, `tests`, `kind`, `trace`); a benchmark
             that the `datasets` library downloads: `aime24`, `aime25`, `amc23`, `math500`, `gpqa-diamond` or
-            `livecodebench`; or a difficulty of the embedded reasoner, such as `reasoner:chains-4`.
-        limit: How many problems, from the first on; None takes all of a file or benchmark, and 500 of a difficulty.
-        split: The split of the reasoner's problems: `train`, `calibration` or `test`.
-        seed: The seed that shuffles the choices of `gpqa-diamond`.
+            `livecodebench`; a difficulty of the embedded reasoner, such as `reasoner:chains-4`; a generator of
+            reasoning-gym with its knobs, such as `reasoning-gym:chain_sum,min_terms=8,max_terms=8`; or a task of the
+            suite (not yet measured on any model), such as `stepflow-suite:sums@long`.
+        limit: How many problems, from the first on; None takes all of a file or benchmark, and 500 of the others.
+        split: The split of the problems that are drawn: `train`, `calibration` or `test`. No question is in two.
+        seed: The seed of a generator, and of the order of the choices of `gpqa-diamond`.
 
     Raises:
-        StepFlowInputError: The file or name is unknown, or the limit is below one.
+        StepFlowInputError: The file, name or knob is unknown, a package is missing, or the limit is below one.
         StepFlowFileError: The file or the benchmark cannot be read; the error names the line.
 
     Example:
@@ -49,15 +56,52 @@ def load_problems(
     if limit is not None and limit < 1:
         raise StepFlowInputError(f"limit must be at least 1, got {limit}", hint="leave it out to take all problems")
     if name.startswith("reasoner:"):
-        return reasoner_problems(name.removeprefix("reasoner:"), limit or 500, split)
+        return reasoner_problems(name.removeprefix("reasoner:"), limit or DRAWN, split)
+    if name.startswith("reasoning-gym:"):
+        generator, knobs = parse_generator(name.removeprefix("reasoning-gym:"))
+        return draw_problems(generator, knobs, limit or DRAWN, split, seed)
+    if name.startswith("stepflow-suite:"):
+        task, knobs = suite_task(name.removeprefix("stepflow-suite:"))
+        return draw_problems(task.generator, knobs, limit or DRAWN, split, seed)
     if Path(source).is_file():
         return read_problems(Path(source))[:limit]
     if name in BENCHMARKS:
         return load_benchmark(name, seed)[:limit]
     raise StepFlowInputError(
         f"no problems by the name of {name!r}: it is neither a file nor a known name",
-        hint=f"known: {', '.join(BENCHMARKS)}, reasoner:LEVEL, or the path of a JSONL file",
+        hint=f"known: {', '.join(BENCHMARKS)}, reasoner:LEVEL, reasoning-gym:NAME, stepflow-suite:TASK@LENGTH, or the "
+        "path of a JSONL file; `hf-stepflow eval --list-problems` lists all",
     )
+
+
+def describe_sources() -> str:
+    """Returns all sources of problems as text: names, sizes and knobs with their defaults."""
+    lines = ["FILE.jsonl", "  one problem a line: id, question, answer, optionally choices, tests, kind, trace", ""]
+    lines.append("Benchmarks, which the datasets library downloads")
+    lines += [f"  {name:<14} {one.size}" for name, one in BENCHMARKS.items()]
+    lines += ["", f"reasoner:LEVEL, without end ({DRAWN} unless --limit says otherwise)"]
+    lines += textwrap.wrap(", ".join(LEVELS), 116, initial_indent="  ", subsequent_indent="  ")
+    lines += ["", f"stepflow-suite:TASK@LENGTH, without end ({DRAWN} unless --limit says otherwise); lengths: "
+              f"{', '.join(LENGTHS)}", "  candidate tasks, not yet measured on any model"]  # fmt: skip
+    for name, task in SUITE.items():
+        lines.append(f"  {name:<14} {task.strains}: {task.meaning}")
+        for length in LENGTHS:
+            knobs = ",".join(f"{key}={value}" for key, value in task.knobs[length].items())
+            lines.append(f"  {'':<14} {length:<6} = {task.generator},{knobs}")
+    lines += ["", f"reasoning-gym:NAME[,KEY=VALUE...], without end ({DRAWN} unless --limit says otherwise)"]
+    try:
+        for name, defaults in generators().items():
+            written = (f"{key}={textwrap.shorten(json.dumps(value), 60)}" for key, value in defaults.items())
+            lines += textwrap.wrap(
+                f"{name:<28} {' '.join(written)}",
+                116,
+                initial_indent="  ",
+                subsequent_indent=" " * 31,
+                break_long_words=False,
+            )
+    except StepFlowInputError as error:
+        lines.append(f"  {error.message}: {error.hint}")
+    return "\n".join(lines)
 
 
 def reasoner_problems(level: str, number: int, split: str = "test", start: int = 0) -> list[EvalProblem]:
@@ -122,11 +166,13 @@ class Benchmark:
     Attributes:
         convert: Makes a problem of a row's number, the row and the seed; None if the row cannot be checked.
         arguments: The arguments of `load_dataset`.
+        size: The number of problems, in words.
         hint: The way out if the data set cannot be loaded.
     """
 
     convert: Callable[[int, dict[str, Any], int], EvalProblem | None]
     arguments: dict[str, str]
+    size: str
     hint: str = "check the connection, or pass the path of a JSONL file"
 
 
@@ -161,13 +207,16 @@ def _private_tests(text: str) -> list[dict[str, str]]:
 
 
 BENCHMARKS = {
-    "aime24": Benchmark(_mathematics, {"path": "HuggingFaceH4/aime_2024", "split": "train"}),
-    "aime25": Benchmark(_mathematics, {"path": "math-ai/aime25", "split": "test"}),
-    "amc23": Benchmark(partial(_mathematics, question="question"), {"path": "math-ai/amc23", "split": "test"}),
-    "math500": Benchmark(_mathematics, {"path": "HuggingFaceH4/MATH-500", "split": "test"}),
+    "aime24": Benchmark(_mathematics, {"path": "HuggingFaceH4/aime_2024", "split": "train"}, "30 problems"),
+    "aime25": Benchmark(_mathematics, {"path": "math-ai/aime25", "split": "test"}, "30 problems"),
+    "amc23": Benchmark(
+        partial(_mathematics, question="question"), {"path": "math-ai/amc23", "split": "test"}, "40 problems"
+    ),
+    "math500": Benchmark(_mathematics, {"path": "HuggingFaceH4/MATH-500", "split": "test"}, "500 problems"),
     "gpqa-diamond": Benchmark(
         _gpqa,
         {"path": "Idavidrein/gpqa", "name": "gpqa_diamond", "split": "train"},
+        "198 problems",
         "accept its terms on the Hub, then log in (hf auth login)",
     ),
     # Read as JSON, since the data set would otherwise run a script.
@@ -178,6 +227,7 @@ BENCHMARKS = {
             "data_files": "hf://datasets/livecodebench/code_generation_lite/test.jsonl",
             "split": "train",
         },
+        "400 problems, less those that ask for a function",
         "check the connection; its answers are programs, which are run to be checked (--run-code)",
     ),
 }

@@ -135,7 +135,7 @@ def calibrate(
         prompts = (encode_prompt(tokenizer, problem.prompt, **sampling.template) for problem in asked)
         warn_of_markers(tokenizer, model.stepflow_runtime.settings, prompts)
         header = {
-            "problems": digest([vars(problem) for problem in asked]),
+            "problems": digest([problem.asked() | {"trace": problem.trace} for problem in asked]),
             "n_problems": len(asked),
             **identify(model, tokenizer),
             "attention": model.stepflow_runtime.base_implementation,

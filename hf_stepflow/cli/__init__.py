@@ -32,6 +32,7 @@ _EXTRAS = {
     "matplotlib": "saliency",
     "optuna": "calibrate",
     "math_verify": "eval",
+    "reasoning_gym": "eval",
     "rich": "demo",
     "scipy": "eval",
     "statsmodels": "eval",

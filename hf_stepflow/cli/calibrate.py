@@ -28,8 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Searches for StepFlow settings that beat the base model, and judges them on problems that the search did\n"
         "not use. Reports it when errors do not rise with length, or when nothing helps.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
-        "PROBLEMS is a JSONL file (id, question, answer, and trace where a right response is known), a benchmark, or\n"
-        "reasoner:LEVEL; repeat it for several. Half of the problems are kept for the verdict.\n"
+        "PROBLEMS is a JSONL file (id, question, answer, and trace where a right response is known), a benchmark,\n"
+        "reasoner:LEVEL, reasoning-gym:NAME[,KEY=VALUE...] or stepflow-suite:TASK@LENGTH, as `eval --list-problems`\n"
+        "shows them; repeat it for several. Half of the problems are kept for the verdict.\n"
         "The budget is a number of candidates (40) or a time for everything (90s, 20m, 1.5h).\n"
         "A run that was stopped resumes where it was. `accelerate launch -m hf_stepflow.cli` shares the work.\n"
         "Exit status: 0 a measured gain, 3 none, 2 an error."
@@ -39,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "             --out my-reasoner.json --report my-reasoner.html"
     )
     add_model_arguments(parser, positional=True)
-    parser.add_argument("--problems", required=True, action="append", help="JSONL file, benchmark or reasoner:LEVEL")
+    parser.add_argument("--problems", required=True, action="append", help="JSONL file, benchmark, generator or level")
     add_run_arguments(parser)
     parser.add_argument("--budget", default="40", help="candidates, or a time (default: 40)")
     parser.add_argument("--out", type=Path, help="file of the preset, NAME.json")

@@ -24,7 +24,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Runs every arm on the same problems with the same seeds, and compares each with the first.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
         "PROBLEMS is a JSONL file (id, question, answer), a benchmark (aime24, aime25, amc23, math500, gpqa-diamond,\n"
-        "livecodebench), or a level of the reasoner's problems (reasoner:chains-7).\n"
+        "livecodebench), a level of the reasoner's problems (reasoner:chains-7), a generator of reasoning-gym with\n"
+        "its knobs (reasoning-gym:chain_sum,min_terms=8,max_terms=8), or a task of the suite, which is not yet\n"
+        "measured on any model (stepflow-suite:sums@long). --list-problems shows all.\n"
         "An arm is [LABEL=]KIND[:KEY=VALUE,...]; kinds: base, stepflow (any StepFlow setting), and the methods\n"
         "self-consistency (samples, temperature), budget-forcing (min_steps, max_steps), longer (length_factor) and\n"
         "plan-and-solve. --with METHOD, written like an arm, adds the method alone and combined with each StepFlow\n"
@@ -43,8 +45,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="where arms start from: preset, JSON file, folder, or settings KEY=VALUE,... of `presets settings`",
     )
-    parser.add_argument("--problems", required=True, help="JSONL file, benchmark or reasoner:LEVEL")
-    parser.add_argument("--split", default="test", help="split of the reasoner's problems (default: test)")
+    parser.add_argument("--problems", required=True, help="JSONL file, benchmark, generator or level (see above)")
+    parser.add_argument(
+        "--list-problems", action=_ListProblems, nargs=0, help="show sources of problems, sizes and knobs, and exit"
+    )
+    parser.add_argument("--split", default="test", help="split of problems that are drawn (default: test)")
     add_run_arguments(parser)
     parser.add_argument("--arm", action="append", default=[], help="repeat for each (default: base and stepflow)")
     parser.add_argument(
@@ -58,6 +63,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on if the first responses show no answers, or no effect of StepFlow",
     )
+
+
+class _ListProblems(argparse.Action):
+    """Lists the sources of problems and exits, like `--help`, whatever else is missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from hf_stepflow.problems import describe_sources
+
+        print(describe_sources())
+        parser.exit()
 
 
 def run(args: argparse.Namespace) -> int:

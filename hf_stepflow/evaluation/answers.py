@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .checkers import passes, same_mathematics
+from .checkers import passes, same_mathematics, satisfies_verifier
 from .problem import LETTERS, NUMBER, EvalProblem, as_number, is_words
 
 # All outcomes but the first count as wrong; tables also count the last two by themselves.
@@ -26,6 +26,7 @@ _AND = re.compile(r",?\s+(?:and|or)\s+(?=[-+\d\\$.(\[])")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[A-Za-z]+")
 _EDGES = " \t\n*_`\"'$:"
 _LEADING_STOPS = re.compile(r"^(?:\.{2,}|\.(?!\d))")  # one before a digit is a decimal point
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BLOCK = re.compile(r"```[ \t]*([A-Za-z0-9]*)[^\n]*\n(.*?)```", re.DOTALL)
 
 
@@ -77,12 +78,15 @@ def extract(problem: EvalProblem, text: str) -> str | None:
 
     The answer stands in the last box, else behind the last "answer is" that is followed by an answer of this kind,
     else it is the last number (numbers, mathematics) or the last line (texts). A program is the last block marked as
-    Python, else the last block.
+    Python, else the last block. To a problem of a generator, it stands before all that between the last `<answer>` and
+    `</answer>`, line breaks included.
     """
     if problem.kind == "code":
         blocks = [(mark.lower(), block) for mark, block in _BLOCK.findall(text)]
         marked = [block for mark, block in blocks if mark in ("python", "python3", "py")]
         return (marked or [block for _, block in blocks] or [None])[-1]
+    if problem.kind == "verifier" and _TAGGED.search(text):
+        return _TAGGED.findall(text)[-1].strip() or None
     box = _last_box(text)
     if box is not None:
         return _boxed(problem, box)
@@ -92,7 +96,7 @@ def extract(problem: EvalProblem, text: str) -> str | None:
             return found
     if _is_text(problem):
         return _bare(text.strip().rsplit("\n", 1)[-1]) or None
-    if problem.kind in ("number", "math"):
+    if problem.kind in ("number", "math", "verifier"):
         numbers = _NUMBER.findall(_plain(text).replace("\\$", ""))
         return numbers[-1] if numbers else None
     return None
@@ -104,6 +108,8 @@ def is_right(problem: EvalProblem, answer: str) -> bool:
         return answer == problem.answer
     if problem.kind == "code":
         return passes(problem.tests or "[]", answer)
+    if problem.kind == "verifier":
+        return satisfies_verifier(problem.verifier or "", answer)
     right, given = (" ".join(_bare(text).split()) for text in (problem.answer, answer))
     if problem.kind == "text":
         return right.casefold() == given.casefold()
@@ -120,6 +126,8 @@ def is_right(problem: EvalProblem, answer: str) -> bool:
 
 def _is_text(problem: EvalProblem) -> bool:
     """Whether the right answer is words, also where LaTeX marks them as a text."""
+    if problem.kind == "verifier":
+        return as_number(problem.answer) is None
     if problem.kind != "math":
         return problem.kind == "text"
     bare = _bare(problem.answer)
@@ -268,7 +276,7 @@ def votes(problem: EvalProblem, verdicts: Sequence[Verdict]) -> list[Vote]:
     """Takes the vote after each response: of the first alone, of the first two, and so on (Wang et al., 2023).
 
     Responses without an answer do not vote. An answer counts with the first earlier one that it would match as the
-    right answer; programs count together only if they are the same, since the vote does not run the tests.
+    right answer; programs, and answers to problems of a generator, count together only if they are the same.
 
     Args:
         problem: The problem that was asked.
@@ -296,4 +304,4 @@ def _agree(problem: EvalProblem, first: str | None, answer: str) -> bool:
     """Whether an answer would be right if the first one were."""
     if first is None or first == answer:
         return first == answer
-    return problem.kind != "code" and is_right(replace(problem, answer=first), answer)
+    return problem.kind not in ("code", "verifier") and is_right(replace(problem, answer=first), answer)

@@ -1,4 +1,4 @@
-"""Checks that run in processes of their own: mathematics by math-verify, and the programs that a model wrote.
+"""Checks that run in processes of their own: math-verify, the verifiers of generators, and programs of a model.
 
 A model may write a tower of powers, which takes all time and memory to read, and which no exception ends.
 """
@@ -16,13 +16,18 @@ import threading
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+_STARTING = 120.0  # seconds for a process to start
+_MAKING = 600.0  # seconds for a generator to make a problem, or all of a data set
+# What an interpreter may need of the environment; the rest may hold secrets, and some parsers evaluate answers.
+_KEPT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "SYSTEMROOT", "TMPDIR", "VIRTUAL_ENV")
 SECONDS = 10.0  # for each comparison, and for each test of a program
 
 # The worker is a string, so that the process imports nothing of the caller's, not even the main module again.
-_WORKER = """
+_MATHEMATICS_WORKER = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 try:
@@ -42,25 +47,67 @@ for line in sys.stdin:
 """
 
 
-class _Mathematics:
-    """The process that compares expressions; it starts when it is first needed."""
+# Makes and judges the problems of generators. Some depend on the order of sets, which PYTHONHASHSEED fixes; one prints
+# dots, which are no reply; and verifiers read answers by parsers that may evaluate them.
+_GENERATOR_WORKER = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+except (ImportError, ValueError, OSError):
+    pass
+replies = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+import reasoning_gym
+print(json.dumps("ready"), file=replies, flush=True)
+data_sets, entries = {}, {}
+for line in sys.stdin:
+    name, arguments, index, answer = json.loads(line)
+    try:
+        key = json.dumps([name, arguments])
+        if key not in data_sets:
+            data_sets[key] = reasoning_gym.create_dataset(name, **arguments)
+        if (key, index) not in entries:
+            entries[key, index] = data_sets[key][index]
+        entry = entries[key, index]
+        if answer is None:
+            reply = {"question": str(entry["question"]), "answer": entry["answer"]}
+            if not isinstance(reply["answer"], str):
+                reply["answer"] = None
+    except (Exception, MemoryError) as error:
+        reply = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+    else:
+        if answer is not None:
+            try:  # a verifier may pay in part for an answer that is close
+                reply = float(data_sets[key].score_answer(answer=answer, entry=entry)) > 1 - 1e-6
+            except (Exception, MemoryError):
+                reply = False
+    print(json.dumps(reply), file=replies, flush=True)
+"""
 
-    def __init__(self) -> None:
+
+class _Worker:
+    """A process that answers one line of JSON by another; it starts when it is first needed."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
         self._lock = threading.Lock()
 
-    def same(self, right: str, given: str) -> bool:
+    def ask(self, question: Any, seconds: float | None = None) -> Any:
+        """Returns its answer; None, and the process is ended, if it takes longer than some seconds."""
         with self._lock:
             process = self._running()
             assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps([right, given]) + "\n")
+                process.stdin.write(json.dumps(question) + "\n")
                 process.stdin.flush()
-                return bool(json.loads(self._answers.get(timeout=SECONDS)))
+                return json.loads(self._answers.get(timeout=SECONDS if seconds is None else seconds))
             except (queue.Empty, OSError, json.JSONDecodeError):
                 self.stop()
-                return False
+                return None
 
     def stop(self) -> None:
         if self._process is not None:
@@ -72,14 +119,15 @@ class _Mathematics:
         if self._process is None or self._process.poll() is not None:
             self._answers = queue.Queue()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER],
+                [sys.executable, "-c", self._source],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                env={name: os.environ[name] for name in _KEPT if name in os.environ} | {"PYTHONHASHSEED": "0"},
             )
             threading.Thread(target=_forward, args=(self._process.stdout, self._answers), daemon=True).start()
-            self._answers.get(timeout=120)  # its imports take a while
+            self._answers.get(timeout=_STARTING)  # its imports take a while
         return self._process
 
 
@@ -91,14 +139,15 @@ def _forward(lines: Iterable[str], answers: "queue.Queue[str]") -> None:
     answers.put("")
 
 
-_MATHEMATICS = _Mathematics()
+_MATHEMATICS, _GENERATORS = _Worker(_MATHEMATICS_WORKER), _Worker(_GENERATOR_WORKER)
 atexit.register(_MATHEMATICS.stop)
+atexit.register(_GENERATORS.stop)
 
 
 def same_mathematics(right: str, given: str) -> bool:
     """Whether two LaTeX expressions are equal; False if math-verify cannot say so within `SECONDS`."""
     demand_math_verify()
-    return _MATHEMATICS.same(right, given)
+    return _MATHEMATICS.ask([right, given]) is True
 
 
 def demand_math_verify(kinds: Iterable[str] = ("math",)) -> None:
@@ -108,6 +157,42 @@ def demand_math_verify(kinds: Iterable[str] = ("math",)) -> None:
         raise StepFlowInputError(
             "comparing mathematics needs math-verify, which is not installed", hint="pip install 'hf-stepflow[eval]'"
         )
+
+
+def make_problem(name: str, arguments: dict[str, Any], index: int) -> dict[str, Any]:
+    """Makes a problem of reasoning-gym, the same in every process.
+
+    Args:
+        name: The generator.
+        arguments: The arguments of its data set, JSON-ready.
+        index: The index of the problem in the data set.
+
+    Returns:
+        `question` and `answer`, which is None where there is no single right one; or the generator's `error`.
+    """
+    made = _GENERATORS.ask([name, arguments, index, None], _MAKING)
+    return {"error": f"it made no problem within {_MAKING:.0f} seconds"} if made is None else made
+
+
+def satisfies_verifier(verifier: str, answer: str) -> bool:
+    """Whether the verifier of a problem's own generator gives an answer full marks within `SECONDS`.
+
+    Args:
+        verifier: The place of the problem in its generator, as JSON: `generator`, `arguments` and `index`.
+        answer: The answer.
+
+    Raises:
+        StepFlowInputError: The generator does not make the problem again.
+    """
+    place = json.loads(verifier)
+    name, arguments, index = place["generator"], place["arguments"], place["index"]
+    made = make_problem(name, arguments, index)  # which may take longer than to judge it
+    if "error" in made:
+        raise StepFlowInputError(
+            f"the generator {name!r} did not make this problem again, so it cannot be judged: {made['error']}",
+            hint="pip install 'hf-stepflow[eval]' with the release that drew the problems",
+        )
+    return _GENERATORS.ask([name, arguments, index, answer]) is True
 
 
 # These limits stop mistakes; a program that means harm needs a machine of its own.

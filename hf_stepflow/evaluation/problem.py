@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError, shown
 
-KINDS = ("math", "choice", "number", "text", "code")
+KINDS = ("math", "choice", "number", "text", "code", "verifier")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _FIELDS = {"id", "question", "answer", "choices", "tests", "kind", "trace"}
 # A number in digits. The exponent is short: as a fraction, 1e10000000 alone would take all time and memory.
@@ -32,8 +32,10 @@ class EvalProblem:
         answer: The right answer: mathematics, a number or a text, or the letter of the right choice.
         choices: The texts of a multiple choice, in the order of their letters.
         tests: Pairs of input and expected output of a programming problem, as JSON.
-        kind: How an answer is checked: `math`, `choice`, `number`, `text` or `code`.
+        kind: How an answer is checked: `math`, `choice`, `number`, `text`, `code`, or `verifier` for problems of a
+            generator.
         trace: A right response, all of what follows the prompt, if one is known; the model never sees it.
+        verifier: The place of the problem in its generator, as JSON, from which the generator's own verifier works.
     """
 
     id: str
@@ -43,6 +45,7 @@ class EvalProblem:
     tests: str | None = None
     kind: str = "math"
     trace: str | None = None
+    verifier: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -52,7 +55,8 @@ class EvalProblem:
 
     def asked(self) -> dict[str, Any]:
         """Everything that a response and its judgement depend on, JSON-ready: all fields but the trace."""
-        return {name: value for name, value in vars(self).items() if name != "trace"}
+        known = {name: value for name, value in vars(self).items() if name != "trace"}
+        return {name: value for name, value in known.items() if name != "verifier" or value is not None}
 
 
 def as_problems(problems: Iterable[Any]) -> list[EvalProblem]:
@@ -137,6 +141,11 @@ def check_problem(problem: EvalProblem) -> None:
             raise StepFlowInputError(
                 f"the answer {answer!r} is neither a letter nor a text of the choices {list(problem.choices)}"
             )
+    if kind == "verifier" and problem.verifier is None:
+        raise StepFlowInputError(
+            f"problem {problem.id!r} is of the kind 'verifier', which only problems of a generator are",
+            hint="load them with reasoning-gym:NAME, or give another kind",
+        )
     if kind == "code":
         _check_tests(problem.tests or "[]")
 

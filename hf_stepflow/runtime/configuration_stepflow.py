@@ -29,7 +29,9 @@ BAND = r"all|none|(bottom|top):(0?\.[0-9]{1,6}|1(\.0{1,6})?)"
 NUMBER = r"0|[1-9][0-9]{0,3}"
 
 # What models without markers write before their final answer, the likeliest first.
-ANSWER_PHRASES = ("The answer is", "the answer is", "Final answer", "Final Answer", "final answer is", "\\boxed{")
+ANSWER_PHRASES = (
+    "The answer is", "the answer is", "Final answer", "Final Answer", "final answer is", "\\boxed{", "<answer>",
+)  # fmt: skip
 
 BASE, BRIDGE, INJECTION, TEMPERATURE, SEGMENTS = (
     "base model", "Odds-Equal Bridge", "Step Momentum Injection", "length temperature", "segments and steps",

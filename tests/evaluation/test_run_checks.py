@@ -99,7 +99,7 @@ def test_steps_that_are_too_few_for_the_injection(warnings) -> None:
     model, tokenizer = load_reasoner()
     problems = load_problems("reasoner:chains-4", 4)
     long_steps = {"min_step_chars": 10000, "summary_start": None}
-    options = {"tokenizer": tokenizer, "max_new_tokens": 40, "progress": False}
+    options = {"tokenizer": tokenizer, "max_new_tokens": 120, "progress": False}
     with pytest.raises(StepFlowConfigError, match=r"the injection did nothing .*too few steps") as caught:
         evaluate(model, problems, {"base": False, "flow": long_steps | {"tau_max": 0}}, **options)
     assert "min_step_chars" in caught.value.hint
