@@ -9,11 +9,13 @@ from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.evaluation.arms import Arm
 from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.evaluation.run import evaluate
-from hf_stepflow.evaluation.run_checks import FEWEST
+from hf_stepflow.evaluation.run_checks import FEWEST, FirstResponses
 from hf_stepflow.evaluation.store import read_results
 from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
+from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
+from hf_stepflow.runtime.forward import FlowPlan
 from tests.support.scripted import scripted_model
 
 OPENED = "{{ messages[0]['content'] }}\n<think>"
@@ -96,18 +98,25 @@ def test_stepflow_that_never_acts_stops_the_run(text: str, template: str, settin
 
 def test_steps_that_are_too_few_for_the_injection(warnings) -> None:
     """A single step has none before it: alpha alone does nothing, and beside the bridge it is worth a warning."""
-    model, tokenizer = load_reasoner()
-    problems = load_problems("reasoner:chains-4", 4)
-    long_steps = {"min_step_chars": 10000, "summary_start": None}
-    options = {"tokenizer": tokenizer, "max_new_tokens": 120, "progress": False}
+    row = {"outcome": "correct", "steps": 1, "text": "", "problem": "1"}
+    bridged = {**row, "stepflow": {"bridged_share": 0.1, "injections": 0}}
+    idle = {**row, "stepflow": {"bridged_share": None, "injections": 0}}
+    settings = StepFlowSettings()
+    plan = FlowPlan.resolve(settings, {0: 2, 1: 2})
+    alone = FlowPlan.resolve(settings.replace(tau_max=0), {0: 2, 1: 2})
     with pytest.raises(StepFlowConfigError, match=r"the injection did nothing .*too few steps") as caught:
-        evaluate(model, problems, {"base": False, "flow": long_steps | {"tau_max": 0}}, **options)
+        FirstResponses("flow", alone.settings, alone, 100).check([idle] * FEWEST)
     assert "min_step_chars" in caught.value.hint
-    assert evaluate(model, problems, {"base": False, "flow": long_steps}, **options).is_complete
+    FirstResponses("flow", settings, plan, 100).check([bridged] * FEWEST)
     assert "the injection did nothing" in warnings.text
     warnings.clear()
-    assert evaluate(model, problems, {"base": False, "flow": {}}, **options).is_complete
-    assert "did nothing" not in warnings.text
+    first = FirstResponses("flow", settings, plan, 100)
+    first.check([bridged] * (FEWEST - 1))
+    first.check([bridged] * FEWEST + [{**row, "stepflow": {"bridged_share": 0.1, "injections": 2}}], is_all=True)
+    # A limit that cuts every response is another matter, of which there is a warning.
+    FirstResponses("flow", settings, alone, 100).check([idle | {"outcome": "unfinished"}] * FEWEST)
+    assert "did nothing" in warnings.text
+    assert "None of the first 4 responses of the arm 'flow' ended" in warnings.text
 
 
 @pytest.mark.parametrize(
