@@ -106,9 +106,10 @@ def check_steps(results: Sequence[Mapping[str, Any]], settings: StepFlowSettings
         settings: The settings whose markers are looked for.
 
     Raises:
-        StepFlowConfigError: At least `FEWEST` responses have no step.
+        StepFlowConfigError: At least `FEWEST` responses ended, and none has a step.
     """
-    if len(results) >= FEWEST and not any(one["steps"] for one in results):
+    ended = [one for one in results if one["outcome"] != UNFINISHED]  # the others may have been cut before a step
+    if len(ended) >= FEWEST and not any(one["steps"] for one in results):
         raise StepFlowConfigError(
             f"no thinking step was found in any of the first {len(results)} responses of the base "
             f"({describe_markers(settings)}), so StepFlow could do nothing",
