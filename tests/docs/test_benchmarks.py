@@ -197,5 +197,6 @@ def test_decode_launches_are_those_of_the_output(route: str, batch: int, monkeyp
     assert counted == {arm: row[arm] for arm in decode_launches.ARMS}
 
 
-def test_the_page_of_performance_is_that_of_the_outputs() -> None:
-    assert performance.PAGE.read_text(encoding="utf-8") == performance.page_text()
+@pytest.mark.parametrize("page", performance.PAGES, ids=lambda page: page.name)
+def test_the_costs_are_those_of_the_outputs(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == performance.page_text(page)
