@@ -530,18 +530,15 @@ class StepVocabulary:
         padding: torch.Tensor | None,
         opening: "int | torch.Tensor | None",
     ) -> torch.Tensor:
-        """As `advance`, for a few tokens a row by one kernel (`kernels.label`), which writes to the records in place.
+        """As `advance`, for a few tokens a row by one kernel, which writes to the records in place.
 
         Args:
-            kernel: The operator.
+            kernel: The operator (`Kernels.label`).
             records: int32 [B, T, FIELDS] of all slots.
             ids: int64 [B, q].
             slot: Slot of the first token.
             padding: bool [B, q], tokens that are padding, or None.
             opening: As `prompt_length` of `advance`.
-
-        Returns:
-            int32 [B, q, FIELDS].
         """
         settings, is_known = self.settings, isinstance(slot, int)
         on_device = isinstance(opening, torch.Tensor)
