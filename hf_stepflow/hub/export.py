@@ -17,14 +17,13 @@ from transformers.utils import logging
 from hf_stepflow.presets.preset import HUB_ID, Preset, load_preset
 from hf_stepflow.runtime.configuration_stepflow import read_json
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
-from hf_stepflow.runtime.repository import PRESET_CODE, RepositoryFiles
+from hf_stepflow.runtime.repository import CUSTOM_GENERATE, PRESET_CODE, RepositoryFiles, write_custom_generate
 
 from .base import check_base, current_commit, facts_of, fetch_base, write_merged
 from .cards import Kind, code_card, custom_generate_card, preset_card
 
 logger = logging.get_logger(__name__)
 
-CUSTOM_GENERATE = "custom_generate"
 # The files of an export that are not code.
 _DATA = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -157,7 +156,7 @@ def export_custom_generate(folder: str | os.PathLike[str], *, repo_id: str | Non
         StepFlowFileError: The folder holds something else.
     """
     with _fresh_folder(Path(folder)) as new:
-        RepositoryFiles(("generate",)).save_pretrained(new / CUSTOM_GENERATE)
+        write_custom_generate(new)
         # One bound a line: that is how transformers reads it.
         lines = sorted(f"transformers{bound}\n" for bound in transformers_range())
         (new / CUSTOM_GENERATE / "requirements.txt").write_text("".join(lines), encoding="utf-8")

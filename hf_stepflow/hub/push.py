@@ -195,7 +195,8 @@ def _leftovers(api: "HfApi", repo_id: str, export: Export, revision: str | None)
     code = {name for files in code_hashes().values() for name in files}
     there = set(api.list_repo_files(repo_id, revision=revision)) - set(export.files)
     weights = [path for path in there if path.endswith(".safetensors") or path == INDEX]
-    return sorted([path for path in there if path in code] + (weights if export.kind == "merged" else []))
+    own = [path for path in there if path.removeprefix(f"{CUSTOM_GENERATE}/") in code]
+    return sorted(own + (weights if export.kind == "merged" else []))
 
 
 def _check_repository(api: "HfApi", repo_id: str, kind: str, private: bool | None, revision: str | None) -> None:
@@ -232,13 +233,13 @@ def _foreign(api: "HfApi", repo_id: str, sha: str | None, names: set[str], kind:
     if kind == "custom_generate":
         return next((name for name in sorted(names) if not name.startswith(f"{CUSTOM_GENERATE}/")), None)
     weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)
-    if of_generate is not None or not names:
-        return of_generate
+    if not names:
+        return None
     if "config.json" not in names:
-        return min(names)
+        return of_generate or min(names)
     config = read_json_object(Path(os.path.realpath(api.hf_hub_download(repo_id, "config.json", revision=sha))))
     if config.get("model_type") == "stepflow" and weights is None:
-        return None
+        return of_generate
     if kind == "merged" and is_saved_with_stepflow(config):
         return None
     return weights or f"the config of a model of type {str(config.get('model_type'))[:60]!r}"

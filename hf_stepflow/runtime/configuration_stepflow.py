@@ -338,6 +338,10 @@ def _unknown(name: str) -> StepFlowConfigError:
     return StepFlowConfigError(f"unknown StepFlow setting {name!r}", hint=hint)
 
 
+# What the config.json of a preset says; `StepFlowConfig` puts a class of transformers before it.
+PRESET_ARCHITECTURES = ["StepFlowModelForCausalLM"]
+
+
 class StepFlowConfig(PretrainedConfig):
     """The configuration of a StepFlow model: the settings of `StepFlowSettings` as flat fields of a config.json.
 
@@ -365,6 +369,9 @@ class StepFlowConfig(PretrainedConfig):
         for name in SETTING_NAMES:
             setattr(self, name, getattr(settings, name))
         super().__init__(**kwargs)
+        if self.architectures == PRESET_ARCHITECTURES:
+            # `transformers serve` looks the first name up in transformers; this one leads it to the auto_map.
+            self.architectures = ["AutoModelForCausalLM", *PRESET_ARCHITECTURES]
 
     @property
     def settings(self) -> StepFlowSettings:

@@ -7,17 +7,19 @@ stay the base model's business. Detaching gives back the very model it was.
 
 import copy
 import functools
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
 from .attention import AttentionLink
 from .attention_interface import attention_modules, base_implementation, query_heads, register_on
-from .configuration_stepflow import StepFlowConfig, read_settings
+from .configuration_stepflow import StepFlowConfig, read_settings, settings_from_data
 from .errors import StepFlowInputError, StepFlowUnsupportedError
 from .forward import FlowRules, FlowRuntime
 from .report import FlowReport
@@ -349,6 +351,58 @@ def _rebuild(own: type, base: Any, implementation: str) -> Any:
     register_on(implementation)
     kind = _attached_class(own, base)
     return kind.__new__(kind)
+
+
+# Calls on one model take turns, since each changes it; a tokenizer that had to be loaded is loaded once.
+_LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+_TOKENIZERS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+_MAKING_LOCKS = threading.Lock()
+
+
+def generate_with_stepflow(
+    *args: Any, model: Any = None, stepflow: Any = None, tokenizer: Any = None, **kwargs: Any
+) -> Any:
+    """Generates with StepFlow on a model, and leaves the model as it was.
+
+    This is the `generate` of a repository with the folder `custom_generate`. Calls on one model take turns; other
+    threads may call the model's own `generate` meanwhile, without StepFlow.
+
+    Args:
+        *args: As for `model.generate`, token ids first; without `model`, the model before them.
+        model: Any model that StepFlow runs on. A model that has StepFlow already keeps it, and a dict is merged over
+            its settings.
+        stepflow: Settings of this call, as for `StepFlowModelForCausalLM.attach`; False turns StepFlow off.
+        tokenizer: The model's; None loads it from the model's own path.
+        **kwargs: Passed on to `model.generate`.
+
+    Raises:
+        StepFlowError: As `attach` and the `generate` of an attached model.
+    """
+    if model is None:
+        model, *args = args  # type: ignore[assignment]
+    with _MAKING_LOCKS:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    if tokenizer is not None:
+        kwargs["tokenizer"] = tokenizer  # generation stops at strings with it
+    with lock:
+        if getattr(model, "stepflow_runtime", None) is not None:
+            return type(model).generate(model, *args, stepflow=stepflow, **kwargs)
+        if stepflow is False:
+            return type(model).generate(model, *args, **kwargs)
+        stored = getattr(model.generation_config, "stepflow", None)
+        if isinstance(stepflow, dict) and isinstance(stored, dict) and "generate" in vars(model):
+            # This is the model's own `generate`, as that of an attached model is.
+            stepflow = settings_from_data(stored, "generation_config.stepflow").replace(**stepflow)
+        known = tokenizer if tokenizer is not None else _TOKENIZERS.get(model)
+        StepFlowModelForCausalLM._put_on(model, None if stepflow is True else stepflow, known, is_on=False)
+        try:
+            runtime = model.stepflow_runtime
+            if tokenizer is None:
+                _TOKENIZERS[model] = runtime.tokenizer
+            with runtime.override(runtime.rules):
+                return type(model).generate(model, *args, **kwargs)
+        finally:
+            model.detach_stepflow()
 
 
 _ATTACHED: dict[tuple[type, type], type] = {}

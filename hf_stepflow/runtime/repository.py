@@ -3,7 +3,8 @@
 There are three kinds, and `load` takes any of them, as well as a model without StepFlow:
 
 * a preset repository (model type "stepflow"): settings, the name of a base model, and this code; no weights;
-* a whole model that was saved with StepFlow: weights, with the settings in its generation config, and this code;
+* a whole model that was saved with StepFlow: weights, with the settings in its generation config, and this code, a
+  second time in `custom_generate`, where transformers finds it when a class of its own is asked for the model;
 * a repository for `generate(custom_generate=...)`: this code alone.
 
 `RepositoryFiles` writes them all. Code is copied byte for byte.
@@ -33,6 +34,7 @@ from .base_model import (
 )
 from .configuration_stepflow import (
     BASE_FIELDS,
+    PRESET_ARCHITECTURES,
     SETTING_NAMES,
     StepFlowConfig,
     StepFlowSettings,
@@ -51,6 +53,14 @@ TOKENIZER_CLASS = "tokenization_stepflow.StepFlowTokenizer"
 PRESET_CODE = ("configuration_stepflow", "modeling_stepflow", "tokenization_stepflow")
 MODEL_CODE = ("modeling_stepflow",)
 AUTO_MAP = {"AutoModelForCausalLM": MODEL_CLASS}
+# The folder in which transformers looks for a repository's own `generate`, and the file that it runs. The file is kept
+# as text, because the copy of this code in a preset repository, which can save whole models too, does without it.
+CUSTOM_GENERATE = "custom_generate"
+GENERATE = (
+    '"""The `generate` of a repository: transformers runs it in place of its own."""\n\n'
+    "from .modeling_stepflow import generate_with_stepflow as generate\n\n"
+    '__all__ = ["generate"]\n'
+)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _HERE = Path(__file__).parent
 
@@ -324,11 +334,11 @@ class RepositoryFiles(PushToHubMixin):
             **({"stepflow_code_revision": code_revision} if code_revision else {}),
             **fields,
             auto_map={"AutoConfig": where + CONFIG_CLASS, "AutoModelForCausalLM": where + MODEL_CLASS},
-            architectures=[MODEL_CLASS.split(".")[1]],
+            architectures=PRESET_ARCHITECTURES,
         )
         return cls(
             PRESET_CODE if code_repo is None else (),
-            json.loads(config.to_json_string()),
+            json.loads(config.to_json_string()) | {"architectures": PRESET_ARCHITECTURES},
             generation_config_with(generation_config, settings),
             {"auto_map": {"AutoTokenizer": [where + TOKENIZER_CLASS, None]}},
         )
@@ -368,11 +378,29 @@ class RepositoryFiles(PushToHubMixin):
             self.generation_config.to_json_file(folder / "generation_config.json")
         for file in code_files(*self.code):
             (folder / file.name).write_bytes(file.read_bytes())
+        if self.code == MODEL_CODE:
+            write_custom_generate(folder)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """The end of `push_to_hub`, at which the repository is there and its id is whole."""
         _refuse_other_repository(repo_id, kwargs.get("token"), kwargs.get("revision"))
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def write_custom_generate(folder: Path) -> None:
+    """Writes the folder `custom_generate`: StepFlow for each call of `generate`.
+
+    Beside weights, transformers puts it in place of the model's `generate` under `trust_remote_code=True`, whichever
+    class loads them.
+
+    Args:
+        folder: The folder of the repository.
+    """
+    inner = folder / CUSTOM_GENERATE
+    inner.mkdir(parents=True, exist_ok=True)
+    for file in code_files(*MODEL_CODE):
+        (inner / file.name).write_bytes(file.read_bytes())
+    (inner / "generate.py").write_bytes(GENERATE.encode())
 
 
 def generation_config_with(base: Any, settings: StepFlowSettings) -> GenerationConfig:

@@ -100,7 +100,11 @@ def test_a_merged_repository(base, preset, tmp_path):
     (source / "LICENSE").write_text("the licence")
     export = export_preset(preset, tmp_path / "out", base=source, merge_weights=True)
     found = contents(tmp_path / "out")
-    assert code(tmp_path / "out").items() <= RUNTIME.items()
+    inner = code(tmp_path / "out" / "custom_generate")
+    assert {
+        name: content for name, content in code(tmp_path / "out").items() if "/" not in name
+    }.items() <= RUNTIME.items()
+    assert inner == RUNTIME
     rest = {name: content for name, content in found.items() if not name.endswith(".py")}
     kept = {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"}
     assert set(rest) == {*DATA, *kept}
@@ -133,8 +137,11 @@ def test_code_travels_verbatim_in_all_five_ways(base, preset, tmp_path):
     export_preset(preset, tmp_path / "exported", base=base)
     export_preset(preset, tmp_path / "merged", base=base, merge_weights=True)
     export_custom_generate(tmp_path / "generate")
-    for name in ("whole", "preset", "exported", "merged", "generate/custom_generate"):
+    inner = ("generate/custom_generate", "whole/custom_generate", "merged/custom_generate")
+    for name in ("whole", "preset", "exported", "merged", *inner):
         found = code(tmp_path / name)
+        brought = {path: found.pop(path) for path in list(found) if path.startswith("custom_generate/")}
+        assert bool(brought) is (name in ("whole", "merged"))
         assert found.items() <= RUNTIME.items()
         assert len(found) <= 18
         assert "modeling_stepflow.py" in found

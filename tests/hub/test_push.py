@@ -156,7 +156,7 @@ def test_saved_models_are_pushed(hub, preset, tmp_path):
     model.push_to_hub("org/full", token=hub.token, tags=["tiny"])
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="org/saved", token=hub.token)
     assert set(hub.repos["org/saved"].files) - {".gitattributes", "README.md"} == {
-        file.name for file in (tmp_path / "saved").iterdir()
+        file.relative_to(tmp_path / "saved").as_posix() for file in (tmp_path / "saved").rglob("*") if file.is_file()
     }
     assert not [name for name, content in hub.repos["org/saved"].files.items() if hub.token.encode() in content]
     for repo_id in ("org/again", "org/full", "org/saved"):

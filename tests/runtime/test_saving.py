@@ -1,6 +1,8 @@
 """Saving: whole models that load on their own, presets alone, checkpoints of training, adapters; all of it exact."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, load_preset
 from hf_stepflow.hub.export import export_preset
+from hf_stepflow.runtime import repository
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, read_settings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
 from tests.support.flow import SHORT_TEXT, VARIANTS, attach, byte_tokenizer, encode
@@ -18,7 +21,8 @@ IDS = torch.tensor([encode(SHORT_TEXT)])
 
 
 def contents(folder) -> dict[str, bytes]:
-    found = {file.name: file.read_bytes() for file in folder.iterdir()}
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
     if b"tokenizer_class" in found.get("tokenizer_config.json", b""):
         data = json.loads(found["tokenizer_config.json"])
         for name in ("is_local", "local_files_only"):  # how transformers came by the tokenizer
@@ -67,6 +71,67 @@ def test_a_whole_model_loads_on_its_own(tmp_path, family):
     assert torch.equal(logits(plain), logits(model))
     assert torch.equal(logits(attach(plain, "step")), expected)
     assert not [name for name in contents(tmp_path / "one") if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+ASKED = {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+
+
+def generated(model, *args, **options) -> torch.Tensor:
+    return torch.cat(model.generate(*(args or (IDS,)), **ASKED, **options).logits)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether logits are equal, but for the order of sums, which depends on where the weights lie in memory."""
+    return torch.allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_class_of_transformers_generates_with_stepflow(tmp_path, family):
+    """A saved model brings its own `generate`, so a class that knows no auto_map does not drop StepFlow from it."""
+    model = attach(tiny_model(family), "step")
+    model.save_pretrained(tmp_path)
+    expected, weak = generated(model), generated(model, stepflow={"tau_max": 0.1})
+    plain = type(model.detach_stepflow())
+    base = generated(model)
+    assert not same(expected, base)
+    assert not same(expected, weak)
+
+    own = plain.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(own) is plain
+    assert same(generated(own), expected)
+    assert same(torch.cat(own.generate(input_ids=IDS, **ASKED).logits), expected)
+    assert same(generated(own, IDS, GenerationConfig(eos_token_id=None), stepflow=True), expected)
+    assert same(generated(own, stepflow={"tau_max": 0.1}), weak)  # merged over what was saved
+    assert same(generated(own, stepflow=False), base)
+    off = GenerationConfig(stepflow=False)
+    assert same(generated(own, generation_config=off), base)
+    # The forward of such a model is the base's, as docs/hub.md says; attaching puts StepFlow on it too.
+    assert same(logits(own), logits(model))
+    attached = StepFlowModelForCausalLM.attach(own)
+    assert same(generated(attached), expected)
+    assert same(generated(attached, stepflow=False), base)
+    assert same(logits(attached), logits(attach(model, "step")))
+
+    # Without trust none of the code runs; with the class of the repository it is that class's own `generate`.
+    assert same(generated(plain.from_pretrained(tmp_path)), base)
+    for load in (loaded, StepFlowModelForCausalLM.from_pretrained):
+        again = load(tmp_path)
+        assert "generate" not in vars(again)
+        assert same(generated(again), expected)
+
+
+def test_every_copy_of_the_code_writes_the_same_generate(home, tmp_path):
+    """The copy in a preset repository has no file of that name."""
+    assert (Path(repository.__file__).with_name("generate.py")).read_text() == repository.GENERATE
+    assert not (home / "preset" / "generate.py").exists()
+    loaded(home / "preset").save_pretrained(tmp_path / "there")
+    StepFlowModelForCausalLM.from_pretrained(home / "preset").save_pretrained(tmp_path / "here")
+    here, there = (os.listdir(tmp_path / name / "custom_generate") for name in ("here", "there"))
+    assert sorted(here) == sorted(there)
+    assert "generate.py" in here
+    kind = type(AutoModelForCausalLM.from_pretrained(home / "base"))
+    own = kind.from_pretrained(tmp_path / "there", trust_remote_code=True)
+    assert same(generated(own), generated(loaded(home / "preset")))
 
 
 def test_a_detached_model_is_saved_as_what_it_is(tmp_path):
@@ -142,7 +207,7 @@ def test_nothing_of_the_call_is_written(home, tmp_path):
         ("whole", ["verysecret", "cachehere", str(home)]),
         ("preset", ["verysecret", "cachehere"]),
     ):
-        for file in (tmp_path / folder).iterdir():
+        for file in filter(Path.is_file, (tmp_path / folder).rglob("*")):
             assert not [text for text in secrets if text.encode() in file.read_bytes()], file
 
 

@@ -40,7 +40,8 @@ ALLOWED = {
     "configuration_stepflow.py": {"file.open"},
     "modeling_stepflow.py": {"self.push_to_hub", "super().push_to_hub"},
     "repository.py": {
-        "(folder / file.name).write_bytes", "(folder / name).write_text", "AutoModelForCausalLM.from_pretrained",
+        "(folder / file.name).write_bytes", "(folder / name).write_text", "(inner / 'generate.py').write_bytes",
+        "(inner / file.name).write_bytes", "inner.mkdir", "AutoModelForCausalLM.from_pretrained",
         "RepositoryFiles(MODEL_CODE).save_pretrained", "file.read_bytes", "files.push_to_hub", "folder.mkdir",
         "importlib.import_module", "model.stepflow_runtime.tokenizer.save_pretrained", "os.listdir",
         "preset_files(model).save_pretrained", "self.generation_config.to_json_file",
