@@ -189,6 +189,9 @@ USAGE = {
     "presets list": "[--json] [--kind {paper,rule,measured}]",
     "presets show": "[--json] [--revision REVISION] NAME",
     "presets validate": "[--json] FILE [FILE ...]",
+    "serve": (
+        "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--stepflow CONFIG] [--host HOST] [--port PORT] MODEL"
+    ),
     "push": (
         "[--base BASE] [--base-revision REVISION] [--merge-weights] [--custom-generate REPO_ID] [--private] "
         "[--revision BRANCH] [--dry-run] [--json] [PRESET] [REPO_ID]"
@@ -640,6 +643,7 @@ def test_auto_maps_and_modules(present, earlier):
             assert (folder / "whole" / f"{name}.py").is_file()
         assert not list((folder / "preset").glob("*.safetensors"))
         assert (folder / "whole" / "tokenizer.json").is_file()
+        assert folder == earlier or (folder / "whole" / "custom_generate" / "generate.py").is_file()
         custom = folder / "custom_generate" / "custom_generate"
         assert (custom / "generate.py").is_file()
         assert "transformers" in (custom / "requirements.txt").read_text(encoding="utf-8")

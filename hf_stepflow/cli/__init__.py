@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "generate": "answer one prompt with StepFlow, step by step",
     "presets": "list, show and check presets (settings for models), and write their cards",
     "push": "upload a preset's repository to the Hub",
+    "serve": "serve a model with StepFlow over HTTP, with the OpenAI-compatible routes of transformers",
 }
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # the status that shells use
@@ -29,14 +30,18 @@ EXIT_INTERRUPTED = 130  # the status that shells use
 # The extra that installs a module.
 _EXTRAS = {
     "datasets": "eval",
+    "fastapi": "serve",
     "matplotlib": "saliency",
     "optuna": "calibrate",
     "math_verify": "eval",
+    "openai": "serve",
+    "pydantic": "serve",
     "reasoning_gym": "eval",
     "rich": "demo",
     "scipy": "eval",
     "statsmodels": "eval",
     "tqdm": "eval",
+    "uvicorn": "serve",
 }
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,12 @@ def load(args: argparse.Namespace, stepflow: Any = None) -> tuple[Any, Any]:
     Raises:
         StepFlowInputError: The dtype, the model or the device does not exist, or the model is a preset.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_stepflow.reasoner import FOLDER
     from hf_stepflow.runtime.base_model import read_repository_file
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 
-    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-        raise StepFlowInputError(
-            f"--dtype must be a torch dtype or auto, got {args.dtype!r}", hint="float32 or bfloat16"
-        )
-    name = str(FOLDER) if args.model == "reasoner" else args.model
-    try:
+    def make(name: str, **options: Any) -> tuple[Any, Any]:
         data = read_repository_file(name, "config.json", {"revision": args.revision})
         if data.get("model_type") == "stepflow":
             base = data.get("base_model_name_or_path") or "BASE"
@@ -163,8 +157,57 @@ def load(args: argparse.Namespace, stepflow: Any = None) -> tuple[Any, Any]:
                 f"{name!r} is a preset, which holds settings and no weights", hint=f"--model {base} --stepflow {name}"
             )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=args.revision)
-        placing = {"device_map": "auto"} if args.device == "auto" else {}
-        model = AutoModelForCausalLM.from_pretrained(name, revision=args.revision, dtype=args.dtype, **placing)
+        return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+
+    model, tokenizer = _placed(args, make)
+    if stepflow is not None:
+        StepFlowModelForCausalLM.attach(model, stepflow, tokenizer=tokenizer)
+    return model, tokenizer
+
+
+def load_with_stepflow(args: argparse.Namespace, stepflow: Any = None) -> tuple[Any, Any]:
+    """Loads the model that the arguments name with StepFlow, and its tokenizer.
+
+    Args:
+        args: The arguments that `add_model_arguments` adds. The model may be a preset's repository.
+        stepflow: The settings; None takes those of the repository, or else `auto`.
+
+    Raises:
+        StepFlowError: As `load`, or as `StepFlowModelForCausalLM.from_pretrained`.
+    """
+    from hf_stepflow.runtime.base_model import read_repository_file
+    from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+    from hf_stepflow.runtime.repository import is_saved_with_stepflow
+
+    def make(name: str, **options: Any) -> tuple[Any, Any]:
+        settings = stepflow
+        if settings is None:
+            config, generation = (
+                read_repository_file(name, f"{kind}.json", {"revision": args.revision})
+                for kind in ("config", "generation_config")
+            )
+            is_preset = config.get("model_type") == "stepflow"
+            settings = None if is_preset or is_saved_with_stepflow(config) or "stepflow" in generation else "auto"
+        model = StepFlowModelForCausalLM.from_pretrained(name, stepflow=settings, **options)
+        return model, model.stepflow_runtime.tokenizer
+
+    return _placed(args, make)
+
+
+def _placed(args: argparse.Namespace, make: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Makes a model and its tokenizer from the name and the options of loading, and moves the model to its device."""
+    import torch
+
+    from hf_stepflow.reasoner import FOLDER
+
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise StepFlowInputError(
+            f"--dtype must be a torch dtype or auto, got {args.dtype!r}", hint="float32 or bfloat16"
+        )
+    name = str(FOLDER) if args.model == "reasoner" else args.model
+    placing = {"device_map": "auto"} if args.device == "auto" else {}
+    try:
+        model, tokenizer = make(name, revision=args.revision, dtype=args.dtype, **placing)
     except StepFlowError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -178,6 +221,4 @@ def load(args: argparse.Namespace, stepflow: Any = None) -> tuple[Any, Any]:
         raise StepFlowInputError(
             f"the model could not be moved to --device {args.device}: {error}", hint="cpu always works"
         ) from error
-    if stepflow is not None:
-        StepFlowModelForCausalLM.attach(model, stepflow, tokenizer=tokenizer)
     return model, tokenizer
