@@ -192,6 +192,7 @@ USAGE = {
     "serve": (
         "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--stepflow CONFIG] [--host HOST] [--port PORT] MODEL"
     ),
+    "verify": "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--stepflow CONFIG] [--json] MODEL",
     "push": (
         "[--base BASE] [--base-revision REVISION] [--merge-weights] [--custom-generate REPO_ID] [--private] "
         "[--revision BRANCH] [--dry-run] [--json] [PRESET] [REPO_ID]"

@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "presets": "list, show and check presets (settings for models), and write their cards",
     "push": "upload a preset's repository to the Hub",
     "serve": "serve a model with StepFlow over HTTP, with the OpenAI-compatible routes of transformers",
+    "verify": "prove that StepFlow acts on a model and computes what it should, on this machine",
 }
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # the status that shells use

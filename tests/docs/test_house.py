@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_stepflow"
 # Rooms from the ground up; the package's own __init__ is on top of them all.
 FLOORS = (
     ("runtime",),
-    ("prompts", "report", "saliency", "evaluation", "serving"),
+    ("prompts", "report", "saliency", "evaluation", "serving", "verification"),
     ("presets",),
     ("calibration", "hub", "reasoner"),
     ("problems", "vllm"),
