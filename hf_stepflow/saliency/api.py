@@ -16,7 +16,7 @@ from hf_stepflow.runtime.configuration_stepflow import Layers, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
 from hf_stepflow.runtime.trace import Trace, segment_trace
 
-from .capture import Capture
+from .capture import Capture, KeptOutputs
 from .kernel import salient_attention
 from .loss import hidden_gradient, loss_of_trace
 from .maps import BatchSums, pair_counts
@@ -158,9 +158,9 @@ class _Call:
         sums = BatchSums(traces, self.layers, self.per_head, self.bar.update)
         for_stepflow = {} if capture.rules is None else {"attention_mask": mask, "prompt_length": prompt_length}
 
-        def attend(call: AttentionCall) -> Output:
+        def attend(call: AttentionCall, kept: KeptOutputs | None) -> Output:
             collect = sums.collector(call.layer, call.query) if call.layer in self.layers else None
-            return salient_attention(call, chunk_size, collect)
+            return salient_attention(call, chunk_size, collect, kept)
 
         def run() -> Any:
             return model(input_ids=ids, use_cache=False, logits_to_keep=1, **for_stepflow)

@@ -4,6 +4,7 @@ import copy
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -20,7 +21,25 @@ from hf_stepflow.runtime.attention import AttentionCall, AttentionLink, Output, 
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.forward import FlowPass, FlowRules
 
-Attend = Callable[[AttentionCall], Output]
+
+class KeptOutputs:
+    """Keeps what attention computed in one layer, so that computing the layer again leaves attention out."""
+
+    def __init__(self) -> None:
+        self._outputs: deque[Any] = deque()
+        self.is_again = False
+
+    def once(self, compute: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]) -> Any:
+        """Returns what `compute` returned the first time."""
+        if self.is_again:
+            return self._outputs.popleft()
+        found = compute()
+        # Autograd makes the tensors that it is given part of its graph.
+        self._outputs.append(tuple(None if one is None else one.detach() for one in found))
+        return found
+
+
+Attend = Callable[[AttentionCall, KeptOutputs | None], Output]
 
 # One call at a time has a model.
 _LOCKS: "weakref.WeakKeyDictionary[Any, threading.Lock]" = weakref.WeakKeyDictionary()
@@ -38,6 +57,7 @@ class Capture:
         self.model = model
         self.modules = modules
         self._is_over = False
+        self._kept: KeptOutputs | None = None
         self._runtime: Any = getattr(model, "stepflow_runtime", None)
 
     @property
@@ -106,8 +126,9 @@ class Capture:
 
         Args:
             run: Calls the model.
-            attend: Computes attention.
-            checkpoints: Whether each layer keeps only its inputs for the backward pass and is computed again there.
+            attend: Computes attention, from the call and what keeps its output.
+            checkpoints: Whether each layer keeps only its inputs and the outputs of attention for the backward pass
+                and is computed again there.
         """
         with ExitStack() as undo:
             self._take(undo, attend, checkpoints)
@@ -128,7 +149,7 @@ class Capture:
                     "the model was called in another thread while step_saliency uses it",
                     hint="call it afterwards, or give each thread its own model",
                 )
-            return attend(call)
+            return attend(call, self._kept)
 
         for module in self.model.modules():
             if module.training:
@@ -148,7 +169,9 @@ class Capture:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(torch.enable_grad())
 
-    def _take_attention(self, undo: ExitStack, layer: int, module: Any, attend: Attend) -> None:
+    def _take_attention(
+        self, undo: ExitStack, layer: int, module: Any, attend: Callable[[AttentionCall], Output]
+    ) -> None:
         link: AttentionLink | None = module.__dict__.get("stepflow_link")
         flow: FlowPass | None = None
 
@@ -189,8 +212,24 @@ class Capture:
                 hint="pass checkpoints=False",
             )
         for block in blocks:
-            again = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            again = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=self._keeping
+            )
             replace_attribute(undo, block, "forward", again)
+
+    def _keeping(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The contexts of a layer's first computation and of its second."""
+        kept = KeptOutputs()
+
+        @contextmanager
+        def computing(is_again: bool) -> Iterator[None]:
+            before, self._kept, kept.is_again = self._kept, kept, is_again
+            try:
+                yield
+            finally:
+                self._kept = before
+
+        return computing(False), computing(True)
 
 
 def replace_attribute(undo: ExitStack, module: Any, name: str, value: Any) -> None:

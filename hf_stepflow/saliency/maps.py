@@ -145,11 +145,12 @@ class StepSums:
             key: Its first key.
             tile: Its saliency, [N, c, k].
         """
-        rows = tile.new_zeros(tile.shape[0], tile.shape[1], self.steps)
         for first, members, own in self._within(key, tile.shape[2]):
-            rows[:, :, first : first + members.shape[1]] += torch.matmul(tile[:, :, own], members.to(tile.dtype))
-        for first, members, own in self._within(query, tile.shape[1]):
-            sums[:, first : first + members.shape[1]] += torch.matmul(members.to(tile.dtype).T, rows[:, own])
+            pooled = torch.matmul(tile[:, :, own], members.to(tile.dtype))
+            columns = slice(first, first + members.shape[1])
+            for first_row, row_members, own_rows in self._within(query, tile.shape[1]):
+                rows = slice(first_row, first_row + row_members.shape[1])
+                sums[:, rows, columns] += torch.matmul(row_members.to(tile.dtype).T, pooled[:, own_rows])
 
     def _within(self, start: int, length: int) -> list[tuple[int, Tensor, slice]]:
         """The blocks of tokens [start, start + length): first step, members, and which of these tokens they are."""
@@ -185,8 +186,8 @@ class BatchSums:
     def collector(self, layer: int, query: Tensor) -> Callable[[int, int, slice, Tensor], None]:
         """Returns the function that takes the tiles of a layer whose queries are [B, H, T, D].
 
-        It takes the first query of a tile, its first key, its heads (all heads of a chunk of queries come in order,
-        and the chunk of query 0 last), and its saliency [B, heads, c, k].
+        It takes the first query of a tile, its first key, its heads (all heads of the same queries and keys come in
+        order, and the tiles of query 0 and key 0 last), and its saliency [B, heads, c, k].
         """
         device, heads = query.device, query.shape[1]
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -200,13 +201,16 @@ class BatchSums:
             is_last = own.stop == heads
             if not self._per_head:  # over the heads of a chunk first, so that they are pooled once
                 total = tile.sum(1, keepdim=True) if tile.shape[1] > 1 else tile
-                summed[:] = [total if own.start == 0 else summed[0].add_(total)]
+                if own.start == 0:
+                    summed[:] = [total.clone() if total is tile else total]
+                else:
+                    summed[0].add_(total)
                 if not is_last:
                     return
-                own, tile = slice(0, 1), summed.pop() / heads
+                own, tile = slice(0, 1), summed.pop().div_(heads)
             for row, (found, pool) in enumerate(zip(self._sums, pools, strict=True)):
                 pool.add(found[layer][own], query, key, tile[row])
-            if query == 0 and is_last:
+            if query == key == 0 and is_last:
                 self._advance()
 
         return collect

@@ -12,7 +12,7 @@ from hf_stepflow.runtime.attention import AttentionCall, Output
 from hf_stepflow.runtime.attention_interface import query_heads
 from hf_stepflow.runtime.errors import StepFlowError
 
-from .capture import Capture
+from .capture import Capture, KeptOutputs
 from .kernel import chunk_length, salient_attention, tile_heads
 from .loss import LOGITS
 
@@ -53,6 +53,7 @@ class Budget:
         self._checkpoints = checkpoints
         self._bytes_per_token = 0.0
         self._tile_heads = 1
+        self._output_bytes = 0
 
     def plan(self, batches: list[list[int]], rows: list[torch.Tensor]) -> list[list[int]]:
         """Splits batches that do not fit, before any is computed.
@@ -94,8 +95,8 @@ class Budget:
         layer = self._bytes_per_token / layers
         # Kept for the backward pass, the gradients inside one layer, and hidden states with their gradient.
         graph = self._bytes_per_token + _INSIDE_LAYER * layer + 3 * hidden
-        if self.checkpoints(tokens):
-            graph = (1 + _INSIDE_LAYER) * layer + (layers + 3) * hidden
+        if self.checkpoints(tokens):  # the outputs of attention are kept all the same
+            graph = (1 + _INSIDE_LAYER) * layer + (layers + 3) * hidden + layers * self._output_bytes
         fixed = int(graph * batch * tokens) + _TENSORS_OF_LOGITS * min(LOGITS, tokens * text.vocab_size) * size
 
         rules = capture.rules
@@ -125,13 +126,14 @@ class Budget:
         )
 
     def _try(self, row: torch.Tensor) -> None:
-        """Measures the bytes that autograd keeps of a token, and the heads of a tile, in a short pass."""
+        """Measures the bytes of a token that autograd and attention keep, and the heads of a tile, in a short pass."""
         capture = self._capture
         trial = row[None, :_TRIAL].to(capture.device)
 
-        def attend(call: AttentionCall) -> Output:
+        def attend(call: AttentionCall, kept: KeptOutputs | None) -> Output:
             heads = tile_heads(call.query.shape[1], call.key.shape[1], call.query.device, bridged=False)
             self._tile_heads = max(self._tile_heads, heads)
+            self._output_bytes = call.query.shape[1] * (call.value.shape[-1] * call.value.element_size() + 4)
             # The saliency of a trial is dropped.
             return salient_attention(call, _TRIAL, (lambda *tile: None) if call.layer in self._layers else None)
 

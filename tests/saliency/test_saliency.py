@@ -90,6 +90,23 @@ def test_long_enough_for_the_window_and_in_blocks(family: str) -> None:
     assert relative(found.maps, expected_maps(family, TRACES[0], "trace", "block")) < 1e-9
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt_oss", "deepseek_v3"])
+def test_many_tiles_of_keys(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_stepflow.saliency.kernel._FEWEST_KEYS", 5)
+    monkeypatch.setattr("hf_stepflow.saliency.kernel._TILE_ELEMENTS", 1)
+    for per_head in (False, True):
+        found = step_saliency(
+            model_of(family),
+            encode(SHORT),
+            tokenizer=byte_tokenizer(),
+            config=STEPS,
+            chunk_size=7,
+            checkpoints=per_head,
+            per_head=per_head,
+        )
+        assert relative(found.mean_maps, expected_maps(family, SHORT, "trace")) < 1e-9
+
+
 @pytest.mark.parametrize("variant", ["paper", "step", "heads"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "deepseek_v3"])
 def test_of_the_intervened_model(family: str, variant: str) -> None:
