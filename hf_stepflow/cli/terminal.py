@@ -11,7 +11,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from hf_stepflow.evaluation.arms import Arm
-from hf_stepflow.evaluation.sampler import Response, Sampler
+from hf_stepflow.evaluation.responses import Response
+from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.runtime.report import FlowReport
 from hf_stepflow.runtime.step_detector import THINKING, Field, StepVocabulary, empty_record
 from hf_stepflow.runtime.trace import TraceStep, segment_trace

@@ -6,22 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers.utils import logging
 
 from hf_stepflow.runtime.errors import StepFlowInputError
-from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .answers import check_may_run
 from .arms import Arm, make_arms
 from .checkers import demand_math_verify
+from .engine import engine_of
 from .markers import describe_markers
 from .problem import EvalProblem, as_problems
 from .progress import RunProgress, announce
+from .responses import ResponseMaker
 from .result import EvaluationResult
 from .run_checks import FirstResponses, check_arm, warn_of_length, warn_of_markers
-from .sampler import Sampler, check_generation, prepared
-from .store import ResultStore, digest, identify, machine
+from .sampler import check_generation
+from .store import ResultStore, digest
 
 logger = logging.get_logger(__name__)
 
@@ -47,8 +47,8 @@ def evaluate(
     """Runs every arm on the same problems and compares it with the first.
 
     Args:
-        model: A causal language model, with or without StepFlow attached; it is left as it was. On a CPU, judge in
-            float32: rounding to bfloat16 alone changes results.
+        model: A causal language model, with or without StepFlow attached, which is left as it was; or an `Engine`. On
+            a CPU, judge in float32: rounding to bfloat16 alone changes results.
         problems: `EvalProblem`s, or dicts with `id`, `question` and `answer` (see `load_problems`).
         arms: {name: False | True | dict of StepFlow settings | `Arm`}; None compares the base with the model's own
             settings.
@@ -92,28 +92,16 @@ def evaluate(
     for problem in asked:
         check_may_run(problem, run_code)
     demand_math_verify(problem.kind for problem in asked)
-    runtime = getattr(model, "stepflow_runtime", None)
-    if runtime is not None and runtime.is_overridden:
-        raise StepFlowInputError(
-            "arms say when StepFlow is on, but evaluate was called inside of disable_stepflow or use_stepflow",
-            hint="call it outside, and give the settings as an arm",
-        )
     needs_stepflow = any(arm.stepflow is not False for arm in chosen.values())
-    with prepared(model, tokenizer, attach=needs_stepflow) as runtime:
-        if tokenizer is None:
-            tokenizer = _load_tokenizer(model) if runtime is None else runtime.tokenizer
-        vocabulary = StepVocabulary.from_tokenizer(tokenizer) if runtime is None else runtime.rules.vocabulary
-        rules = {
-            name: None if arm.stepflow is False else runtime.rules_for(runtime.settings.replace(**_settings_of(arm)))
-            for name, arm in chosen.items()
-        }
-        sampler = Sampler(model, tokenizer, vocabulary, max_new_tokens, generation, template or {}, run_code, keep_ids)
+    with engine_of(model, tokenizer, needs_stepflow) as engine:
+        vocabulary, rules = engine.vocabulary, {name: engine.rules_of(arm) for name, arm in chosen.items()}
+        sampler = engine.sampler(chosen, max_new_tokens, generation, template or {}, run_code, keep_ids)
         encoded = {
             instruction: [sampler.encode(problem, instruction) for problem in asked]
             for instruction in {arm.instruction for arm in chosen.values()}
         }
         prompts = {name: encoded[arm.instruction] for name, arm in chosen.items()}
-        _check_lengths(model, asked, prompts, max_new_tokens, chosen)
+        _check_lengths(engine.positions, asked, prompts, max_new_tokens, chosen)
         first_responses = {}
         for name, arm in chosen.items():
             own, limit = rules[name], int(max_new_tokens * arm.length_factor)
@@ -121,21 +109,16 @@ def evaluate(
             first_responses[name] = FirstResponses(name, settings, None if own is None else own.plan, limit)
             if own is not None:
                 check_arm(name, arm.stepflow, own.plan, max(map(len, prompts[name])) + limit)
-                warn_of_markers(tokenizer, settings, prompts[name])
-        warn_of_length(tokenizer, asked, max(one.max_new_tokens for one in first_responses.values()))
+                warn_of_markers(engine.tokenizer, settings, prompts[name])
+        warn_of_length(engine.tokenizer, asked, max(one.max_new_tokens for one in first_responses.values()))
         if not sampler.ends:
             logger.warning(
                 "The model names no token that ends a turn (eos_token_id), so every response is unfinished."
             )
-        generation_config = model.generation_config.to_diff_dict()  # applies wherever a run asks for nothing else
-        generation_config.pop("transformers_version", None)
         header = {
             "problems": digest([problem.asked() for problem in asked]),
             "n_problems": len(asked),
-            **identify(model, tokenizer),
-            "settings": None if runtime is None else runtime.settings.to_dict(),
-            "generation_config": generation_config,
-            "attention": model.config._attn_implementation,
+            **engine.identity(),
             "arms": {name: arm.to_dict() for name, arm in chosen.items()},
             **counts,
             "seed": seed,
@@ -147,7 +130,7 @@ def evaluate(
             raise StepFlowInputError(
                 f"arguments of generate must be JSON-ready here, because they identify the run: {error}"
             ) from error
-        about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
+        about = engine.about()
         store = ResultStore(out, header, about)
         by_markers: dict[str, list[str]] = {}
         for name, one in first_responses.items():
@@ -160,7 +143,7 @@ def evaluate(
 
 
 def _answer(
-    sampler: Sampler,
+    sampler: ResponseMaker,
     arms: dict[str, Arm],
     problems: list[EvalProblem],
     prompts: dict[str, list[list[int]]],
@@ -209,27 +192,14 @@ def _answer(
         first.check(own[name], is_all=True, may_stop=check)
 
 
-def _settings_of(arm: Arm) -> dict[str, Any]:
-    """The settings that differ from the model's own."""
-    return arm.stepflow if isinstance(arm.stepflow, dict) else {}
-
-
-def _load_tokenizer(model: Any) -> Any:
-    path = getattr(model.config, "_name_or_path", "")
-    if not path:
-        raise StepFlowInputError("the model names no path to load its tokenizer from", hint="pass tokenizer=...")
-    return transformers.AutoTokenizer.from_pretrained(path)
-
-
 def _check_lengths(
-    model: Any,
+    room: int | None,
     problems: list[EvalProblem],
     prompts: dict[str, list[list[int]]],
     max_new_tokens: int,
     arms: dict[str, Arm],
 ) -> None:
     """Refuses prompts for which the model lacks positions, before anything is generated."""
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for name, arm in arms.items():
         longest = max(range(len(problems)), key=lambda index: len(prompts[name][index]))
         length = len(prompts[name][longest])

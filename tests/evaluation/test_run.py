@@ -144,17 +144,18 @@ def test_a_model_without_template_and_markers() -> None:
 # A run that takes its time between batches, to be killed in between.
 SLOW = """
 import sys, time
-import hf_stepflow.evaluation.run as runner
+from hf_stepflow.evaluation.run import evaluate
+from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
-kept = runner.Sampler.run
+kept = Sampler.run
 def slow(*arguments):
     time.sleep(0.3)
     return kept(*arguments)
-runner.Sampler.run = slow
+Sampler.run = slow
 problems = [*load_problems("reasoner:chains-2", 6), *load_problems("reasoner:chains-4", 6)]
 arms = {"base": False, "stepflow": {"tau_max": 0.3, "alpha": 0.1}}
-runner.evaluate(load_reasoner()[0], problems, arms, max_new_tokens=200, progress=False, batch_size=2, out=sys.argv[1])
+evaluate(load_reasoner()[0], problems, arms, max_new_tokens=200, progress=False, batch_size=2, out=sys.argv[1])
 """
 
 
@@ -337,7 +338,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_without_math_verify_it_is_refused_at_once(reasoner, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    monkeypatch.setattr("hf_stepflow.evaluation.run.Sampler.run", None)  # nothing is generated
+    monkeypatch.setattr("hf_stepflow.evaluation.sampler.Sampler.run", None)  # nothing is generated
     with pytest.raises(StepFlowInputError, match=r"needs math-verify.*\n.*hf-stepflow\[eval\]"):
         run(reasoner)
 
