@@ -4,12 +4,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from hf_stepflow.evaluation.arms import Arm
+from hf_stepflow.evaluation.engine import Engine
 from hf_stepflow.evaluation.progress import show_speed
+from hf_stepflow.evaluation.responses import ResponseMaker
 from hf_stepflow.evaluation.run import batch_seed
 from hf_stepflow.evaluation.sampler import Sampler
 from hf_stepflow.evaluation.scoring import batches, score_traces
@@ -111,6 +113,7 @@ class CalibrationRun:
         workers: The processes that share the work.
         budget: The most that may be spent.
         progress: Whether to show progress bars.
+        engine: What answers problems in place of the model; None for the model.
     """
 
     model: Any
@@ -120,6 +123,7 @@ class CalibrationRun:
     workers: Workers
     budget: Budget = Budget()
     progress: bool = True
+    engine: Engine | None = None
 
     def answers(
         self,
@@ -240,17 +244,20 @@ class CalibrationRun:
             assert settings is not None
             plan = runtime.plan_for(runtime.settings.replace(**settings))
             arm, override = Arm(stepflow=True), runtime.override(FlowRules(plan, vocabulary))
-        sampler = Sampler(
-            self.model,
-            self.tokenizer,
-            vocabulary,
+        arguments = (
             sampling.max_new_tokens,
             {"do_sample": True, "temperature": sampling.temperature} if sampling.samples > 1 else {},
             sampling.template,
             sampling.run_code,
-            keep_ids=settings is None,
-            progress=None if bar.disable else partial(show_speed, bar, time.perf_counter()),
+            settings is None,
+            None if bar.disable else partial(show_speed, bar, time.perf_counter()),
         )
+        sampler: ResponseMaker
+        if self.engine is None or arm.stepflow is True:  # random steps are a state of the model here
+            sampler = Sampler(self.model, self.tokenizer, vocabulary, *arguments)
+        else:
+            arm = replace(arm, stepflow=arm.stepflow and runtime.settings.replace(**arm.stepflow).to_dict())
+            sampler = self.engine.sampler({"": arm}, *arguments)
         rows = [(one, sampler.encode(one), sample) for one in batch.problems for sample in range(sampling.samples)]
         rows.sort(key=lambda row: len(row[1]))
         seed = batch_seed(int(digest([sampling.seed, batch.name])[:8], 16), 0)

@@ -17,6 +17,7 @@ import numpy as np
 
 from hf_stepflow.evaluation.answers import UNFINISHED, check_may_run
 from hf_stepflow.evaluation.checkers import demand_math_verify
+from hf_stepflow.evaluation.engine import Engine
 from hf_stepflow.evaluation.markers import describe_markers
 from hf_stepflow.evaluation.problem import EvalProblem, as_problems
 from hf_stepflow.evaluation.progress import announce
@@ -70,6 +71,7 @@ def calibrate(
     run_code: bool = False,
     template: Mapping[str, Any] | None = None,
     progress: bool = True,
+    engine: Engine | None = None,
 ) -> Calibration:
     """Looks for settings that are better than the base on problems that played no part in choosing them.
 
@@ -94,6 +96,8 @@ def calibrate(
         run_code: Whether programs that the model wrote may be run.
         template: Further arguments of the chat template.
         progress: Whether to show progress bars.
+        engine: What answers problems, for instance a `VllmEngine` of the same model; None for `model`, which computes
+            all likelihoods and the control with random steps in any case.
 
     Returns:
         The findings of every stage, with the winning settings and their verdict.
@@ -146,6 +150,8 @@ def calibrate(
             "scored": scored,
             "library": version("hf-stepflow"),
         }
+        if engine is not None:
+            header["engine"] = engine.identity()
         about = {"model": getattr(model.config, "_name_or_path", ""), **machine(model.device)}
         workers = Workers.join()
         if workers.count > 1 and work is None:
@@ -155,7 +161,7 @@ def calibrate(
         folder = WorkFolder(work, header, about, workers.count)
         if workers.is_first:
             workers.wait()
-        run = CalibrationRun(model, tokenizer, sampling, folder, workers, spend, progress)
+        run = CalibrationRun(model, tokenizer, sampling, folder, workers, spend, progress, engine)
         return _run_stages(run, *splits, scored, header, about, force)
 
 

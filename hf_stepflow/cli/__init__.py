@@ -43,6 +43,7 @@ _EXTRAS = {
     "statsmodels": "eval",
     "tqdm": "eval",
     "uvicorn": "serve",
+    "vllm": "vllm",
 }
 
 

@@ -108,6 +108,60 @@ def sampling_of(args: argparse.Namespace, is_needed: bool = False) -> dict[str, 
     return sampling if args.top_p is None else sampling | {"top_p": args.top_p}
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose what generates."""
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what generates, see docs/serving.md",
+    )
+    parser.add_argument(
+        "--engine-args",
+        metavar="KEY=VALUE,...",
+        help="arguments of vllm.LLM, such as tensor_parallel_size=2,max_model_len=8192",
+    )
+
+
+def load_engine(args: argparse.Namespace, stepflow: Any = None) -> Any:
+    """Starts the engine that `--engine vllm` asks for.
+
+    Args:
+        args: The arguments that `add_model_arguments` and `add_engine_arguments` add.
+        stepflow: The settings that arms start from, or None.
+
+    Raises:
+        StepFlowInputError: An argument is not for vLLM, or vLLM refuses one.
+        StepFlowError: As `VllmEngine`.
+    """
+    from hf_stepflow.evaluation.arms import read_pairs
+    from hf_stepflow.reasoner import FOLDER
+    from hf_stepflow.vllm.offline import VllmEngine
+
+    if args.device != "cpu":
+        raise StepFlowInputError(
+            f"--device {args.device} is for the engine transformers", hint="vLLM finds its devices: leave --device out"
+        )
+    given = dict(read_pairs(args.engine_args)) if args.engine_args else {}
+    name = str(FOLDER) if args.model == "reasoner" else args.model
+    try:
+        return VllmEngine(name, stepflow, **{"dtype": args.dtype, "revision": args.revision} | given)
+    except StepFlowError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise StepFlowInputError(f"vLLM could not start with {name!r}: {error}", hint="see --engine-args") from error
+
+
+def demand_no_engine_args(args: argparse.Namespace) -> None:
+    """Refuses `--engine-args` where no engine takes them.
+
+    Raises:
+        StepFlowInputError: They are given for transformers.
+    """
+    if args.engine == "transformers" and args.engine_args:
+        raise StepFlowInputError("--engine-args are for --engine vllm", hint="add --engine vllm")
+
+
 def find_stepflow(text: str | None) -> Any:
     """Finds the settings that `--stepflow` names, before any weights are loaded.
 

@@ -11,7 +11,17 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
-from .arguments import add_model_arguments, add_run_arguments, demand_folders, find_stepflow, load, read_seed
+from .arguments import (
+    add_engine_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    demand_folders,
+    demand_no_engine_args,
+    find_stepflow,
+    load,
+    load_engine,
+    read_seed,
+)
 
 _REASONER = "hf-stepflow/reasoner"
 # The way out for each part of a preset's identity.
@@ -40,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "             --out my-reasoner.json --report my-reasoner.html"
     )
     add_model_arguments(parser, positional=True)
+    add_engine_arguments(parser)
     parser.add_argument("--problems", required=True, action="append", help="JSONL file, benchmark, generator or level")
     add_run_arguments(parser)
     parser.add_argument("--budget", default="40", help="candidates, or a time (default: 40)")
@@ -61,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.calibration.stages import calibrate
 
     demand_folders(args.out, args.report)
+    demand_no_engine_args(args)
     base_model = _base_model(args)
     name = base_model.rpartition("/")[2].lower() if args.out is None else args.out.stem
     _check_identity(args.out, name, base_model, args.revision)
@@ -71,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of `accelerate launch` has its own GPU
     model, tokenizer = load(args)
     architecture = _architecture(model)
+    engine = None if args.engine == "transformers" else load_engine(args, settings)
     result = calibrate(
         model,
         tokenizer,
@@ -86,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         scored=args.scored,
         run_code=args.run_code,
+        engine=engine,
     )
     result.about["model"] = base_model  # rather than a path of this machine
     if int(os.environ.get("RANK", "0")):

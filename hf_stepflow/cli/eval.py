@@ -8,12 +8,15 @@ from typing import Any
 from hf_stepflow.runtime.errors import StepFlowInputError
 
 from .arguments import (
+    add_engine_arguments,
     add_model_arguments,
     add_run_arguments,
     add_sampling_arguments,
     demand_folders,
+    demand_no_engine_args,
     find_stepflow,
     load,
+    load_engine,
     sampling_of,
 )
 
@@ -40,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "      --with self-consistency:samples=4 --with budget-forcing:min_steps=20 --with plan-and-solve"
     )
     add_model_arguments(parser)
+    add_engine_arguments(parser)
     parser.add_argument(
         "--stepflow",
         metavar="CONFIG",
@@ -82,12 +86,14 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.problems import load_problems
 
     demand_folders(args.out, args.report)
+    demand_no_engine_args(args)
     arms = _read_arms(args.arm or ["base", "stepflow"])
     if args.methods:
         arms = combine_arms(arms, _read_arms(args.methods))
     problems = load_problems(args.problems, args.limit, split=args.split, seed=args.seed)
     sampling = sampling_of(args, is_needed=args.samples > 1)
-    model, tokenizer = load(args, find_stepflow(args.stepflow))
+    settings = find_stepflow(args.stepflow)
+    model, tokenizer = load(args, settings) if args.engine == "transformers" else (load_engine(args, settings), None)
     result = evaluate(
         model,
         problems,
