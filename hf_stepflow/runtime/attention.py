@@ -31,6 +31,7 @@ from .errors import StepFlowUnsupportedError
 from .flow_state import kernels_on
 from .forward import FlowPass
 from .momentum import inject, inject_by_kernel
+from .paged import PagedPass
 from .step_detector import Field
 
 # Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass. On a CPU
@@ -47,20 +48,6 @@ Output = tuple[torch.Tensor, torch.Tensor | None]
 
 # The kernel behind scaled_dot_product_attention on a CPU, which also reports the log-sum-exp of the logits.
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-@dataclass
-class AttentionLink:
-    """Connects an attention module of an attached model to StepFlow.
-
-    Attributes:
-        layer: Index of the layer.
-        current: Returns the pass of this thread, for families that do not hand it down as an argument; raises where
-            StepFlow is on and no pass runs.
-    """
-
-    layer: int
-    current: Callable[[], FlowPass | None]
 
 
 @dataclass
@@ -165,7 +152,7 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
     ) -> Output:
         base = base_attention(base_name, module)
         handed_down = kwargs.pop("stepflow_pass", None)
-        link: AttentionLink | None = getattr(module, "stepflow_link", None)
+        link = getattr(module, "stepflow_link", None)
         if link is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         flow = link.current() if handed_down is None else handed_down
@@ -173,6 +160,8 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
             if attend is None:
                 return base(module, query, key, value, attention_mask, **kwargs)
             return attend(module, AttentionCall(link.layer, query, key, value, attention_mask, kwargs, base_name))
+        if isinstance(flow, PagedPass):
+            return flow.attend(link.layer, flow_attention, module, (query, key, value), attention_mask, kwargs)
         if not torch.compiler.is_compiling():
             flow.reached[link.layer] = handed_down is not None
         flow = flow.last(query.shape[2])

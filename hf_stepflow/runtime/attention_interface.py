@@ -8,7 +8,8 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import make_flow_attention
 from .errors import StepFlowUnsupportedError
+from .forward import FlowPass
 
 # Each copy of this code (a preset repository brings one) has its own name, free of words that models look for.
 STAMP = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[
@@ -32,6 +34,20 @@ ATTENTION_ARGUMENTS = frozenset(
 )
 
 _HINT = "see docs/architectures.md for the model types that StepFlow runs on"
+
+
+@dataclass
+class AttentionLink:
+    """Connects an attention module of an attached model to StepFlow.
+
+    Attributes:
+        layer: Index of the layer.
+        current: Returns the pass of this thread, for families that do not hand it down as an argument; raises where
+            StepFlow is on and no pass runs.
+    """
+
+    layer: int
+    current: Callable[[], FlowPass | None]
 
 
 def attention_modules(model: Any) -> dict[int, Any]:

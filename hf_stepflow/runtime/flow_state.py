@@ -335,6 +335,31 @@ class FlowState:
             self.tally.zero_()
 
 
+@torch.compiler.disable(reason="StepFlow labels the tokens of a prompt on the host: compile decode steps only")
+def append_on_host(
+    state: FlowState,
+    ids: torch.Tensor,
+    padding: torch.Tensor | None,
+    prompt_length: int | None,
+    cached: torch.Tensor | None,
+    mask: Any,
+) -> "tuple[torch.Tensor, list[list[list[int]]]]":
+    """Labels tokens on the host; everything that the host does not know yet comes with one read.
+
+    Args:
+        state: The state, which is followed to `cached` first.
+        ids: int64 [B, q].
+        padding: bool [B, q], or None.
+        prompt_length: As for `FlowState.append`.
+        cached: Tokens in the cache, one number on the device, where it has not been followed.
+        mask: As for `FlowState.follow`.
+    """
+    read = state.read(ids, padding, cached)
+    if read.cached is not None:
+        state.follow(read.cached, mask)
+    return state.append(read, prompt_length, ids.device)
+
+
 def _unseen(before: list[int], slot: int, is_padding: bool) -> list[int]:
     """The record of a token that StepFlow has not seen: padding, or question."""
     record = before.copy()

@@ -22,7 +22,7 @@ import torch
 from .bridge import Run, runs_of
 from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
-from .flow_state import FlowState, kernels_on, padding_of, put_state_on, slots_of, state_of
+from .flow_state import FlowState, append_on_host, kernels_on, padding_of, put_state_on, slots_of, state_of
 from .report import FlowReport, Tally
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
@@ -418,7 +418,8 @@ class FlowRuntime:
         """
         prompt_length = kwargs.pop("prompt_length", None)
         parameters, takes_more = _parameters(forward)
-        rules = self._active_rules()
+        paged = getattr(kwargs.get("cache"), "stepflow_records", None)  # continuous batching, under rules of its own
+        rules = self._active_rules() if paged is None else paged.rules
         if rules is None:
             state = state_of(kwargs.get("past_key_values"))
             if state is not None:
@@ -426,7 +427,10 @@ class FlowRuntime:
             # Said outright: layers that are recomputed for a backward pass ask again when the settings may be others.
             return forward(model, *args, **kwargs, **({"stepflow_pass": False} if takes_more else {}))
         kwargs = dict(zip(parameters, args, strict=False)) | kwargs
-        flow = self._begin(model, rules, kwargs, prompt_length)
+        if paged is None:
+            flow = self._begin(model, rules, kwargs, prompt_length)
+        else:
+            self.last, flow = None, paged.label(kwargs)
         if takes_more:
             kwargs["stepflow_pass"] = flow
         if torch.compiler.is_compiling():
@@ -450,6 +454,11 @@ class FlowRuntime:
                 hint="generate without compilation, or detach StepFlow",
             )
         ids = kwargs.get("input_ids")
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise StepFlowUnsupportedError(
+                "StepFlow would read sequences that are packed into one row as one sequence",
+                hint="pass them as rows of a padded batch; for continuous batching call generate_batch of the model",
+            )
         if ids is None:
             raise StepFlowInputError(
                 "StepFlow reads steps from token ids, but the model was called with inputs_embeds",
@@ -471,7 +480,7 @@ class FlowRuntime:
                 state.follow(int(cached), mask)
             records, host = state.append_in_tensors(ids, padding, prompt_length), None
         else:
-            records, host = _append_on_host(state, ids, padding, prompt_length, cached, mask)
+            records, host = append_on_host(state, ids, padding, prompt_length, cached, mask)
         if compiling:
             total = torch.as_tensor(state.length, device=ids.device)
             flow = FlowPass.of(rules.plan, state, records, None, total)
@@ -546,36 +555,13 @@ class FlowRuntime:
         """
         if self.last is None:
             raise StepFlowInputError(
-                "there is nothing to report: no pass has run with StepFlow on", hint="call generate or forward first"
+                "there is nothing to report: no pass has run with StepFlow on, or the last one was of continuous "
+                "batching, which keeps no report",
+                hint="call generate or forward first",
             )
         state, plan = self.last
         records = state.records[:, : state.count].tolist()
         return FlowReport.of(records, state.tally, plan.layers, plan.tau.keys() | plan.inject, self.tokenizer)
-
-
-@torch.compiler.disable(reason="StepFlow labels the tokens of a prompt on the host: compile decode steps only")
-def _append_on_host(
-    state: FlowState,
-    ids: torch.Tensor,
-    padding: torch.Tensor | None,
-    prompt_length: int | None,
-    cached: torch.Tensor | None,
-    mask: Any,
-) -> "tuple[torch.Tensor, list[list[list[int]]]]":
-    """Labels tokens on the host; everything that the host does not know yet comes with one read.
-
-    Args:
-        state: The state, which is followed to `cached` first.
-        ids: int64 [B, q].
-        padding: bool [B, q], or None.
-        prompt_length: As for `FlowState.append`.
-        cached: Tokens in the cache, one number on the device, where it has not been followed.
-        mask: As for `FlowState.follow`.
-    """
-    read = state.read(ids, padding, cached)
-    if read.cached is not None:
-        state.follow(read.cached, mask)
-    return state.append(read, prompt_length, ids.device)
 
 
 _PARAMETERS: dict[Callable[..., Any], tuple[list[str], bool]] = {}

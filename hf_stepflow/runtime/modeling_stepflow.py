@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from .attention import AttentionLink
-from .attention_interface import attention_modules, base_implementation, query_heads, register_on
+from .attention_interface import AttentionLink, attention_modules, base_implementation, query_heads, register_on
 from .configuration_stepflow import StepFlowConfig, read_settings, settings_from_data
 from .errors import StepFlowInputError, StepFlowUnsupportedError
 from .forward import FlowRules, FlowRuntime
+from .paged import start_manager
 from .report import FlowReport
 from .repository import find_preset, load, push_preset_of, save_model, settings_on
 from .tokenization_stepflow import end_of_turn_ids, tokenizer_of, warn_if_never_thinking
@@ -30,7 +30,10 @@ _UPLOAD = (
     "repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags",
 )  # fmt: skip
 # Attributes of an attached model that its base does not have.
-_STATE = "stepflow_runtime _stepflow_preset _stepflow_replaced _stepflow_stored _compiled_call"
+_STATE = (
+    "stepflow_runtime _stepflow_preset _stepflow_replaced _stepflow_stored _compiled_call "
+    "_cached_continuous_batching_manager"
+)
 
 
 class StepFlowModelForCausalLM(PreTrainedModel):
@@ -245,7 +248,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             **kwargs: Passed on.
 
         Raises:
-            StepFlowError: Settings that do not fit, an empty prompt or one of padding only, continuous batching.
+            StepFlowError: Settings that do not fit, an empty prompt or one of padding only, a paged cache.
         """
         runtime = getattr(self, "stepflow_runtime", None)
         if runtime is None or not (runtime.is_on or runtime.is_overridden):
@@ -330,17 +333,29 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             return push_preset_of(self, repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises an error where StepFlow is on: continuous batching packs many requests into one row."""
-        if self.stepflow_runtime.effective is None:
-            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
-        raise _no_continuous_batching()
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Starts continuous batching, with StepFlow; `generate_batch` is built on this.
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As `generate_batch`."""
-        if self.stepflow_runtime.effective is None:
-            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        raise _no_continuous_batching()
+        The settings in force now, those of `generation_config.stepflow` included, stay in force for all requests.
+
+        Args:
+            generation_config: As for the base model.
+            continuous_batching_config: As for the base model; `cpu_offload_space`, CUDA graphs, asynchronous batches
+                and compilation are refused, and flash attention is not switched to.
+            **kwargs: Passed on.
+
+        Returns:
+            The manager of requests.
+
+        Raises:
+            StepFlowUnsupportedError: StepFlow cannot follow this model or config (docs/serving.md).
+            StepFlowInputError: The model keeps a manager that was started under other settings.
+        """
+        start = super().init_continuous_batching  # type: ignore[misc]
+        rules = self._call_rules(None, generation_config)
+        return start_manager(self, start, rules, generation_config, continuous_batching_config, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         own, base = type(self).__bases__
@@ -452,14 +467,6 @@ def _no_constructor(config: Any) -> StepFlowUnsupportedError:
     )
 
 
-def _no_continuous_batching() -> StepFlowUnsupportedError:
-    """The error for continuous batching."""
-    return StepFlowUnsupportedError(
-        "StepFlow cannot follow continuous batching: it packs the tokens of many requests into one row",
-        hint="use generate(), or call inside `with model.disable_stepflow():`",
-    )
-
-
 def _no_other_attention(asked: Any, base: str) -> StepFlowUnsupportedError:
     """The error for another attention implementation under StepFlow."""
     return StepFlowUnsupportedError(
@@ -485,7 +492,10 @@ def _check_prompt(ids: Any, kwargs: dict[str, Any]) -> None:
         kwargs: Keyword arguments of `generate`.
     """
     if kwargs.get("cache_implementation") == "paged":
-        raise _no_continuous_batching()
+        raise StepFlowUnsupportedError(
+            "generate with cache_implementation='paged' loses what StepFlow needs to know of each prompt",
+            hint="call generate_batch with a list of token ids for each prompt",
+        )
     if ids is None:
         if kwargs.get("inputs_embeds") is not None:
             raise StepFlowInputError(

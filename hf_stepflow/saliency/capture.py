@@ -17,7 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_stepflow.runtime.attention import AttentionCall, AttentionLink, Output, make_flow_attention
+from hf_stepflow.runtime.attention import AttentionCall, Output, make_flow_attention
+from hf_stepflow.runtime.attention_interface import AttentionLink
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.forward import FlowPass, FlowRules
 

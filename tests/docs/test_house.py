@@ -126,4 +126,5 @@ def test_travelling_code_needs_torch_and_transformers_only() -> None:
 
 
 def test_a_preset_repository_holds_few_files() -> None:
-    assert len(travelling()) <= 18, ", ".join(travelling())
+    # The kernels and the paged cache of continuous batching are files of their own: most models run without either.
+    assert len(travelling()) <= 19, ", ".join(travelling())

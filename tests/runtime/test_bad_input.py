@@ -161,12 +161,10 @@ def test_ways_of_calling_that_steps_cannot_be_read_from():
         model(inputs_embeds=embeddings)
     with pytest.raises(StepFlowInputError, match="inputs_embeds"):
         model.generate(inputs_embeds=embeddings, max_new_tokens=2)
-    with pytest.raises(StepFlowUnsupportedError, match="continuous batching"):
-        model.generate_batch([[1, 2, 3]])
-    with pytest.raises(StepFlowUnsupportedError, match="continuous batching"):
-        model.init_continuous_batching()
-    with pytest.raises(StepFlowUnsupportedError, match="continuous batching"):
+    with pytest.raises(StepFlowUnsupportedError, match="generate_batch"):
         model.generate(PROMPT, cache_implementation="paged", max_new_tokens=2)
+    with pytest.raises(StepFlowUnsupportedError, match="packed"):
+        model(PROMPT, cu_seq_lens_q=torch.tensor([0, 10, PROMPT.shape[1]]))
     with model.disable_stepflow(), torch.no_grad():
         assert torch.isfinite(model(inputs_embeds=embeddings).logits).all()
 
