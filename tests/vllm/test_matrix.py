@@ -127,6 +127,40 @@ def test_requests_have_a_switch() -> None:
     assert_equal(found["rounds"][0], wanted)
 
 
+def test_several_rounds() -> None:
+    """Earlier answers with their thinking are part of the prompt, and a new round opens after them."""
+    earlier = prompts("chains-2", 3, 1.0)
+    turns = [list(one) + list(other) for one, other in zip(earlier, ASKED[:3], strict=True)]
+    turns += [list(one) + list(one) + list(other) for one, other in zip(earlier, ASKED[3:6], strict=True)]
+    wanted, base = expected(FOLDER, turns, SETTINGS, 120), expected(FOLDER, turns, False, 120)
+    found = run_engine(
+        FOLDER, turns * 2, settings=SETTINGS, switches=[None] * 6 + [False] * 6, max_tokens=120, wants_prompt=True
+    )
+    rounding = assert_equal(found["rounds"][0][6:], base, 1e-4)
+    assert_equal(found["rounds"][0][:6], wanted, max(TOLERANCE, 2 * rounding))
+
+
+def test_bfloat16_is_within_its_rounding() -> None:
+    """Right traces are read: their log probabilities differ between the engines as much as without StepFlow."""
+    whole = prompts("chains-4", 6, 1.0) + prompts("errands-60", 4, 1.0)
+    switches = [None] * len(whole) + [False] * len(whole)
+    found = run_engine(
+        FOLDER, [list(ids) for ids in whole] * 2, settings=SETTINGS, switches=switches, max_tokens=1,
+        wants_prompt=True, dtype="bfloat16",
+    )["rounds"][0]  # fmt: skip
+    apart = []
+    for settings, made in ((SETTINGS, found[: len(whole)]), (False, found[len(whole) :])):
+        wanted = expected(FOLDER, whole, settings, 1, "bfloat16")
+        pairs = [
+            pair
+            for x, y in zip(made, wanted, strict=True)
+            for pair in zip(x["prompt_logprobs"], y["prompt_logprobs"], strict=True)
+        ]
+        apart.append(sum(abs(one - other) for one, other in pairs) / len(pairs))
+    on, off = apart
+    assert on <= 1.5 * off
+
+
 def test_requests_bring_settings() -> None:
     """One engine computes many settings in one batch, where it was started for that."""
     other = SETTINGS | {"oeb_layers": [3, 4], "smi_layers": [4, 5], "oeb_heads": {"3": [0, 2], "4": [1]}}
