@@ -17,7 +17,6 @@ from torch import Tensor
 from hf_stepflow.runtime.attention import BridgedCall, flash
 from hf_stepflow.runtime.bridge import MergeFloors, bridge_floors, bridged_merge
 from hf_stepflow.runtime.flow_state import kernels_on
-from hf_stepflow.runtime.momentum import mean_of_members
 from hf_stepflow.runtime.step_detector import SUMMARY, Field
 
 from .block_layout import LayerCache
@@ -42,7 +41,7 @@ def bridge(
     softcap, sinks = getattr(impl, "logits_soft_cap", None) or None, getattr(impl, "sinks", None)
     kernels = kernels_on(query.device)
     has_ranges = softcap is None and sinks is None and kernels is None and query.device.type == "cpu"
-    together = [one for one in flow.bridged if has_ranges and one.end - one.start == 1 and one.flow.runs]
+    together = [one for one in flow.bridged if has_ranges and one.end - one.start == 1 and one.runs]
     for some in _of_like_length(together):
         _decode(flow, module, some, tau, query, cache, output)
     kwargs = {"scaling": impl.scale, "softcap": softcap, "s_aux": sinks}
@@ -105,7 +104,7 @@ class _Ranges:
     @classmethod
     def of(cls, sequences: list[Sequence], module: Any, tau: Any, dtype: torch.dtype) -> "_Ranges":
         """Works out the ranges of some sequences in the layers of a kind."""
-        runs = [run for sequence in sequences for run in sequence.flow.runs or ()]
+        runs = [run for sequence in sequences for run in sequence.runs or ()]
         keys = max(sequence.length for sequence in sequences)
         lowest = [0 if module.sliding_window is None else one.length - module.sliding_window for one in sequences]
         rows, tokens, length, low, same, start, end = torch.tensor(
@@ -197,25 +196,63 @@ def inject(flow: PagedPass, module: Any, cache: LayerCache, output: Tensor) -> N
         cache: Keys and values of the layer.
         output: Head outputs [T, H, D] before the output projection.
     """
-    settings = flow.plan.settings
-    shared = module.num_heads // module.num_kv_heads
-    for sequence in flow.injected:
-        for place in sequence.triggers:
-            record, position = sequence.made[place], sequence.first + place
-            first, last = record[Field.PREVIOUS_START], record[Field.PREVIOUS_END]
-            if module.sliding_window is not None:
-                first = max(first, position - module.sliding_window + 1)
-            if first >= last:
-                continue
-            known = sequence.records_of(first, last)
-            label = record[Field.LABEL] - int(record[Field.LABEL] % 3 == SUMMARY)
-            members = (known[:, Field.LABEL] == label) & (known[:, Field.STEP] == record[Field.STEP] - 1)
-            if settings.smi_window is not None:
-                members = members & (members.flip(-1).cumsum(-1).flip(-1) <= settings.smi_window)
-            value = cache.gather(sequence.row, first, last)[1][0]
-            mean = mean_of_members(members[None], value)[:, 0].repeat_interleave(shared, 0)
-            into = output[sequence.start + place].view(mean.shape)
-            into += settings.alpha * mean.to(into.dtype)
+    window = module.sliding_window
+    steps = flow.shared(("steps", window), functools.partial(_PreviousSteps.of, flow, window))
+    if not len(steps.tokens):
+        return
+    value = cache.values_at(steps.rows, steps.positions)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    means = value.new_zeros(len(steps.tokens), *value.shape[1:])
+    means.index_add_(0, steps.owners, value * steps.weights[:, None, None].to(value.dtype))
+    addition = (flow.plan.settings.alpha * means).repeat_interleave(module.num_heads // module.num_kv_heads, 1)
+    output.view(len(output), *addition.shape[1:]).index_add_(0, steps.tokens, addition.to(output.dtype))
+
+
+@dataclass
+class _PreviousSteps:
+    """The steps before the tokens of a pass that are injected, one entry for each token of a step.
+
+    Attributes:
+        tokens: The tokens that are injected, by their places in the pass, long [n].
+        owners: For each entry the token that it is for, as an index of `tokens`, long [m].
+        rows: Its request, long [m].
+        positions: Its position, long [m].
+        weights: Its share of the mean, float32 [m].
+    """
+
+    tokens: Tensor
+    owners: Tensor
+    rows: Tensor
+    positions: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, flow: PagedPass, window: int | None) -> "_PreviousSteps":
+        """Finds them, as far as a layer with this window sees them."""
+        spans = []
+        for sequence in flow.injected:
+            for place in sequence.triggers:
+                record = sequence.made[place]
+                first, last = record[Field.PREVIOUS_START], record[Field.PREVIOUS_END]
+                if window is not None:
+                    first = max(first, sequence.first + place - window + 1)
+                spans.append((sequence.start + place, sequence.row, record, range(first, last)))
+        where = [(row, position) for _, row, _, span in spans for position in span]
+        known = iter(flow.sequences[0].records_at(where)[:, [Field.LABEL, Field.STEP]].tolist())
+        tokens: list[int] = []
+        entries: list[tuple[int, int, int, float]] = []
+        for token, row, record, span in spans:
+            wanted = [record[Field.LABEL] - int(record[Field.LABEL] % 3 == SUMMARY), record[Field.STEP] - 1]
+            members = [position for position, found in zip(span, known, strict=False) if found == wanted]
+            if flow.plan.settings.smi_window is not None:
+                members = members[len(members) - min(flow.plan.settings.smi_window, len(members)) :]
+            if members:
+                entries += [(len(tokens), row, position, 1 / len(members)) for position in members]
+                tokens.append(token)
+        device = flow.sequences[0].device
+        owners, rows, positions = torch.tensor([entry[:3] for entry in entries], device=device).reshape(-1, 3).long().T
+        weights = torch.tensor([entry[3] for entry in entries], device=device)
+        return cls(torch.tensor(tokens, dtype=torch.long, device=device), owners, rows, positions, weights)
 
 
 def scaled_query(flow: PagedPass, query: Tensor, gamma: Any, window: int | None) -> Tensor:

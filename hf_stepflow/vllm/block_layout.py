@@ -58,6 +58,17 @@ class LayerCache:
         )
         return key, value
 
+    def values_at(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """The values of some tokens, [n, Hkv, D].
+
+        Args:
+            rows: Their requests, long [n].
+            positions: Their positions, long [n].
+        """
+        tokens = self._cache.shape[2]
+        blocks, place = self._table[rows, positions // tokens].long().unique(return_inverse=True)
+        return self._read(self._cache, blocks)[1][place, :, positions % tokens]
+
 
 def reader_for(layer: Any) -> Reader:
     """The reader of a layer's cache.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stepflow.runtime.bridge import Run, runs_of
 from hf_stepflow.runtime.forward import FlowPass, FlowPlan
 from hf_stepflow.runtime.step_detector import Field
 
@@ -66,12 +67,22 @@ class Sequence:
     @cached_property
     def records(self) -> Tensor:
         """The records of all tokens, int32 [1, length, F]."""
-        return self.records_of(0, self.length)[None]
+        return self.records_at([(self.row, position) for position in range(self.length)])[None]
 
-    def records_of(self, first: int, last: int) -> Tensor:
-        """The records at positions [first, last), int32 [last - first, F]."""
-        positions = torch.arange(first, last, device=self._table.device)
-        return self._cache.read(self._table, torch.full_like(positions, self.row), positions)
+    def records_at(self, places: list[tuple[int, int]]) -> Tensor:
+        """The records at some places of the pass, (request, position) each, int32 [n, F]."""
+        rows, positions = torch.tensor(places, dtype=torch.long, device=self.device).reshape(-1, 2).T
+        return self._cache.read(self._table, rows, positions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its records are."""
+        return self._table.device
+
+    @cached_property
+    def runs(self) -> list[Run] | None:
+        """The key ranges of the bridged tokens, as in a `FlowPass`; None where they do not suffice."""
+        return runs_of(0, self.made, self.first, self.plan.settings)
 
     @cached_property
     def flow(self) -> FlowPass:
