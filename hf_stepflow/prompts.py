@@ -18,18 +18,30 @@ def encode_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, **t
         StepFlowInputError: There is a system message, but no chat template that could place it.
     """
     if tokenizer.chat_template is None:
+        return tokenizer.encode(render_prompt(tokenizer, prompt, system=system))
+    ids = tokenizer.apply_chat_template(
+        _messages(prompt, system), add_generation_prompt=True, tokenize=True, return_dict=True, **template
+    )
+    return ids["input_ids"]
+
+
+def render_prompt(tokenizer: Any, prompt: str, *, system: str | None = None, **template: Any) -> str:
+    """The text that `encode_prompt` encodes; takes the same arguments and raises the same errors."""
+    if tokenizer.chat_template is None:
         if system is not None:
             raise StepFlowInputError(
                 "a system message needs a chat template, and the tokenizer has none",
                 hint="put its text into the prompt",
             )
-        return tokenizer.encode(prompt)
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **template
+        return prompt
+    return tokenizer.apply_chat_template(
+        _messages(prompt, system), add_generation_prompt=True, tokenize=False, **template
     )
-    return ids["input_ids"]
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": prompt}]
 
 
 def encode_response(tokenizer: Any, response: str) -> list[int]:

@@ -33,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "An arm is [LABEL=]KIND[:KEY=VALUE,...]; kinds: base, stepflow (any StepFlow setting), and the methods\n"
         "self-consistency (samples, temperature), budget-forcing (min_steps, max_steps), longer (length_factor) and\n"
         "plan-and-solve. --with METHOD, written like an arm, adds the method alone and combined with each StepFlow\n"
-        "arm, and compares these with the first arm at the same number of generated tokens."
+        "arm, and compares these with the first arm at the same number of generated tokens.\n"
+        "Kinds that steer attention otherwise: pasta (alpha, heads), spotlight (target), instaboost (factor), all\n"
+        "towards the question, and length-temperature (length_temperature_base), which is StepFlow's alone."
     )
     parser.epilog = (
         "examples:\n"

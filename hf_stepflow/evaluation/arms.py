@@ -1,11 +1,13 @@
-"""The arms of a comparison: StepFlow settings, another method that spends tokens, or both at once."""
+"""The arms of a comparison: StepFlow settings, another method that spends tokens, both at once, or a rival."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError, shown
+
+from .rivals import RIVALS, Rival, make_rival, parameters_of
 
 # Wang et al., "Plan-and-Solve Prompting" (ACL 2023), section 2.1.
 PLAN_AND_SOLVE = (
@@ -26,6 +28,8 @@ class Arm:
         max_steps: The number of steps after which thinking is ended; None for no limit.
         length_factor: The factor on the run's `max_new_tokens`.
         instruction: A text that ends the user's message, after a blank line.
+        rival: Another method that steers attention, without StepFlow: a key of `RIVALS`, or None.
+        rival_parameters: The parameters of this method; those that are missing are filled in with their defaults.
 
     Example:
         >>> from hf_stepflow import Arm
@@ -40,6 +44,8 @@ class Arm:
     max_steps: int | None = None
     length_factor: float = 1.0
     instruction: str | None = None
+    rival: str | None = None
+    rival_parameters: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         whole, real = ("a whole number", (int,)), ("a number", (int, float))
@@ -60,15 +66,39 @@ class Arm:
             raise StepFlowConfigError(f"instruction of an arm must be a text or None, got {self.instruction!r}")
         if isinstance(self.stepflow, dict):
             StepFlowSettings().replace(**self.stepflow)  # raises for unknown keys and bad values
+        steering = self.steering
+        if steering is not None and self.stepflow is not False:
+            raise StepFlowConfigError(
+                f"{self.rival} and StepFlow both change attention, so an arm has one of them",
+                hint="give each an arm of its own",
+            )
+        if steering is None and self.rival_parameters:
+            raise StepFlowConfigError(
+                f"an arm without a rival takes no rival_parameters, got {shown(self.rival_parameters)}",
+                hint=f"name the rival: {', '.join(RIVALS)}",
+            )
+        object.__setattr__(self, "rival_parameters", {} if steering is None else parameters_of(steering))
+
+    @property
+    def steering(self) -> Rival | None:
+        """The rival with its parameters, if the arm has one.
+
+        Raises:
+            StepFlowConfigError: The rival or a parameter is unknown, or a value is out of range.
+        """
+        return None if self.rival is None else make_rival(self.rival, self.rival_parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        """The arm as JSON-ready data."""
-        return asdict(self)
+        """The arm as JSON-ready data; without a rival, as in results files from before there were any."""
+        data = asdict(self)
+        if self.rival is None:
+            del data["rival"], data["rival_parameters"]
+        return data
 
     @property
     def method(self) -> "Arm":
-        """The same arm without StepFlow."""
-        return replace(self, stepflow=False)
+        """The same arm without StepFlow and without a rival: how it spends tokens and what it asks."""
+        return replace(self, stepflow=False, rival=None, rival_parameters={})
 
 
 _KINDS: dict[str, dict[str, Any]] = {
@@ -78,6 +108,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "budget-forcing": {},
     "longer": {"length_factor": 2.0},
     "plan-and-solve": {"instruction": PLAN_AND_SOLVE},
+    "length-temperature": {"stepflow": {"tau_max": 0, "alpha": 0, "length_temperature": 1}},
+    **{kind: {"rival": kind} for kind in RIVALS},
 }
 
 
@@ -105,18 +137,18 @@ def make_arms(arms: Any) -> dict[str, Arm]:
 
 
 def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
-    """Adds every method to every arm, so that one run shows a method alone and together with StepFlow.
+    """Adds every method to every arm, so that one run shows a method alone and together with StepFlow or a rival.
 
     Args:
-        arms: Arms as for `make_arms`, with or without StepFlow, and without another method.
-        methods: {name: Arm}, without StepFlow.
+        arms: Arms as for `make_arms`, with StepFlow, a rival or neither, and without another method.
+        methods: {name: Arm}, without StepFlow and without a rival.
 
     Returns:
-        The arms; then, for each method, the arm without StepFlow under the method's name, and the others under
+        The arms; then, for each method, the arm with neither under the method's name, and the others under
         "ARM + METHOD".
 
     Raises:
-        StepFlowInputError: An arm has a method, a method has StepFlow or is none, or a name comes twice.
+        StepFlowInputError: An arm has a method, a method has StepFlow or a rival or is none, or a name comes twice.
 
     Example:
         >>> from hf_stepflow import Arm, combine_arms
@@ -132,6 +164,11 @@ def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
             )
     combined = dict(made)
     for name, method in make_arms(methods).items():
+        if method.rival is not None:
+            raise StepFlowInputError(
+                f"the method {name!r} steers attention, and is combined with other methods as StepFlow is",
+                hint="give it as an arm, --arm on the command line",
+            )
         if method != method.method or method == Arm():
             raise StepFlowInputError(
                 f"the method {name!r} must spend tokens or change the prompt, and leave StepFlow to the arms",
@@ -141,16 +178,20 @@ def combine_arms(arms: Any, methods: Any) -> dict[str, Arm]:
             both = name if arm == Arm() else f"{label} + {name}"
             if both in combined:
                 raise StepFlowInputError(f"the arm {both!r} comes twice", hint="write LABEL=KIND to tell them apart")
-            combined[both] = replace(method, stepflow=arm.stepflow)
+            combined[both] = replace(
+                method, stepflow=arm.stepflow, rival=arm.rival, rival_parameters=arm.rival_parameters
+            )
     return combined
 
 
 def parse_arm(text: str) -> tuple[str, Arm]:
     """Reads an arm from its form on the command line, `[LABEL=]KIND[:KEY=VALUE,...]`.
 
-    The kinds are `base`, `stepflow` (any StepFlow setting), and the methods `self-consistency` (samples, temperature),
-    `budget-forcing` (min_steps, max_steps), `longer` (length_factor) and `plan-and-solve`, which also take StepFlow
-    settings.
+    The kinds are `base`; `stepflow` (any StepFlow setting); `length-temperature` (length_temperature_base and any
+    StepFlow setting), which is the length temperature alone, with the exponent 1; the methods `self-consistency`
+    (samples, temperature), `budget-forcing` (min_steps, max_steps), `longer` (length_factor) and `plan-and-solve`,
+    which also take StepFlow settings; and the rivals `pasta` (alpha, heads), `spotlight` (target) and `instaboost`
+    (factor), which do not.
 
     Returns:
         The label, or the whole text if it has none, and the arm.
@@ -164,7 +205,7 @@ def parse_arm(text: str) -> tuple[str, Arm]:
     kind = kind if equals else label
     if kind not in _KINDS:
         raise StepFlowInputError(f"unknown kind of arm {kind!r} in {text!r}", hint=f"kinds: {', '.join(_KINDS)}")
-    own = {field.name for field in fields(Arm)} - {"stepflow"}
+    own = {field.name for field in fields(Arm)} - {"stepflow", "rival", "rival_parameters"}
     settings: dict[str, Any] = {}
     arguments = dict(_KINDS[kind])
     for key, value in read_pairs(rest) if colon else ():
@@ -174,7 +215,11 @@ def parse_arm(text: str) -> tuple[str, Arm]:
     if settings:
         if kind == "base":
             raise StepFlowInputError(f"{text!r}: the base takes no settings", hint=f"write stepflow:{rest}")
-        arguments["stepflow"] = settings
+        if kind in RIVALS:
+            arguments["rival_parameters"] = settings
+        else:
+            given = arguments.get("stepflow")
+            arguments["stepflow"] = (given if isinstance(given, dict) else {}) | settings
     try:
         return (label if equals else text), Arm(**arguments)
     except TypeError as error:

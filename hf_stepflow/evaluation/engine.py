@@ -13,6 +13,7 @@ from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .arms import Arm
 from .responses import ResponseMaker
+from .rivals import check_rival
 from .sampler import Sampler, prepared
 from .store import identify, machine
 
@@ -84,7 +85,16 @@ class TransformersEngine(Engine):
         return self._runtime.rules_for(settings)
 
     def sampler(self, arms: dict[str, Arm], *args: Any) -> Sampler:
-        """As `Engine`."""
+        """As `Engine`.
+
+        Raises:
+            StepFlowUnsupportedError: The model's attention is out of reach of an arm's rival.
+            StepFlowConfigError: A rival's parameters do not fit the model.
+        """
+        for arm in arms.values():
+            rival = arm.steering
+            if rival is not None:
+                check_rival(self._model, rival)
         return Sampler(self._model, self.tokenizer, self.vocabulary, *args)
 
     def identity(self) -> dict[str, Any]:

@@ -152,8 +152,8 @@ def _largest_vote(arms: Mapping[str, Arm]) -> str | None:
 
 
 def _method_of(arm: Arm, arms: Mapping[str, Arm]) -> str | None:
-    """The arm with the same method and without StepFlow."""
-    if arm.stepflow is False or arm.method == Arm():
+    """The arm with the same method, without StepFlow and without a rival."""
+    if arm.method in (arm, Arm()):
         return None
     return next((name for name, other in arms.items() if other == arm.method), None)
 

@@ -80,14 +80,15 @@ def _tokens(result: EvaluationResult) -> str:
     curve, found = result.compute
     accuracy = {arm.name: arm.accuracy for arm in result.arms()}
     arms = {name: Arm(**arm) for name, arm in result.run["arms"].items()}
-    # A method is named by the arm that has it alone, StepFlow settings by the arm that has nothing else.
-    methods = {arm.method: name for name, arm in reversed(arms.items()) if arm.stepflow is False}
+    # A method is named by the arm that has it alone, StepFlow settings and rivals by the arm that has nothing else.
+    methods = {arm.method: name for name, arm in reversed(arms.items()) if arm == arm.method}
     methods |= {Arm(): "no other method"}
-    settings = {repr(arm.stepflow): name for name, arm in reversed(arms.items()) if arm.method == Arm()}
+    steering = {name: repr((arm.stepflow, arm.rival, arm.rival_parameters)) for name, arm in arms.items()}
+    settings = {steering[name]: name for name, arm in reversed(arms.items()) if arm.method == Arm()}
     points = [
         ChartPoint(
             methods.get(arms[one.name].method, one.name),
-            settings.get(repr(arms[one.name].stepflow), one.name),
+            settings.get(steering[one.name], one.name),
             accuracy[one.name],
             one.tokens,
         )

@@ -11,6 +11,7 @@ from hf_stepflow.runtime.step_detector import SUMMARY, THINKING, Field, StepVoca
 
 from .answers import CORRECT, judge, votes
 from .arms import Arm
+from .emphasis import emphasised_tokens
 from .problem import EvalProblem
 
 
@@ -71,8 +72,7 @@ class ResponseMaker:
             problem: The problem to ask.
             instruction: A text that ends the user's message.
         """
-        prompt = problem.prompt if instruction is None else f"{problem.prompt}\n\n{instruction}"
-        ids = encode_prompt(self.tokenizer, prompt, **self.template)
+        ids = encode_prompt(self.tokenizer, _message(problem, instruction), **self.template)
         if not ids:
             raise StepFlowInputError(f"the prompt of problem {problem.id!r} has no tokens")
         return ids
@@ -91,7 +91,15 @@ class ResponseMaker:
             steps and text; `votes` if there are several samples: for each its tokens, answer and outcome, and whether
             the vote up to it is right; and `stepflow` if StepFlow was on: its mean effect.
         """
-        responses, seconds = self.respond(arm, prompts, seed)
+        places = None
+        if arm.rival is not None:
+            places = [
+                emphasised_tokens(
+                    self.tokenizer, problem.prompt, _message(problem, arm.instruction), prompt, **self.template
+                )
+                for problem, prompt in zip(problems, prompts, strict=True)
+            ]
+        responses, seconds = self.respond(arm, prompts, seed, places)
         results = []
         for index, problem in enumerate(problems):
             own = responses[index * arm.samples : (index + 1) * arm.samples]
@@ -124,13 +132,17 @@ class ResponseMaker:
             results.append(result)
         return results
 
-    def respond(self, arm: Arm, prompts: Sequence[list[int]], seed: int) -> tuple[list[Response], float]:
+    def respond(
+        self, arm: Arm, prompts: Sequence[list[int]], seed: int, places: Sequence[list[int]] | None = None
+    ) -> tuple[list[Response], float]:
         """Generates `arm.samples` responses to each prompt.
 
         Args:
             arm: The arm.
             prompts: Token ids, of any lengths.
             seed: The seed of the sampling.
+            places: For each prompt the places of the question in it, towards which the arm's rival steers attention;
+                not needed without a rival.
 
         Returns:
             The responses, those of one prompt together, and the seconds that generation took.
@@ -175,6 +187,11 @@ class ResponseMaker:
             report=report,
             is_closed=not records or records[-1][Field.SEGMENT] != THINKING,
         )
+
+
+def _message(problem: EvalProblem, instruction: str | None) -> str:
+    """The user's message."""
+    return problem.prompt if instruction is None else f"{problem.prompt}\n\n{instruction}"
 
 
 def _mean_effect(report: RowReport) -> dict[str, Any]:

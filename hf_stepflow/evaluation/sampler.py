@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hf_stepflow.runtime.step_detector import StepVocabulary
 from .arms import Arm
 from .progress import TokenCounter
 from .responses import Response, ResponseMaker
+from .rivals import steered
 
 
 def check_generation(counts: Mapping[str, Any], seed: Any, temperature: Any) -> None:
@@ -73,8 +74,14 @@ class Sampler(ResponseMaker):
     """Generates with one model, which has StepFlow attached if an arm needs it."""
 
     @torch.no_grad()
-    def respond(self, arm: Arm, prompts: Sequence[list[int]], seed: int) -> tuple[list[Response], float]:
-        """Generates responses to prompts; the caller's random state is kept."""
+    def respond(
+        self, arm: Arm, prompts: Sequence[list[int]], seed: int, places: Sequence[list[int]] | None = None
+    ) -> tuple[list[Response], float]:
+        """Generates responses to prompts; the caller's random state is kept.
+
+        Raises:
+            StepFlowInputError: The arm has a rival, and the places of the question are not given.
+        """
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self._pad, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -85,7 +92,10 @@ class Sampler(ResponseMaker):
         counter = None if self.progress is None else TokenCounter(self.progress, width, self._pad)
         device = self.model.device.type
         devices = [self.model.device] if device != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=device if devices else "cuda"):
+        with (
+            self._steered(arm, prompts, places),
+            torch.random.fork_rng(devices, device_type=device if devices else "cuda"),
+        ):
             torch.manual_seed(seed)
             start = time.perf_counter()
             made = self.model.generate(
@@ -106,6 +116,19 @@ class Sampler(ResponseMaker):
             for row, (ids, report) in enumerate(zip(rows, reports, strict=True))
         ]
         return responses, seconds
+
+    def _steered(
+        self, arm: Arm, prompts: Sequence[list[int]], places: Sequence[list[int]] | None
+    ) -> AbstractContextManager[None]:
+        rival = arm.steering
+        if rival is None:
+            return nullcontext()
+        if places is None:
+            raise StepFlowInputError(
+                f"{rival.kind} steers attention towards the question, whose places in the prompts are not given",
+                hint="pass places=..., or call `run`, which finds them",
+            )
+        return steered(self.model, rival, list(map(len, prompts)), places)
 
     @property
     def ends(self) -> set[int]:
@@ -137,6 +160,8 @@ class Sampler(ResponseMaker):
         if arm.min_steps or arm.max_steps is not None:
             budget = StepBudgetLogitsProcessor(vocabulary, min_steps=arm.min_steps, max_steps=arm.max_steps)
             arguments["logits_processor"] = [budget]
+        if arm.rival is not None:
+            arguments["disable_compile"] = True  # its attention reads the length of the cache in every pass
         if getattr(self.model, "stepflow_runtime", None) is not None:
             arguments["stepflow"] = {} if arm.stepflow is True else arm.stepflow
         return arguments

@@ -74,9 +74,15 @@ class VllmEngine(Engine):
         """As `Engine`.
 
         Raises:
-            StepFlowInputError: An arm forces a budget of steps, or an argument of `generate` is none of vLLM's.
+            StepFlowInputError: An arm forces a budget of steps or has a rival, or an argument of `generate` is none of
+                vLLM's.
         """
         for name, arm in arms.items():
+            if arm.rival is not None:
+                raise StepFlowInputError(
+                    f"the arm {name!r} runs {arm.rival}, whose attention exists for transformers only",
+                    hint="leave it out, or use the engine transformers",
+                )
             if arm.min_steps or arm.max_steps is not None:
                 raise StepFlowInputError(
                     f"the arm {name!r} forces a budget of steps, which is a logits processor of transformers",
@@ -121,7 +127,9 @@ class VllmEngine(Engine):
 class VllmSampler(ResponseMaker):
     """Generates in a vLLM engine."""
 
-    def respond(self, arm: Arm, prompts: Sequence[list[int]], seed: int) -> tuple[list[Response], float]:
+    def respond(
+        self, arm: Arm, prompts: Sequence[list[int]], seed: int, places: Sequence[list[int]] | None = None
+    ) -> tuple[list[Response], float]:
         """As `ResponseMaker`."""
         rules = self.model.rules_of(arm)
         vocabulary = self.vocabulary if rules is None else rules.vocabulary
