@@ -68,6 +68,13 @@ def _product(left, right):
 
 
 @triton.jit
+def _empty(ROWS: tl.constexpr, DV: tl.constexpr):
+    """A group without keys: greatest logit, sum, number and weighted values of its rows."""
+    none = tl.zeros((ROWS,), tl.float32)
+    return tl.full((ROWS,), _NOTHING, tl.float32), none, none, tl.zeros((ROWS, DV), tl.float32)
+
+
+@triton.jit
 def _absorb(top, total, number, mean, logits, member, value):
     """Takes some keys into the running greatest logit, sum, number and weighted values of a group."""
     if tl.max(member.to(tl.int32)) > 0:
@@ -112,6 +119,27 @@ def _lifted(
 
 
 @triton.jit
+def _bridged(
+    top_o, total_o, mean_o, top_s, total_s, number_s, mean_s, top_b, total_b, number_b, mean_b,
+    caps, sinks, head, is_query, HAS_SINKS: tl.constexpr, ABSOLUTE: tl.constexpr,
+):  # fmt: skip
+    """The output of some queries; the mass of B before and after; whether it had a floor."""
+    cap, sink = tl.load(caps + head, mask=is_query, other=0.0), tl.full(top_o.shape, _NOTHING, tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=is_query, other=0.0).to(tl.float32)
+    factor_o, factor_s, factor_b, before, after, usable = _lifted(
+        top_o, total_o, top_s, total_s, number_s, top_b, total_b, number_b, cap, sink, ABSOLUTE
+    )
+    mean = mean_o * factor_o[:, None] + mean_s * factor_s[:, None] + mean_b * factor_b[:, None]
+    return mean, before, after, usable
+
+
+@triton.jit
+def _store(target, mean, is_row, in_width):
+    tl.store(target, mean.to(target.dtype.element_ty), mask=is_row[:, None] & in_width[None, :])
+
+
+@triton.jit
 def _note(sums, place, usable, before, after, is_query):
     """Adds the bridge of some queries to the sums of their heads."""
     here = usable & is_query
@@ -119,6 +147,43 @@ def _note(sums, place, usable, before, after, is_query):
     tl.atomic_add(sums + place + 1, 1.0, here & (after > before))
     tl.atomic_add(sums + place + 2, before, here)
     tl.atomic_add(sums + place + 3, after, here)
+
+
+@triton.jit
+def _record_at(records, table, slot, records_n, records_t, TOKENS: tl.constexpr):
+    """Where the record of a slot is; in blocks of so many tokens that a table lists, or (0) side by side."""
+    if TOKENS > 0:
+        records += tl.load(table + slot // TOKENS).to(tl.int64) * records_n
+        slot = slot % TOKENS
+    return records + slot * records_t
+
+
+@triton.jit
+def _ranges(record, own, is_query, BY_STEP: tl.constexpr, SINK_TOKENS: tl.constexpr):
+    """The ranges of some queries from their records: S from `same_from` on, B from `bridge_from` to there."""
+    label, first = tl.load(record + LABEL), tl.load(record + FIRST_SLOT)
+    is_active = is_query & (tl.load(record + ACTIVE) > 0)
+    is_thinking = label % 3 == THINKS
+    thinking_slot, step_slot = tl.load(record + THINKING_SLOT), tl.load(record + STEP_SLOT)
+    after_sinks = first + SINK_TOKENS
+    start = tl.maximum(thinking_slot, step_slot) if BY_STEP else thinking_slot
+    same_from = tl.where(is_thinking, start, tl.load(record + SUMMARY_SLOT))
+    bridge_from = tl.where(is_thinking, after_sinks, tl.maximum(thinking_slot, after_sinks))
+    is_divided = (tl.load(record + HAS_ASIDE) > 0) | (tl.load(record + COUNT) != own - first + 1)
+    return label, first, step_slot, after_sinks, same_from, bridge_from, is_thinking, is_active, is_active & is_divided
+
+
+@triton.jit
+def _by_label(
+    same, bridge, known, slot, label, first, step_slot, after_sinks, is_thinking, is_divided, BY_STEP: tl.constexpr
+):  # fmt: skip
+    """The groups of queries whose groups are no ranges, from the labels of the keys, [1, KEYS]."""
+    alike = known == label[:, None]
+    if BY_STEP:
+        alike = alike & ((slot[None, :] >= step_slot[:, None]) | ~is_thinking[:, None])
+    earlier = tl.where(is_thinking[:, None], ~alike & (known >= 0), known == label[:, None] - 1)
+    earlier = earlier & ((slot[None, :] < first[:, None]) | (slot[None, :] >= after_sinks[:, None]))
+    return tl.where(is_divided[:, None], alike, same), tl.where(is_divided[:, None], earlier, bridge)
 
 
 @triton.jit
@@ -147,19 +212,9 @@ def _ranged_attention(
     # The ranges of each query, from its own record.
     record = row * records_b + place * records_q
     own = tokens - queries + place
-    label, first = tl.load(records + record + LABEL), tl.load(records + record + FIRST_SLOT)
-    is_active = is_query & (tl.load(records + record + ACTIVE) > 0)
-    is_thinking = label % 3 == THINKS
-    thinking_slot = tl.load(records + record + THINKING_SLOT)
-    step_slot = tl.load(records + record + STEP_SLOT)
-    after_sinks = first + SINK_TOKENS
-    start = thinking_slot
-    if BY_STEP:
-        start = tl.maximum(start, step_slot)
-    same_from = tl.where(is_thinking, start, tl.load(records + record + SUMMARY_SLOT))
-    bridge_from = tl.where(is_thinking, after_sinks, tl.maximum(thinking_slot, after_sinks))
-    is_divided = tl.load(records + record + HAS_ASIDE) > 0
-    is_divided = is_active & (is_divided | (tl.load(records + record + COUNT) != own - first + 1))
+    label, first, step_slot, after_sinks, same_from, bridge_from, is_thinking, is_active, is_divided = _ranges(
+        records + record, own, is_query, BY_STEP, SINK_TOKENS
+    )
     by_label = tl.max(is_divided.to(tl.int32)) > 0
 
     column, value_column = tl.arange(0, D), tl.arange(0, DV)
@@ -167,15 +222,9 @@ def _ranged_attention(
         query + row * query_b + full_head[:, None] * query_h + place[:, None] * query_q + column[None, :],
         mask=is_query[:, None] & (column < WIDTH)[None, :], other=0.0,
     )  # fmt: skip
-    top_o, total_o, number_o = (
-        tl.full((ROWS,), _NOTHING, tl.float32),
-        tl.zeros((ROWS,), tl.float32),
-        tl.zeros((ROWS,), tl.float32),
-    )
-    top_s, total_s, number_s = top_o, total_o, number_o
-    top_b, total_b, number_b = top_o, total_o, number_o
-    mean_o = tl.zeros((ROWS, DV), tl.float32)
-    mean_s, mean_b = mean_o, mean_o
+    top_o, total_o, number_o, mean_o = _empty(ROWS, DV)
+    top_s, total_s, number_s, mean_s = _empty(ROWS, DV)
+    top_b, total_b, number_b, mean_b = _empty(ROWS, DV)
 
     offset = tl.maximum(tokens - keys, 0)
     last = tl.minimum(tl.minimum(keys, tokens - offset), tl.max(tl.where(is_query, own, 0)) + 1 - offset)
@@ -211,13 +260,9 @@ def _ranged_attention(
         is_bridge = is_active[:, None] & (slot[None, :] >= bridge_from[:, None]) & (slot[None, :] < same_from[:, None])
         if by_label:
             known = tl.load(every + row * every_b + slot * every_t + LABEL, mask=is_key, other=-1)[None, :]
-            alike = known == label[:, None]
-            if BY_STEP:
-                alike = alike & ((slot[None, :] >= step_slot[:, None]) | ~is_thinking[:, None])
-            earlier = tl.where(is_thinking[:, None], ~alike & (known >= 0), known == label[:, None] - 1)
-            earlier = earlier & ((slot[None, :] < first[:, None]) | (slot[None, :] >= after_sinks[:, None]))
-            is_same = tl.where(is_divided[:, None], alike, is_same)
-            is_bridge = tl.where(is_divided[:, None], earlier, is_bridge)
+            is_same, is_bridge = _by_label(
+                is_same, is_bridge, known, slot, label, first, step_slot, after_sinks, is_thinking, is_divided, BY_STEP
+            )
         is_same, is_bridge = is_same & visible, is_bridge & visible
         top_s, total_s, number_s, mean_s = _absorb(top_s, total_s, number_s, mean_s, logits, is_same, v)
         top_b, total_b, number_b, mean_b = _absorb(top_b, total_b, number_b, mean_b, logits, is_bridge, v)
@@ -225,21 +270,14 @@ def _ranged_attention(
         top_o, total_o, number_o, mean_o = _absorb(top_o, total_o, number_o, mean_o, logits, rest, v)
 
     if SPLITS == 1:
-        cap = tl.load(caps + full_head, mask=is_query, other=0.0)
-        sink = tl.full((ROWS,), _NOTHING, tl.float32)
-        if HAS_SINKS:
-            sink = tl.load(sinks + full_head, mask=is_query, other=0.0).to(tl.float32)
-        factor_o, factor_s, factor_b, before, after, usable = _lifted(
-            top_o, total_o, top_s, total_s, number_s, top_b, total_b, number_b, cap, sink, ABSOLUTE
-        )
+        mean, before, after, usable = _bridged(
+            top_o, total_o, mean_o, top_s, total_s, number_s, mean_s, top_b, total_b, number_b, mean_b,
+            caps, sinks, full_head, is_query, HAS_SINKS, ABSOLUTE,
+        )  # fmt: skip
         if HAS_SUMS:
             _note(sums, row * sums_b + full_head * sums_h, usable, before, after, is_query)
-        mean = mean_o * factor_o[:, None] + mean_s * factor_s[:, None] + mean_b * factor_b[:, None]
         target = ((row * queries + place) * HEADS * GROUP + full_head) * VALUE_WIDTH
-        tl.store(
-            out + target[:, None] + value_column[None, :], mean.to(out.dtype.element_ty),
-            mask=is_query[:, None] & (value_column < VALUE_WIDTH)[None, :],
-        )  # fmt: skip
+        _store(out + target[:, None] + value_column[None, :], mean, is_query, value_column < VALUE_WIDTH)
     else:
         part = ((row * HEADS + head) * tl.num_programs(0) + tile) * SPLITS + split
         _leave(parts, means, part * 3, top_o, total_o, number_o, mean_o, line, value_column, ROWS, DV)
@@ -260,12 +298,7 @@ def _leave(parts, means, place, top, total, number, mean, line, column, ROWS: tl
 @triton.jit
 def _gather(parts, means, place, line, column, ROWS: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr):
     """Joins the splits of a group."""
-    top, total, number = (
-        tl.full((ROWS,), _NOTHING, tl.float32),
-        tl.zeros((ROWS,), tl.float32),
-        tl.zeros((ROWS,), tl.float32),
-    )
-    mean = tl.zeros((ROWS, DV), tl.float32)
+    top, total, number, mean = _empty(ROWS, DV)
     for split in range(SPLITS):
         part = place + split * 3
         number_here = tl.load(parts + (part * 3 + 2) * ROWS + line)
@@ -297,21 +330,14 @@ def _merge_splits(
     top_o, total_o, _, mean_o = _gather(parts, means, part, line, value_column, ROWS, DV, SPLITS)
     top_s, total_s, number_s, mean_s = _gather(parts, means, part + 1, line, value_column, ROWS, DV, SPLITS)
     top_b, total_b, number_b, mean_b = _gather(parts, means, part + 2, line, value_column, ROWS, DV, SPLITS)
-    cap = tl.load(caps + full_head, mask=is_query, other=0.0)
-    sink = tl.full((ROWS,), _NOTHING, tl.float32)
-    if HAS_SINKS:
-        sink = tl.load(sinks + full_head, mask=is_query, other=0.0).to(tl.float32)
-    factor_o, factor_s, factor_b, before, after, usable = _lifted(
-        top_o, total_o, top_s, total_s, number_s, top_b, total_b, number_b, cap, sink, ABSOLUTE
-    )
+    mean, before, after, usable = _bridged(
+        top_o, total_o, mean_o, top_s, total_s, number_s, mean_s, top_b, total_b, number_b, mean_b,
+        caps, sinks, full_head, is_query, HAS_SINKS, ABSOLUTE,
+    )  # fmt: skip
     if HAS_SUMS:
         _note(sums, row * sums_b + full_head * sums_h, usable, before, after, is_query)
-    mean = mean_o * factor_o[:, None] + mean_s * factor_s[:, None] + mean_b * factor_b[:, None]
     target = ((row * queries + place) * HEADS * GROUP + full_head) * VALUE_WIDTH
-    tl.store(
-        out + target[:, None] + value_column[None, :], mean.to(out.dtype.element_ty),
-        mask=is_query[:, None] & (value_column < VALUE_WIDTH)[None, :],
-    )  # fmt: skip
+    _store(out + target[:, None] + value_column[None, :], mean, is_query, value_column < VALUE_WIDTH)
 
 
 @triton.jit
@@ -427,9 +453,17 @@ def _take(last, is_first, name: tl.constexpr, fresh: tl.constexpr):
 
 
 @triton.jit
-def _put(target, copy, name: tl.constexpr, number):
-    tl.store(target + name, number)
-    tl.store(copy + name, number)
+def _put(target, copy, name: tl.constexpr, first, second, third, fourth, TOKENS: tl.constexpr):
+    """Stores a column of a record and the three after it."""
+    tl.store(target + name, first)
+    tl.store(target + name + 1, second)
+    tl.store(target + name + 2, third)
+    tl.store(target + name + 3, fourth)
+    if TOKENS == 0:
+        tl.store(copy + name, first)
+        tl.store(copy + name + 1, second)
+        tl.store(copy + name + 2, third)
+        tl.store(copy + name + 3, fourth)
 
 
 @triton.jit
@@ -463,45 +497,53 @@ def _label(
     HAS_HEADERS: tl.constexpr, IMPLICIT: tl.constexpr, SHORTEST: tl.constexpr, SPAN: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """The new tokens of one row, one after the other."""
+    """The new tokens of one row."""
     row = tl.program_id(0).to(tl.int64)
     if HAS_LENGTH:
         start = tl.load(length).to(tl.int32)
     if HAS_OPENING:
         opening_slot = tl.load(opening).to(tl.int32)
+    if HAS_PADDING:
+        padding += row * padding_b
+    _walk(
+        records + row * records_b, None, made + row * queries * COLUMNS, ids + row * ids_b, padding, features,
+        transition, split_variant, split, marker_next, marker_found, marker_depth,
+        start, queries, size, opening_slot, states, marker_states, split_states, 0, records_t,
+        HAS_PADDING, HAS_SPLITS, HAS_HEADERS, IMPLICIT, SHORTEST, SPAN, COLUMNS, FEATURES, 0,
+    )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    records, table, made, ids, padding, features, transition, split_variant, split, marker_next, marker_found,
+    marker_depth, start, queries, size, opening_slot, states, marker_states, split_states, records_n, records_t,
+    HAS_PADDING: tl.constexpr, HAS_SPLITS: tl.constexpr, HAS_HEADERS: tl.constexpr, IMPLICIT: tl.constexpr,
+    SHORTEST: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, FEATURES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one row, one after the other; returns how many are bridged, and how many injected."""
     is_first = start == 0
-    last = records + row * records_b + (start - 1) * records_t
-    thinking_slot = _take(last, is_first, THINKING_SLOT, -1)
-    summary_slot = _take(last, is_first, SUMMARY_SLOT, -1)
-    step_slot = _take(last, is_first, STEP_SLOT, -1)
-    previous_start = _take(last, is_first, PREVIOUS_START, -1)
-    previous_end = _take(last, is_first, PREVIOUS_END, -1)
-    previous_count = _take(last, is_first, PREVIOUS_COUNT, 0)
-    first_slot = _take(last, is_first, FIRST_SLOT, -1)
-    has_aside = _take(last, is_first, HAS_ASIDE, 0)
-    count = _take(last, is_first, COUNT, 0)
-    rule_state = _take(last, is_first, RULE_STATE, 0)
-    marker_state = _take(last, is_first, MARKER_STATE, 0)
-    segment = _take(last, is_first, SEGMENT, 0)
-    return_segment = _take(last, is_first, RETURN_SEGMENT, 0)
-    in_header = _take(last, is_first, IN_HEADER, 0)
-    length_ = _take(last, is_first, LENGTH, 0)
-    blanks = _take(last, is_first, BLANKS, 0)
-    flags = _take(last, is_first, FLAGS, 0)
-    step_open = _take(last, is_first, STEP_OPEN, 0)
-    steps = _take(last, is_first, STEPS, 0)
-    thinking_steps = _take(last, is_first, THINKING_STEPS, 0)
-    step_end = _take(last, is_first, STEP_END, 0)
-    step_count = _take(last, is_first, STEP_COUNT, 0)
+    last = _record_at(records, table, tl.maximum(start - 1, 0), records_n, records_t, TOKENS)
+    thinking_slot, summary_slot = _take(last, is_first, THINKING_SLOT, -1), _take(last, is_first, SUMMARY_SLOT, -1)
+    step_slot, previous_start = _take(last, is_first, STEP_SLOT, -1), _take(last, is_first, PREVIOUS_START, -1)
+    previous_end, previous_count = _take(last, is_first, PREVIOUS_END, -1), _take(last, is_first, PREVIOUS_COUNT, 0)
+    first_slot, has_aside = _take(last, is_first, FIRST_SLOT, -1), _take(last, is_first, HAS_ASIDE, 0)
+    count, rule_state = _take(last, is_first, COUNT, 0), _take(last, is_first, RULE_STATE, 0)
+    marker_state, segment = _take(last, is_first, MARKER_STATE, 0), _take(last, is_first, SEGMENT, 0)
+    return_segment, in_header = _take(last, is_first, RETURN_SEGMENT, 0), _take(last, is_first, IN_HEADER, 0)
+    length_, blanks = _take(last, is_first, LENGTH, 0), _take(last, is_first, BLANKS, 0)
+    flags, step_open = _take(last, is_first, FLAGS, 0), _take(last, is_first, STEP_OPEN, 0)
+    steps, thinking_steps = _take(last, is_first, STEPS, 0), _take(last, is_first, THINKING_STEPS, 0)
+    step_end, step_count = _take(last, is_first, STEP_END, 0), _take(last, is_first, STEP_COUNT, 0)
     round_ = _take(last, is_first, ROUND, 0)
+    bridged, injected = start * 0, start * 0
     for place in range(queries):
         slot = start + place
-        token = tl.load(ids + row * ids_b + place).to(tl.int32)
+        token = tl.load(ids + place).to(tl.int32)
         is_hidden = token < token
         if HAS_PADDING:
-            is_hidden = tl.load(padding + row * padding_b + place) != 0
-        target = records + row * records_b + slot * records_t
-        copy = made + (row * queries + place) * COLUMNS
+            is_hidden = tl.load(padding + place) != 0
+        target = _record_at(records, table, slot, records_n, records_t, TOKENS)
+        copy = target if TOKENS > 0 else made + place * COLUMNS
         label, step, trigger, active = token * 0 - 1, token * 0 - 1, token * 0, token * 0
         if is_hidden == 0:
             feature = features + tl.where((token >= 0) & (token < size), token, size) * FEATURES
@@ -520,11 +562,8 @@ def _label(
                 step_end, step_count = tl.where(opens, 0, step_end), tl.where(opens, 0, step_count)
                 previous_count = tl.where(opens, 0, previous_count)
                 rule_state, step_open = tl.where(opens, 0, rule_state), tl.where(opens, 0, step_open)
-                length_, blanks, flags = (
-                    tl.where(opens, 0, length_),
-                    tl.where(opens, 0, blanks),
-                    tl.where(opens, 0, flags),
-                )
+                length_ = tl.where(opens, 0, length_)
+                blanks, flags = tl.where(opens, 0, blanks), tl.where(opens, 0, flags)
             marker = _at(feature, _MARKER_ROW) * marker_states + marker_state
             found, marker_state = _at(marker_found, marker), _at(marker_next, marker)
             marks = found > 0
@@ -622,11 +661,8 @@ def _label(
             in_header = tl.where(leaves_header, 0, in_header)
             restarts = resumes | sums_up | tool_ends
             rule_state, step_open = tl.where(restarts, 0, rule_state), tl.where(restarts, 0, step_open)
-            length_, blanks, flags = (
-                tl.where(restarts, 0, length_),
-                tl.where(restarts, 0, blanks),
-                tl.where(restarts, 0, flags),
-            )
+            length_ = tl.where(restarts, 0, length_)
+            blanks, flags = tl.where(restarts, 0, blanks), tl.where(restarts, 0, flags)
             round_ += opens.to(tl.int32)
             segment = tl.where(opens, THINKS, segment)
             thinking_slot = tl.where(opens, slot + 1, thinking_slot)
@@ -638,34 +674,16 @@ def _label(
             previous_count = tl.where(opens, 0, previous_count)
             rule_state, step_open = tl.where(opens, 0, rule_state), tl.where(opens, 0, step_open)
             length_, blanks, flags = tl.where(opens, 0, length_), tl.where(opens, 0, blanks), tl.where(opens, 0, flags)
-        _put(target, copy, LABEL, label)
-        _put(target, copy, STEP, step)
-        _put(target, copy, TRIGGER, trigger)
-        _put(target, copy, ACTIVE, active)
-        _put(target, copy, THINKING_SLOT, thinking_slot)
-        _put(target, copy, SUMMARY_SLOT, summary_slot)
-        _put(target, copy, STEP_SLOT, step_slot)
-        _put(target, copy, PREVIOUS_START, previous_start)
-        _put(target, copy, PREVIOUS_END, previous_end)
-        _put(target, copy, PREVIOUS_COUNT, previous_count)
-        _put(target, copy, FIRST_SLOT, first_slot)
-        _put(target, copy, HAS_ASIDE, has_aside)
-        _put(target, copy, COUNT, count)
-        _put(target, copy, TOKEN, tl.where(is_hidden, -1, token))
-        _put(target, copy, RULE_STATE, rule_state)
-        _put(target, copy, MARKER_STATE, marker_state)
-        _put(target, copy, SEGMENT, segment)
-        _put(target, copy, RETURN_SEGMENT, return_segment)
-        _put(target, copy, IN_HEADER, in_header)
-        _put(target, copy, LENGTH, length_)
-        _put(target, copy, BLANKS, blanks)
-        _put(target, copy, FLAGS, flags)
-        _put(target, copy, STEP_OPEN, step_open)
-        _put(target, copy, STEPS, steps)
-        _put(target, copy, THINKING_STEPS, thinking_steps)
-        _put(target, copy, STEP_END, step_end)
-        _put(target, copy, STEP_COUNT, step_count)
-        _put(target, copy, ROUND, round_)
+        _put(target, copy, LABEL, label, step, trigger, active, TOKENS)
+        _put(target, copy, THINKING_SLOT, thinking_slot, summary_slot, step_slot, previous_start, TOKENS)
+        _put(target, copy, PREVIOUS_END, previous_end, previous_count, first_slot, has_aside, TOKENS)
+        _put(target, copy, COUNT, count, tl.where(is_hidden, -1, token), rule_state, marker_state, TOKENS)
+        _put(target, copy, SEGMENT, segment, return_segment, in_header, length_, TOKENS)
+        _put(target, copy, BLANKS, blanks, flags, step_open, steps, TOKENS)
+        _put(target, copy, THINKING_STEPS, thinking_steps, step_end, step_count, round_, TOKENS)
+        bridged += active
+        injected += trigger
+    return bridged, injected
 
 
 def _mask_kind(mask: Tensor | None) -> tuple[Tensor | None, int, float]:

@@ -30,17 +30,21 @@ class LayerCache:
         layer: The `Attention` layer of vLLM.
         read: Its reader.
         table: Its block table, int32 [requests, blocks].
+
+    Attributes:
+        cache: The cache, [blocks, Hkv, N, 2 D].
+        table: The block table.
     """
 
     def __init__(self, layer: Any, read: Reader, table: Tensor):
-        self._cache, self._read, self._table = layer.kv_cache, read, table
+        self.cache, self._read, self.table = layer.kv_cache, read, table
 
     def gather(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a request at positions [first, last), [1, Hkv, last - first, D] each."""
-        tokens = self._cache.shape[2]
+        tokens = self.cache.shape[2]
         start, end = first // tokens, -(-last // tokens)
         within = slice(first - start * tokens, last - start * tokens)
-        parts = self._read(self._cache, self._table[row, start:end].long())
+        parts = self._read(self.cache, self.table[row, start:end].long())
         # Kernels take the numbers of a key side by side.
         key, value = (part.transpose(0, 1).contiguous().flatten(1, 2)[None, :, within] for part in parts)
         return key, value
@@ -50,9 +54,9 @@ class LayerCache:
 
         Past the end of a shorter one they are those of other requests.
         """
-        tokens = self._cache.shape[2]
-        table = self._table[rows, : -(-keys // tokens)].long()
-        parts = self._read(self._cache, table.flatten())
+        tokens = self.cache.shape[2]
+        table = self.table[rows, : -(-keys // tokens)].long()
+        parts = self._read(self.cache, table.flatten())
         key, value = (
             part.unflatten(0, table.shape).transpose(1, 2).contiguous().flatten(2, 3)[:, :, :keys] for part in parts
         )
@@ -65,9 +69,15 @@ class LayerCache:
             rows: Their requests, long [n].
             positions: Their positions, long [n].
         """
-        tokens = self._cache.shape[2]
-        blocks, place = self._table[rows, positions // tokens].long().unique(return_inverse=True)
-        return self._read(self._cache, blocks)[1][place, :, positions % tokens]
+        tokens = self.cache.shape[2]
+        blocks, place = self.table[rows, positions // tokens].long().unique(return_inverse=True)
+        return self._read(self.cache, blocks)[1][place, :, positions % tokens]
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a layer's cache holds the key and the value of a token side by side, as plain numbers."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    return layer.get_attn_backend().get_name() in PLAIN and layer.kv_cache.dtype in dtypes
 
 
 def reader_for(layer: Any) -> Reader:
@@ -80,7 +90,7 @@ def reader_for(layer: Any) -> Reader:
         StepFlowUnsupportedError: The backend's layout is not known.
     """
     name = layer.get_attn_backend().get_name()
-    if name in PLAIN and layer.kv_cache.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if is_plain(layer):
         return _read_plain
     if name == PACKED and layer.kv_cache_dtype == "auto":
         return _Packed(layer)

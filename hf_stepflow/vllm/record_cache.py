@@ -70,13 +70,17 @@ class RecordMetadata(AttentionMetadata):
 
     Attributes:
         starts: The first token of each request in the pass, and the number of all, int32 [requests + 1], on the host.
+        starts_there: The same on the device.
         lengths: Tokens of each request with those of the pass, int32 [requests].
+        longest: No request has more tokens.
         table: The block table, int32 [requests, blocks].
         slots: Slots of the tokens, long [n].
     """
 
     starts: Tensor
+    starts_there: Tensor
     lengths: Tensor
+    longest: int
     table: Tensor
     slots: Tensor
 
@@ -88,7 +92,12 @@ class _Builder(AttentionMetadataBuilder[RecordMetadata]):
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> RecordMetadata:
         common = common_attn_metadata
         return RecordMetadata(
-            common.query_start_loc_cpu, common.seq_lens, common.block_table_tensor, common.slot_mapping
+            common.query_start_loc_cpu,
+            common.query_start_loc,
+            common.seq_lens,
+            common.max_seq_len,
+            common.block_table_tensor,
+            common.slot_mapping,
         )
 
 

@@ -1,8 +1,12 @@
 """StepFlow in a worker of vLLM: on its model, once per pass and once per layer in which something is to be done.
 
 Before the model runs, the tokens of the pass are labelled and their records written at their slots. In the layers of
-the bridge and the injection, attention runs as vLLM has it; then the rows to which StepFlow applies are computed anew
-(`attention`). Layers and rows in which nothing is to be done keep vLLM's result bit for bit.
+the bridge and the injection, attention runs as vLLM has it; then the rows to which StepFlow applies are computed anew.
+Layers and rows in which nothing is to be done keep vLLM's result bit for bit.
+
+There are two forms. Where the device has kernels and the backend's caches are plain, everything runs on the device
+without a host read (`device_attention`): this is meant for GPUs, and has been run by Triton's interpreter only.
+Elsewhere tokens are labelled on the host, and rows are computed sequence by sequence (`attention`).
 """
 
 import functools
@@ -20,8 +24,10 @@ from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.forward import FlowPlan, FlowRules
 from hf_stepflow.runtime.step_detector import Field
 
-from .attention import bridge, inject, scaled_query
+from . import attention, device_attention
 from .block_layout import LayerCache, reader_for
+from .device_attention import DevicePass, kernels_for
+from .device_counts import DeviceCounts
 from .engine import counters_in, vocabulary_of
 from .record_cache import RecordCache, RecordMetadata
 from .requests import EngineSettings
@@ -49,12 +55,14 @@ class FlowWorker:
         self._rules: dict[str, FlowRules] = {}
         self.records = RecordCache(config, max(layers) + 1)
         self.counters = counters_in(config, 1 + config.parallel_config.data_parallel_rank) if self._rank == 0 else None
-        self._passes: list[PagedPass] = []
+        self._passes: list[Any] = []
         self._readers: dict[int, Any] = {}
         changed = set(layers) if settings.own is None else self._rules_of(settings.own).plan.changed
         for layer in layers if settings.takes_requests else sorted(changed):
             module = layers[layer]
             module.impl.forward = functools.partial(self._attend, layer, module, module.impl.forward)
+        self._layers = layers
+        self._switches: tuple[Any, list[tuple[FlowRules, Tensor, Tensor | None]]] = None, []
         runner.model.register_forward_pre_hook(self._begin)
         runner.model.register_forward_hook(self._end)
 
@@ -65,6 +73,9 @@ class FlowWorker:
         requests = self.runner.input_batch.num_reqs
         if not isinstance(metadata, dict) or self.records.name not in metadata or not requests:
             return  # a pass that only measures memory or warms up
+        if self._kernels is not None:
+            self._passes = self._label_there(metadata[self.records.name], requests)
+            return
         by_plan: dict[int, list[Sequence]] = {}
         for sequence in self._label(metadata[self.records.name], requests):
             by_plan.setdefault(id(sequence.plan), []).append(sequence)
@@ -88,6 +99,65 @@ class FlowWorker:
                 _of_rank(plan, self._heads, self._rank), vocabulary_of(settings, self.runner.vllm_config)
             )
         return self._rules[key]
+
+    @functools.cached_property
+    def _kernels(self) -> Any:
+        """The kernels of the device, which decide the form; None for that of the host."""
+        return kernels_for(self._layers.values(), self.runner.dtype, self.records.kv_cache.device)
+
+    @functools.cached_property
+    def _counts(self) -> DeviceCounts:
+        return DeviceCounts(self.records.kv_cache.device, self.counters)
+
+    def _label_there(self, where: RecordMetadata, requests: int) -> list[DevicePass]:
+        """Labels the tokens of a pass on the device, in one launch for all requests with the same settings.
+
+        Raises:
+            RuntimeError: A record was lost in an earlier pass.
+        """
+        if self._counts.lost:
+            raise RuntimeError(self._lost("a request", self._counts.lost))
+        passes = []
+        for rules, on, openings in self._switched(requests):
+            flow = DevicePass(
+                rules.plan,
+                self._kernels,
+                self.records.kv_cache,
+                where.table,
+                where.starts_there[: requests + 1],
+                where.lengths[:requests],
+                where.longest,
+                on,
+            )
+            flow.label(rules, self.runner.input_ids.gpu, openings, self._counts.sums)
+            passes.append(flow)
+        if passes:
+            self._counts.send()
+        return passes
+
+    def _switched(self, requests: int) -> list[tuple[FlowRules, Tensor, Tensor | None]]:
+        """The rules in a pass; which requests each is for, int32 [R]; and where implicit thinking starts in them.
+
+        Most passes have the requests of the one before, and then the tensors are the same.
+        """
+        rows = [self._request(row) for row in range(requests)]
+        chosen = [self.settings.chosen(row.sampling_params) for row in rows]
+        rules = [None if settings is None else self._rules_of(settings) for settings in chosen]
+        prompts = [row.num_prompt_tokens for row in rows]
+        key = [*map(id, rules), *prompts]
+        if self._switches[0] != key:
+            found = []
+            for one in {id(one): one for one in rules if one is not None}.values():
+                openings = self._there(prompts) if one.plan.settings.implicit_thinking else None
+                found.append((one, self._there([int(other is one) for other in rules]), openings))
+            self._switches = key, found
+        return self._switches[1]
+
+    def _there(self, numbers: list[int]) -> Tensor:
+        """Numbers as int32 on the device, by a copy that nobody waits for."""
+        device = self.records.kv_cache.device
+        tensor = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return tensor.to(device, non_blocking=True)
 
     def _label(self, where: RecordMetadata, requests: int) -> list[Sequence]:
         """The sequences with StepFlow, labelled and with their records written."""
@@ -133,22 +203,26 @@ class FlowWorker:
         for row, first in wanted:
             if found[row][Field.COUNT] != first:
                 name = self.runner.input_batch.req_ids[row]
-                raise RuntimeError(
-                    f"StepFlow's records of request {name!r} were lost: token {first} follows a record of token "
-                    f"{found[row][Field.COUNT]}. Blocks of the cache were moved without the layer "
-                    f"{self.records.name!r}; turn that off, or start the engine without StepFlow."
-                )
+                raise RuntimeError(self._lost(f"request {name!r}", first))
         return found
+
+    def _lost(self, request: str, first: int) -> str:
+        return (
+            f"StepFlow's records of {request} were lost: token {first} does not follow a record of the token before. "
+            f"Blocks of the cache were moved without the layer {self.records.name!r}; turn that off, or start the "
+            "engine without StepFlow."
+        )
 
     def _request(self, row: int) -> Any:
         return self.runner.requests[self.runner.input_batch.req_ids[row]]
 
     def _attend(self, layer: int, module: Any, run: Any, own: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attention of one layer in place of its implementation's forward."""
+        form: Any = attention if self._kernels is None else device_attention
         for flow in self._passes:
             gamma = flow.plan.gamma.get(layer)
             if gamma is not None:
-                query = scaled_query(flow, query, gamma, module.sliding_window)
+                query = form.scaled_query(flow, query, gamma, module.sliding_window)
         result = run(own, query, *args, **kwargs)
         cache = None
         for flow in self._passes:
@@ -159,9 +233,9 @@ class FlowWorker:
             output = kwargs["output"] if "output" in kwargs else args[4]
             cache = cache or self._cache(layer, module)
             if tau is not None:
-                bridge(flow, layer, module, tau, query, cache, output)
+                form.bridge(flow, layer, module, tau, query, cache, output)
             if is_injected:
-                inject(flow, module, cache, output)
+                form.inject(flow, module, cache, output)
         return result
 
     def _cache(self, layer: int, module: Any) -> LayerCache:

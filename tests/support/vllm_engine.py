@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 
+KERNELS = {"HF_STEPFLOW_ROUTE": "device", "TRITON_INTERPRET": "1"}
+
 
 def run_engine(
     model: Any,
@@ -32,6 +34,7 @@ def run_engine(
     max_tokens: int = 200,
     wants_prompt: bool = False,
     environment: dict[str, str] | None = None,
+    by_kernels: bool = False,
     timeout: float = 900,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -46,11 +49,13 @@ def run_engine(
         max_tokens: Tokens to generate.
         wants_prompt: Whether the log probabilities of the prompts' tokens are wanted.
         environment: Environment variables.
+        by_kernels: Whether StepFlow runs by its kernels, interpreted, on plain copies of the caches.
         timeout: In seconds.
         **arguments: Those of `vllm.LLM`.
 
     Returns:
-        "rounds": for each round and prompt "ids", "logprobs", "prompt_logprobs" and "cached" tokens; "metrics".
+        "rounds": for each round and prompt "ids", "logprobs", "prompt_logprobs" and "cached" tokens; "metrics";
+        "counts" of StepFlow.
 
     Raises:
         RuntimeError: The process failed; its last lines are the message.
@@ -62,6 +67,7 @@ def run_engine(
         "switches": switches or [None] * len(prompts),
         "max_tokens": max_tokens,
         "wants_prompt": wants_prompt,
+        "by_kernels": by_kernels,
         "arguments": {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "seed": 0} | arguments,
     }
     if settings is not None:
@@ -72,7 +78,7 @@ def run_engine(
         done = subprocess.run(
             [sys.executable, "-m", "tests.support.vllm_engine", str(asked), str(answered)],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT | (environment or {}),
+            env=os.environ | ENVIRONMENT | (KERNELS if by_kernels else {}) | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -86,7 +92,11 @@ def run_engine(
 def _main() -> None:
     from vllm import LLM, SamplingParams
 
+    from hf_stepflow.vllm.engine import counters_in
+
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job["by_kernels"]:
+        _copy_caches()
     engine = LLM(job["model"], disable_log_stats=False, **job["arguments"])
     rounds = []
     for _ in range(job["rounds"]):
@@ -103,7 +113,24 @@ def _main() -> None:
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
         rounds.append([_plain(output) for output in outputs])
     metrics = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
-    Path(sys.argv[2]).write_text(json.dumps({"rounds": rounds, "metrics": metrics}))
+    counters = counters_in(engine.llm_engine.vllm_config, 0)
+    counts = {} if counters is None else counters.read()
+    Path(sys.argv[2]).write_text(json.dumps({"rounds": rounds, "metrics": metrics, "counts": counts}))
+
+
+def _copy_caches() -> None:
+    """Lets the plugin find plain caches in the CPU backend: copies, made whenever a layer's cache is read."""
+    import torch
+
+    from hf_stepflow.vllm import device_attention, worker
+
+    class Copied(worker.LayerCache):
+        def __init__(self, layer: Any, read: Any, table: Any):
+            super().__init__(layer, read, table)
+            self.cache = torch.cat(read(self.cache, torch.arange(len(self.cache))), -1)
+
+    device_attention.is_plain = lambda layer: True
+    worker.LayerCache = Copied
 
 
 def _plain(output: Any) -> dict[str, Any]:

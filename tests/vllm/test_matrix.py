@@ -188,3 +188,28 @@ def test_architectures_equal_transformers(model_type: str, tmp_path: Any) -> Non
     assert max(differences) > 100 * TOLERANCE
     found = run_engine(folder, [list(ids) for ids in half], settings=TINY, max_tokens=40, wants_prompt=True)
     assert_equal(found["rounds"][0], wanted)
+
+
+# Small enough for an interpreter: few blocks, which are copied, and prompts in chunks.
+BY_KERNELS: dict[str, Any] = {
+    "by_kernels": True, "num_gpu_blocks_override": 40, "block_size": 32, "max_model_len": 400,
+    "max_num_batched_tokens": 100, "max_tokens": 6, "wants_prompt": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss"])
+def test_kernels_equal_transformers(model_type: str, tmp_path: Any) -> None:
+    """The form for GPUs, by Triton's interpreter: requests with two settings, and without StepFlow, in one batch."""
+    folder = make_tiny(model_type, tmp_path)
+    half = prompts("chains-4", 1, 0.5) + prompts("errands-60", 1, 0.3)
+    other = TINY | {"bridge_scope": "step", "oeb_heads": {"0": [0, 3], "1": [2]}, "length_temperature": 0.5}
+    other |= {"length_temperature_base": 16, "tool_start": [" counts", " has"], "tool_end": ["."], "smi_window": 2}
+    switches = [None, None, other, other, False, False]
+    found = run_engine(
+        folder, [list(ids) for ids in half] * 3, switches=switches,
+        additional_config={"stepflow": TINY, "stepflow_requests": True}, **BY_KERNELS,
+    )  # fmt: skip
+    wanted = [answer for settings in (TINY, other, False) for answer in expected(folder, half, settings, 6)]
+    assert_equal(found["rounds"][0], wanted)
+    assert found["counts"]["bridged_tokens"] > 100
+    assert found["counts"]["injections"] > 10
