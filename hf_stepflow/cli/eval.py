@@ -63,6 +63,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_arguments(parser)
     parser.add_argument("--out", type=Path, help="JSONL file of the results; a run that was stopped resumes from it")
+    parser.add_argument(
+        "--until",
+        type=str.lower,
+        choices=("decided",),
+        help="stop once every arm is measurably better or worse than the first, by a test that holds at any time",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--no-check",
@@ -108,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         run_code=args.run_code,
         check=not args.no_check,
+        until=args.until,
         **sampling,
     )
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)

@@ -12,6 +12,7 @@ from hf_stepflow.runtime.step_detector import SUMMARY, THINKING, Field, StepVoca
 from .answers import CORRECT, judge, votes
 from .arms import Arm
 from .emphasis import emphasised_tokens
+from .loops import ends_in_loop
 from .problem import EvalProblem
 
 
@@ -88,8 +89,9 @@ class ResponseMaker:
 
         Returns:
             For each problem its outcome, answer, right, tokens (of all samples), seconds (its share of the batch),
-            steps and text; `votes` if there are several samples: for each its tokens, answer and outcome, and whether
-            the vote up to it is right; and `stepflow` if StepFlow was on: its mean effect.
+            steps, loops (the samples that end in one) and text; `votes` if there are several samples: for each its
+            tokens, answer and outcome, and whether the vote up to it is right; and `stepflow` if StepFlow was on: its
+            mean effect.
         """
         places = None
         if arm.rival is not None:
@@ -113,6 +115,7 @@ class ResponseMaker:
                 "tokens": sum(len(one.ids) for one in own),
                 "seconds": round(seconds / len(problems), 4),
                 "steps": chosen.steps,
+                "loops": sum(not one.is_finished and ends_in_loop(one.ids) for one in own),
                 "text": chosen.text,
             }
             if arm.samples > 1:

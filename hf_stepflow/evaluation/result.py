@@ -9,7 +9,17 @@ from typing import Any
 from .answers import NO_ANSWER, UNFINISHED
 from .arms import Arm
 from .matched_tokens import ArmCompute, CurvePoint, compute_of
-from .statistics import Estimate, PairedComparison, adjust, compare, mean, proportion, ratio
+from .statistics import (
+    CONFIDENCE,
+    Estimate,
+    PairedComparison,
+    adjust,
+    compare,
+    mean,
+    proportion,
+    ratio,
+    sequential_p_value,
+)
 from .store import read_results
 
 # Results of one arm, by problem and sample.
@@ -25,6 +35,7 @@ class ArmSummary:
         accuracy: The share of right responses, with Wilson's interval, or a bootstrap over problems if each was
             answered more than once.
         outcomes: The number of responses by outcome.
+        loops: The number of responses that end in a loop; None where results of an earlier release do not say.
         tokens: The mean tokens of a response.
         steps: The mean thinking steps of a response.
         seconds: The time of all batches.
@@ -33,6 +44,7 @@ class ArmSummary:
     name: str
     accuracy: Estimate
     outcomes: dict[str, int]
+    loops: int | None
     tokens: float
     steps: float
     seconds: float
@@ -107,6 +119,19 @@ class EvaluationResult:
         return len(self._by_arm[self.reference]) == self.run["n_problems"] * self.run["n_samples"]
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether the run stops as soon as it is decided, so that p-values must hold at any time."""
+        return self.run.get("until") is not None
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether every arm is measurably better or worse than the first, by a test that holds at any time."""
+        first, *others = ([row["right"] for row in own.values()] for own in self._by_arm.values())
+        pairs = [list(zip(own, first, strict=True)) for own in others]
+        p_values = [sequential_p_value(pair.count((True, False)), pair.count((False, True))) for pair in pairs]
+        return self.is_sequential and all(value < 1 - CONFIDENCE for value in adjust(p_values))
+
+    @property
     def reference(self) -> str:
         """The arm with which the others are compared: the first."""
         return next(iter(self.run["arms"]))
@@ -121,7 +146,13 @@ class EvaluationResult:
         first, seed = self._by_arm[self.reference], self.run["seed"]
         others = {name: own for name, own in self._by_arm.items() if name != self.reference and own}
         paired = {
-            name: compare(_grouped(first, "problem", "right"), _grouped(own, "problem", "right"), seed, len(others))
+            name: compare(
+                _grouped(first, "problem", "right"),
+                _grouped(own, "problem", "right"),
+                seed,
+                len(others),
+                self.is_sequential,
+            )
             for name, own in others.items()
         }
         adjusted = adjust([one.p_value for one in paired.values()])
@@ -166,6 +197,7 @@ class EvaluationResult:
             "run": self.run,
             "about": self.about,
             "is_complete": self.is_complete,
+            "is_decided": self.is_decided,
             "arms": [asdict(one) for one in self.arms()],
             "comparisons": [asdict(one) for one in self.comparisons],
             "verdicts": self.verdicts(),
@@ -174,19 +206,26 @@ class EvaluationResult:
 
     def __str__(self) -> str:
         lines = []
-        if not self.is_complete:
-            asked = self.run["n_problems"] * self.run["n_samples"]
-            shared = len(self._by_arm[self.reference])
+        asked = self.run["n_problems"] * self.run["n_samples"]
+        shared = len(self._by_arm[self.reference])
+        if not self.is_complete and self.is_decided:
+            saved = (asked - shared) * len(self.run["arms"])
+            lines.append(
+                f"Decided after {shared} of {asked} problems, which saved {saved} responses. The test (p below) holds "
+                "at any time; the intervals are those of a run of this length."
+            )
+        elif not self.is_complete:
             lines.append(f"Not finished: {shared} of {asked} responses are there for every arm.")
         width = max(20, *map(len, self.run["arms"]))
-        head = f"{'arm':<{width}} {'right':>5} {'95 %':>13} {'no ans.':>7} {'unfin.':>6} "
+        head = f"{'arm':<{width}} {'right':>5} {'95 %':>13} {'no ans.':>7} {'unfin.':>6} {'loops':>5} "
         head += f"{'tokens':>7} {'steps':>5} {'s':>7}"
         lines += [head, "-" * len(head)]
         for one in self.arms():
             value, _, interval = percent(one.accuracy).partition(" ")
             lines.append(
                 f"{one.name:<{width}} {value:>5} {interval:>13} {one.outcomes.get(NO_ANSWER, 0):>7} "
-                f"{one.outcomes.get(UNFINISHED, 0):>6} {one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
+                f"{one.outcomes.get(UNFINISHED, 0):>6} {'' if one.loops is None else one.loops:>5} "
+                f"{one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
             )
         if self.compute is not None:
             lines += ["", *_compute_lines(*self.compute, self.reference, width)]
@@ -203,6 +242,7 @@ def _summary(name: str, own: Results, run: dict[str, Any]) -> ArmSummary:
         name,
         accuracy,
         dict(Counter(row["outcome"] for row in rows)),
+        sum(row["loops"] for row in rows) if all("loops" in row for row in rows) else None,
         sum(row["tokens"] for row in rows) / len(rows),
         sum(row["steps"] for row in rows) / len(rows),
         sum(row["seconds"] for row in rows),

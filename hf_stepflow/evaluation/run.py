@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def evaluate(
     template: dict[str, Any] | None = None,
     keep_ids: bool = False,
     check: bool = True,
+    until: str | None = None,
     **generation: Any,
 ) -> EvaluationResult:
     """Runs every arm on the same problems and compares it with the first.
@@ -65,6 +67,8 @@ def evaluate(
         keep_ids: Whether to keep the token ids of the responses.
         check: Whether to stop if the first responses show that the run can mean nothing: none that ended has an
             answer, or StepFlow was on and did nothing. Otherwise there is a warning at the end.
+        until: "decided" stops as soon as every arm is measurably better or worse than the first, by a test that holds
+            whenever one looks; batches then come in random order. None answers every problem.
         **generation: Further arguments of `generate`, such as `do_sample`, `temperature`, `top_p`.
 
     Raises:
@@ -86,6 +90,13 @@ def evaluate(
     if n_samples > 1 and not generation.get("do_sample"):
         raise StepFlowInputError(
             f"n_samples={n_samples} greedy responses would all be the same", hint="pass do_sample=True, or n_samples=1"
+        )
+    if until not in (None, "decided"):
+        raise StepFlowInputError(f"until must be None or 'decided', got {until!r}")
+    if until is not None and n_samples > 1:
+        raise StepFlowInputError(
+            f"until={until!r} looks at whole problems, and a batch may hold some of the {n_samples} samples of one",
+            hint="leave until or n_samples out; arms that vote on samples of their own are fine",
         )
     if generation.get("num_return_sequences", 1) != 1:
         raise StepFlowInputError("evaluate takes no num_return_sequences", hint="use n_samples or Arm(samples=...)")
@@ -124,6 +135,8 @@ def evaluate(
             "seed": seed,
             "generation": {**generation, **(template or {})},
         }
+        if until is not None:
+            header["until"] = until
         try:
             json.dumps(header)
         except TypeError as error:
@@ -165,8 +178,13 @@ def _answer(
     if check:
         for name, first in first_responses.items():
             first.check(own[name])
+    starts = list(enumerate(range(0, len(items), size)))
+    if "until" in store.header:  # else the first problems would all be short
+        random.Random(seed).shuffle(starts)
     try:
-        for number, start in enumerate(range(0, len(items), size)):
+        for number, start in starts:
+            if "until" in store.header and EvaluationResult(store.header, {}, store.results).is_decided:
+                break
             batch = items[start : start + size]
             asked = [problems[index] for index, _ in batch]
             for name in list(arms) if number % 2 == 0 else reversed(arms):  # no arm is always the one that warms up

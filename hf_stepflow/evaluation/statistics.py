@@ -78,7 +78,11 @@ def ratio(
 
 
 def compare(
-    first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], seed: int = 0, comparisons: int = 1
+    first: Sequence[Sequence[bool]],
+    second: Sequence[Sequence[bool]],
+    seed: int = 0,
+    comparisons: int = 1,
+    is_sequential: bool = False,
 ) -> PairedComparison:
     """Compares two arms; resampling draws problems, so that the samples of one problem stay together.
 
@@ -87,6 +91,8 @@ def compare(
         second: The same problems and samples in the other arm.
         seed: The seed of the resampling.
         comparisons: The number of comparisons made at once, for which `smallest_delta` allows.
+        is_sequential: Whether somebody looked before the end and may have stopped: the p-value is then that of
+            `sequential_p_value`.
     """
     one, other = ([np.asarray(row, float) for row in rows] for rows in (first, second))
     differences = np.array([b.mean() - a.mean() for a, b in zip(one, other, strict=True)])
@@ -96,7 +102,9 @@ def compare(
     return PairedComparison(
         problems=len(differences),
         delta=mean_difference(differences, seed),
-        p_value=paired_p_value(differences, is_single, seed),
+        p_value=sequential_p_value(int((differences > 0).sum()), int((differences < 0).sum()))
+        if is_sequential
+        else paired_p_value(differences, is_single, seed),
         gained=gained,
         lost=lost,
         harm_rate=proportion(lost, right) if right and is_single else None,
@@ -137,6 +145,25 @@ def paired_p_value(differences: np.ndarray, is_single: bool, seed: int = 0) -> f
         rng=np.random.default_rng(seed),
     )
     return float(test.pvalue)
+
+
+def sequential_p_value(gained: int, lost: int) -> float:
+    """A p-value that holds whenever one looks, and however often: that neither arm is better on a problem.
+
+    Where the arms differ on a problem, either is right with probability 1/2 if neither is better. The likelihood ratio
+    to that of all other probabilities at once, each equally likely before, is a martingale then, which exceeds 1 / p
+    at any time with probability p at most (Ville's inequality; the mixture is Robbins', 1970).
+
+    Args:
+        gained: The number of problems that only the second arm has solved so far.
+        lost: The number of those that only the first arm has.
+
+    Example:
+        >>> [round(sequential_p_value(gained, 0), 4) for gained in (0, 4, 8, 12)]
+        [1.0, 0.3125, 0.0352, 0.0032]
+    """
+    logarithm = math.lgamma(gained + 1) + math.lgamma(lost + 1) - math.lgamma(gained + lost + 2)
+    return min(1.0, math.exp(-logarithm - (gained + lost) * math.log(2)))
 
 
 def smallest_delta(differences: np.ndarray, is_single: bool, level: float = 1 - CONFIDENCE) -> float | None:
