@@ -19,10 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .bridge import (
     Attention,
     DecodeRanges,
-    MergeFloors,
     Run,
     bridge_floors,
     bridged_merge,
+    bridged_mixture,
     bridged_weights,
     joined,
     slots_within,
@@ -47,7 +47,7 @@ _DENSE_QUERIES = 16
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
 # The kernel behind scaled_dot_product_attention on a CPU, which also reports the log-sum-exp of the logits.
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass
@@ -164,6 +164,8 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
             return flow.attend(link.layer, flow_attention, module, (query, key, value), attention_mask, kwargs)
         if not torch.compiler.is_compiling():
             flow.reached[link.layer] = handed_down is not None
+        if attend is None and link.layer not in flow.plan.changed:
+            return base(module, query, key, value, attention_mask, **kwargs)
         flow = flow.last(query.shape[2])
         gamma = flow.plan.gamma.get(link.layer)
         if gamma is not None:
@@ -272,68 +274,69 @@ class BridgedCall(AttentionCall):
         query = self.query.reshape(shape)
         key = "decode", self.key.shape[2], shape, query.dtype, self.tau
         ranges = self.flow.found(self.mask, key, self._ranges)
-        whole = self._attend(query, None, 0, ranges.keys, attn_mask=ranges.bias)
-        if ranges.floors is None:
-            return whole[0].reshape(batch, 1, heads, -1)
+        whole = None
+        if ranges.has_others or ranges.same is None:
+            whole = self._attend(query, None, 0, ranges.keys, attn_mask=ranges.bias)
+            if ranges.same is None:
+                return whole[0].reshape(batch, 1, heads, -1)
         bridge = self._attend(query, None, *ranges.bridge, attn_mask=ranges.bridge_bias)
-        same = None
-        if ranges.same is not None:
-            same = self._attend(query, None, *ranges.same, attn_mask=ranges.same_bias)
-        output, log_before, least = bridged_merge(
-            whole, bridge, same, ranges.floors, self.flow.plan.settings.bridge_floor, query.new_empty(shape)
-        )
+        same = self._attend(query, None, *ranges.same, attn_mask=ranges.same_bias)
+        floors, floor, out = ranges.floors, self.flow.plan.settings.bridge_floor, query.new_empty(shape)
+        if whole is None:
+            output, before, least = bridged_mixture(same, bridge, floors, out)
+        else:
+            output, before, least = bridged_merge(whole, bridge, same, floors, floor, out)
         if self.flow.state.tally is not None:
-            self.flow.state.tally.note_bridge(self.layer, log_before, least, ranges.floors.share)
+            self.flow.state.tally.note_bridge(self.layer, before, least, floors)
         return output.view(batch, 1, heads, -1)
 
-    def _ranges(self) -> "DecodeRanges":
+    def _ranges(self) -> DecodeRanges:
         """The ranges of one query a row, for all layers that see the same keys through the same mask."""
         runs, total, offset, keys = self._known()
-        batch, dtype, device = self.query.shape[0], self.query.dtype, self.query.device
-        bias = None if self.mask is None else _bias(self.mask[..., :keys], dtype, float("-inf"))
+        batch, mask, dtype = self.query.shape[0], self.mask, self.query.dtype
         bridge = slots_within(min(run.bridge[0] for run in runs), max(run.bridge[1] for run in runs), offset, keys)
-        same = slots_within(min(run.same for run in runs), total, offset, keys)
+        # Without a mask a query sees what its records call padding.
+        has_others = any(run.has_others or (mask is None and run.bridge[0] > 0) for run in runs)
+        bias = None
+        if mask is not None and (has_others or bridge[0] == bridge[1]):
+            bias = _bias(mask[..., :keys], dtype, float("-inf"))
         if bridge[0] == bridge[1]:
-            return DecodeRanges(keys, bias, bridge)
-        has_others = any(run.has_others for run in runs)
-        heads = (1, 1) if isinstance(self.tau, float) else (self.key.shape[1], len(self.tau) // self.key.shape[1])
-        if self.mask is None and len(runs) == batch and len({(run.same, run.bridge) for run in runs}) == 1:
-            floors = MergeFloors.of_numbers(same[1] - same[0], bridge[1] - bridge[0], self.tau, self.query)
-            floors = floors.reshape(1, *heads)
-            return DecodeRanges(keys, bias, bridge, None, same if has_others else None, None, floors)
-        bounds = [[0] * 4 for _ in range(batch)]
+            return DecodeRanges(keys, bias)
+        one = runs[0]
+        heads = (1, 1) if isinstance(self.tau, float) else (self.key.shape[1], -1)
+        if mask is None and len(runs) == batch and all(run[3:5] == one[3:5] for run in runs):  # `same`, `bridge`
+            same = slots_within(one.same, total, offset, keys)
+            n_same, n_bridge = same[1] - same[0], bridge[1] - bridge[0]
+            root = math.sqrt(n_bridge / (n_bridge + n_same))
+            cap = self.tau if isinstance(self.tau, float) else self._caps().view(1, *heads)
+            floors = min(root, cap) if isinstance(cap, float) else cap.clamp(max=root)
+            return DecodeRanges(keys, bias, has_others, bridge, same, floors)
+        # Where attention over all keys is not wanted, a query that is not bridged has all of them in S.
+        bounds = [(0, 0 if has_others else total, 0, 0)] * batch
         for run in runs:
-            bounds[run.row] = [run.same, total, *run.bridge]
-        limits = torch.tensor(bounds, device=device)[:, :, None] - offset
-        n_same, same_bias = self._members(same, limits[:, :2], has_others)
-        n_bridge, bridge_bias = self._members(bridge, limits[:, 2:], True)
-        floors = MergeFloors.of(self._floors(n_same, n_bridge)).reshape(batch, *heads)
-        return DecodeRanges(keys, bias, bridge, bridge_bias, same if has_others else None, same_bias, floors)
-
-    def _members(
-        self, within: tuple[int, int], limits: torch.Tensor, wants_bias: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """How many keys of its range each row sees, [B, 1], and what takes the logits of all others out of them.
-
-        Args:
-            within: The keys that are looked at.
-            limits: First key of each row and the one after its last, [B, 2, 1].
-            wants_bias: Whether the bias [B, 1, 1, keys] is wanted.
-        """
-        slots = torch.arange(*within, device=limits.device)
-        member = ((slots >= limits[:, 0]) & (slots < limits[:, 1]))[:, None, None]
-        added = torch.zeros((), dtype=self.query.dtype, device=limits.device)
-        if self.mask is not None:
-            seen, added = _seen_and_added(self.mask[..., within[0] : within[1]], self.query.dtype)
+            bounds[run.row] = (run.same, total, *run.bridge)
+        same = slots_within(min(bound[0] for bound in bounds if bound[1]), total, offset, keys)
+        first, last = torch.tensor(bounds, device=self.query.device).view(batch, 2, 2, 1).unbind(2)
+        slots = torch.arange(offset, offset + keys, device=self.query.device)
+        member = (slots >= first) & (slots < last)  # of S and of B, [B, 2, keys]
+        added = torch.zeros((), dtype=dtype, device=self.query.device)
+        if mask is not None:
+            seen, added = _seen_and_added(mask[:, 0, :, :keys], dtype)
             member = member & seen
-        bias = torch.where(member, added, torch.finfo(self.query.dtype).min / 2) if wants_bias else None
-        return member.sum(-1).flatten(1), bias
+        of_same, of_bridge = torch.where(member, added, torch.finfo(dtype).min / 2)[:, :, None, None].unbind(1)
+        floors = self._floors(*member.sum(-1, keepdim=True).unbind(1)).view(batch, *heads)
+        biases = of_bridge[..., slice(*bridge)], of_same[..., slice(*same)]
+        return DecodeRanges(keys, bias, has_others, bridge, same, floors, *biases)
+
+    def _caps(self) -> torch.Tensor:
+        """The caps of the floors, [H], or [1] where all heads share it."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        return torch.tensor(self.tau, dtype=dtype, device=self.query.device).reshape(-1)
 
     def _floors(self, n_same: torch.Tensor, n_bridge: torch.Tensor) -> torch.Tensor:
-        """The floors for numbers of keys that broadcast with [H] (or [1] where all heads share the cap)."""
-        dtype = torch.promote_types(self.query.dtype, torch.float32)
-        cap = torch.tensor(self.tau, dtype=dtype, device=self.query.device).reshape(-1)
-        return bridge_floors(n_same, n_bridge, cap, dtype)
+        """The floors for numbers of keys that broadcast with the caps."""
+        caps = self._caps()
+        return bridge_floors(n_same, n_bridge, caps, caps.dtype)
 
     def _known(self) -> tuple[list[Run], int, int, int]:
         """The runs, the number of tokens, the slot of the first key and the number of keys that are filled."""
@@ -364,7 +367,7 @@ class BridgedCall(AttentionCall):
         if self.mask is not None:
             mask = self.mask[rows if self.mask.shape[0] > 1 else slice(None), :, some]
 
-        def find() -> tuple[MergeFloors, bool]:
+        def find() -> tuple[torch.Tensor, bool]:
             """The floors of the queries, [1, 1 or H, c], and whether the mask changes anything about the bridge."""
             n_same = torch.arange(own - same_start, last - same_start, device=query.device)[None, :, None] + 1
             n_bridge, is_masked = torch.full_like(n_same, end - start), False
@@ -374,7 +377,7 @@ class BridgedCall(AttentionCall):
                     seen[:, 0, :, part].sum(-1, keepdim=True) for part in (slice(same_start, last), bridge)
                 )
                 is_masked = bool((n_bridge < end - start).any() or (added[..., bridge] if added.ndim else added).any())
-            return MergeFloors.of(self._floors(n_same, n_bridge).mT), is_masked
+            return self._floors(n_same, n_bridge).mT, is_masked
 
         bridge = slice(start, end)
         key = "floors", run, self.key.shape[2], query.dtype, self.tau
@@ -389,13 +392,10 @@ class BridgedCall(AttentionCall):
             if same_start < own:
                 over_same = joined(over_same, self._attend(query, rows, same_start, own))
         part = whole[0][rows, :, some], whole[1][rows, :, some]
-        _, log_before, least = bridged_merge(
-            part, over_bridge, over_same, floors, self.flow.plan.settings.bridge_floor, part[0]
-        )
+        floor = self.flow.plan.settings.bridge_floor
+        _, before, least = bridged_merge(part, over_bridge, over_same, floors, floor, part[0])
         if self.flow.state.tally is not None:
-            before, usable = log_before.exp(), floors.share
-            after = torch.maximum(before, usable if least is None else least)
-            self.flow.state.tally.add_bridge(self.layer, before, after, usable, run.row)
+            self.flow.state.tally.add_bridge(self.layer, before, before.clamp(min=least), floors, run.row)
 
     def rewrite(self, output: torch.Tensor, weights: torch.Tensor | None) -> Output:
         """Many queries: the base's output, with the bridged queries computed anew, chunk by chunk."""

@@ -12,12 +12,12 @@ proportions inside each group do not.
   second form for extreme masses and without asking the device.
 * `bridged_merge` is the form where the keys of a group are a range: the output of ordinary attention, moved by that of
   attention over the bridge alone.
+* `bridged_mixture` is the form where, besides, S and B are all that a query sees: attention over each, mixed.
 
 Shapes: B batch, H query heads, Hkv key-value heads, G = H / Hkv, c queries, K keys.
 """
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -216,8 +216,7 @@ def bridged_weights(
     return weights * scale, before / total, after / total
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring queries of one row whose bridge is one range of slots, the same for all of them.
 
     The keys of S are the slots from `same` to the query's own.
@@ -228,7 +227,7 @@ class Run:
         last: The one after the last.
         same: The first slot of S.
         bridge: The slots of B, [start, end).
-        has_others: Whether keys in neither group may hold mass.
+        has_others: Whether keys in neither group may hold mass, where the mask hides padding.
     """
 
     row: int
@@ -239,31 +238,31 @@ class Run:
     has_others: bool
 
 
-def runs_of(row: int, records: list[list[int]], slot: int, settings: StepFlowSettings) -> list[Run] | None:
-    """The runs of a row's bridged queries; None where the keys of a group are not one range.
+def runs_of(records: list[list[list[int]]], slot: int, settings: StepFlowSettings) -> list[Run] | None:
+    """The runs of the bridged queries, row by row; None where the keys of a group are not one range.
 
     Tool results within the round and padding within the trace are what divides a group.
 
     Args:
-        row: The row.
-        records: The records of its queries.
+        records: The records of the queries of each row.
         slot: Slot of the first of them.
         settings: The settings.
     """
     runs: list[Run] = []
-    first, ranges = 0, None
-    for query, record in enumerate(records):
-        now = None
-        if record[Field.ACTIVE]:
-            now = _ranges_of(record, slot + query, settings)
-            if now is None:
-                return None
-        if now != ranges:
-            if ranges is not None:
-                runs.append(Run(row, first, query, *ranges))
-            first, ranges = query, now
-    if ranges is not None:
-        runs.append(Run(row, first, len(records), *ranges))
+    for row, of_row in enumerate(records):
+        first, ranges = 0, None
+        for query, record in enumerate(of_row):
+            now = None
+            if record[Field.ACTIVE]:
+                now = _ranges_of(record, slot + query, settings)
+                if now is None:
+                    return None
+            if now != ranges:
+                if ranges is not None:
+                    runs.append(Run(row, first, query, *ranges))
+                first, ranges = query, now
+        if ranges is not None:
+            runs.append(Run(row, first, len(of_row), *ranges))
     return runs
 
 
@@ -274,9 +273,9 @@ def is_divided(record: list[int], slot: int) -> bool:
 
 def _ranges_of(record: list[int], slot: int, settings: StepFlowSettings) -> "tuple[int, tuple[int, int], bool] | None":
     """What `Run` holds of one query, or None where its groups are no ranges."""
-    first, start = record[Field.FIRST_SLOT], record[Field.THINKING_SLOT]
     if is_divided(record, slot):
         return None
+    first, start = record[Field.FIRST_SLOT], record[Field.THINKING_SLOT]
     after_sinks = first + settings.sink_tokens
     if record[Field.LABEL] % 3 == THINKING:
         if settings.bridge_scope == "step":
@@ -292,8 +291,8 @@ Attention = tuple[Tensor, Tensor]
 
 
 def bridged_merge(
-    whole: Attention, bridge: Attention, same: Attention | None, floors: "MergeFloors", floor: str, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    whole: Attention, bridge: Attention, same: Attention | None, floors: Tensor | float, floor: str, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor | float]:
     """Bridges attention over all keys, given attention over the bridge alone.
 
     Moving mass from S to B moves the output along the difference of their means, so no weight is formed. Where S and
@@ -303,57 +302,42 @@ def bridged_merge(
         whole: Attention over all keys, [..., q, D] and [..., q]; the means may be in half precision.
         bridge: Attention over the bridge. Finite values where it is empty.
         same: Attention over the current segment; None where S and B are all that any of the queries sees.
-        floors: The floors, broadcastable to [..., q].
+        floors: The floors, as `bridge_floors` returns them, broadcastable to [..., q], or one for all.
         floor: "share" or "absolute".
         out: Where the output goes, [..., q, D]; may be that of `whole`.
 
     Returns:
-        The output; the log of the mass of the bridge before, [..., q]; and the mass that it has at least
-        afterwards, [..., q], None for the floors.
+        The output; the mass of the bridge before, [..., q]; and the mass that it has at least afterwards, [..., q] or
+        of the shape of the floors.
     """
     log_bridge = bridge[1] - whole[1]
+    mass = log_bridge.exp()
     if same is None:
-        kept = torch.minimum(torch.expm1(log_bridge), floors.rest)  # minus the mass of S afterwards
-        moved = torch.addcdiv(floors.one, floors.rest, kept, value=-1)
-        return _moved(whole[0], bridge[0], whole[0], moved, out), log_bridge, None
-    mass, share = log_bridge.exp(), floors.share
+        rest = floors - 1
+        kept = torch.expm1(log_bridge).clamp(max=rest)  # minus the mass of S afterwards
+        return _moved(whole[0], bridge[0], whole[0], 1 - rest / kept, out), mass, floors
     held = mass + (same[1] - whole[1]).exp()
-    if floor == "absolute":
-        share = torch.where(share < held, share / held, 0.0)
+    share = torch.where(floors < held, floors / held, 0.0) if floor == "absolute" else floors
     least = share * held
-    return _moved(whole[0], bridge[0], same[0], (least - mass).clamp(min=0), out), log_bridge, least
+    return _moved(whole[0], bridge[0], same[0], (least - mass).clamp(min=0), out), mass, least
 
 
-@dataclass(frozen=True)
-class MergeFloors:
-    """The floors of a merge, with what each layer would otherwise work out again.
+def bridged_mixture(
+    same: Attention, bridge: Attention, floors: Tensor | float, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Bridges attention to S and B, given attention over each, where they are all that the queries see.
 
-    Attributes:
-        share: The floors, as `bridge_floors` returns them.
-        rest: The floors minus 1.
-        one: 1, of their shape.
+    Args:
+        same: Attention over the current segment, [..., q, D] and [..., q]; the means may be in half precision.
+        bridge: Attention over the bridge. Finite values where it is empty.
+        floors: The floors, as for `bridged_merge`; both rules ask for the same here.
+        out: Where the output goes, [..., q, D].
+
+    Returns:
+        As `bridged_merge`.
     """
-
-    share: Tensor
-    rest: Tensor
-    one: Tensor
-
-    @classmethod
-    def of(cls, share: Tensor) -> "MergeFloors":
-        """Works out the rest."""
-        return cls(share, share - 1, torch.ones_like(share))
-
-    @classmethod
-    def of_numbers(cls, n_same: int, n_bridge: int, tau_max: float | tuple[float, ...], like: Tensor) -> "MergeFloors":
-        """The floors for numbers of keys that the host knows, [1] or [H], by one transfer."""
-        caps = (tau_max,) if isinstance(tau_max, float) else tau_max
-        shares = [min(math.sqrt(n_bridge / (n_bridge + n_same)), cap) for cap in caps]
-        columns = [shares, [share - 1 for share in shares], [1.0] * len(shares)]
-        return cls(*torch.tensor(columns, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device))
-
-    def reshape(self, *shape: int) -> "MergeFloors":
-        """The same in another shape."""
-        return MergeFloors(*(part.reshape(shape) for part in (self.share, self.rest, self.one)))
+    mass = (bridge[1] - same[1]).sigmoid()
+    return _moved(same[0], bridge[0], same[0], mass.clamp(min=floors), out), mass, floors
 
 
 def _moved(whole: Tensor, there: Tensor, here: Tensor, moved: Tensor, out: Tensor) -> Tensor:
@@ -370,9 +354,10 @@ def bridge_floors(n_same: Tensor, n_bridge: Tensor, tau_max: float | Tensor, dty
         tau_max: Cap of the floor, a float or a tensor that broadcasts.
         dtype: Dtype of the result.
     """
-    root = (n_bridge.to(dtype) / (n_same + n_bridge).clamp(min=1).to(dtype)).sqrt()
-    cap = tau_max.to(dtype) if isinstance(tau_max, Tensor) else root.new_full((), tau_max)
-    return torch.minimum(root, cap) * ((n_same > 0) & (n_bridge > 0))
+    n_same, n_bridge = n_same.to(dtype), n_bridge.to(dtype)
+    root = (n_bridge / (n_same + n_bridge).clamp(min=1)).sqrt()
+    capped = torch.minimum(root, tau_max.to(dtype)) if isinstance(tau_max, Tensor) else root.clamp(max=tau_max)
+    return capped * (n_same > 0)
 
 
 def _merged(
@@ -415,27 +400,28 @@ def joined(one: Attention, other: Attention) -> Attention:
     return (first + second).to(one[0].dtype), log_sum
 
 
-@dataclass(frozen=True)
-class DecodeRanges:
+class DecodeRanges(NamedTuple):
     """The ranges of one query a row.
 
     Attributes:
         keys: Number of keys.
-        bias: Added to their logits, [B, 1, 1, keys], or None.
-        bridge: The keys among which all rows have theirs of the bridge.
-        bridge_bias: Added to their logits: far below any where a key is not the row's; None for nothing.
-        same: The same for S; None where S and B are all that any row sees.
-        same_bias: As `bridge_bias`.
-        floors: [B, 1, 1] or [B, Hkv, G]; None where no row sees a key of the bridge.
+        bias: Added to their logits, [B, 1, 1, keys]; None for nothing, and where attention over all is not wanted.
+        has_others: Whether attention over all keys is wanted, since some row may see keys in neither group.
+        bridge: The keys among which all rows have theirs of the bridge; None where there are none.
+        same: The same for S; a row that is not bridged has all keys in S, unless attention over all is wanted.
+        floors: The floors, [B, 1, 1] or [1 or B, Hkv, G], 0 for rows that are not bridged; or one for all.
+        bridge_bias: Added to the logits of the bridge: far below any where a key is not the row's; None for nothing.
+        same_bias: The same for S.
     """
 
     keys: int
     bias: Tensor | None
-    bridge: tuple[int, int]
-    bridge_bias: Tensor | None = None
+    has_others: bool = True
+    bridge: tuple[int, int] | None = None
     same: tuple[int, int] | None = None
+    floors: Tensor | float = 0.0
+    bridge_bias: Tensor | None = None
     same_bias: Tensor | None = None
-    floors: MergeFloors | None = None
 
 
 def slots_within(start: int, end: int, offset: int, keys: int) -> tuple[int, int]:

@@ -22,7 +22,16 @@ import torch
 from .bridge import Run, runs_of
 from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
 from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
-from .flow_state import FlowState, append_on_host, kernels_on, padding_of, put_state_on, slots_of, state_of
+from .flow_state import (
+    FlowState,
+    append_on_host,
+    append_uncompiled,
+    kernels_on,
+    padding_of,
+    put_state_on,
+    slots_of,
+    state_of,
+)
 from .report import FlowReport, Tally
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
@@ -174,8 +183,7 @@ class FlowPass:
         if host is None:
             return cls(plan, state, records, host, total, (0, records.shape[1]), None, True)
         slot = int(total) - records.shape[1]
-        of_rows = [runs_of(row, made, slot, plan.settings) for row, made in enumerate(host)]
-        runs = None if None in of_rows else [run for made in of_rows for run in made or ()]
+        runs = runs_of(host, slot, plan.settings)
         places = [place for row in host for place, record in enumerate(row) if record[Field.ACTIVE]]
         active = (min(places), max(places) + 1) if places else (0, 0)
         has_trigger = any(record[Field.TRIGGER] for row in host for record in row)
@@ -480,7 +488,8 @@ class FlowRuntime:
                 state.follow(int(cached), mask)
             records, host = state.append_in_tensors(ids, padding, prompt_length), None
         else:
-            records, host = append_on_host(state, ids, padding, prompt_length, cached, mask)
+            append = append_uncompiled if compiling else append_on_host
+            records, host = append(state, ids, padding, prompt_length, cached, mask)
         if compiling:
             total = torch.as_tensor(state.length, device=ids.device)
             flow = FlowPass.of(rules.plan, state, records, None, total)

@@ -94,7 +94,12 @@ def inject(
             triggered_here = [query for query, record in enumerate(records) if record[Field.TRIGGER]]
             for start in range(0, len(triggered_here), _TOGETHER):
                 some = triggered_here[start : start + _TOGETHER]
-                members, left = _members_of_row(flow, row, some, value.shape[2], value.device, visible)
+                opening = [records[query] for query in some]
+                members, left = _members_of(flow, [row], opening, value.shape[2], value.device)
+                if visible is not None:
+                    part = slice(left, left + members.shape[1])
+                    seen = torch.cat([visible(query, query + 1)[:, 0, :, part] for query in some], 1)
+                    members = members & seen[row if seen.shape[0] > 1 else 0].to(members.device)
                 means = mean_of_members(members, value[row, :, left : left + members.shape[1]])
                 spread = means.repeat_interleave(shared, 0).transpose(0, 1)
                 addition[row, some] = alpha * spread.to(output.device, output.dtype)
@@ -114,13 +119,14 @@ def _injected_decode(
         """First key, weights [B, 1, 1, n] and the factors of the sums, [B, 1, 1, 1]."""
         assert flow.host is not None
         rows = [row for row, (record,) in enumerate(flow.host) if record[Field.TRIGGER]]
-        found = {row: _members_of_row(flow, row, [0], keys, value.device, visible) for row in rows}
-        first = min(left for _, left in found.values())
-        last = max(left + members.shape[1] for members, left in found.values())
-        counts = torch.zeros(len(flow.host), 1, 1, last - first, dtype=torch.bool, device=value.device)
-        for row, (members, left) in found.items():
-            counts[row, 0, 0, left - first : left - first + members.shape[1]] = members[0]
-        weights, rest = _weights(counts, value.dtype)
+        members, first = _members_of(flow, rows, [flow.host[row][0] for row in rows], keys, value.device)
+        counts = members
+        if len(rows) < len(flow.host):
+            counts = members.new_zeros(len(flow.host), members.shape[1])
+            counts[rows] = members
+        if visible is not None:
+            counts = counts & visible(0, 1)[:, 0, 0, first : first + members.shape[1]].to(counts.device)
+        weights, rest = _weights(counts[:, None, None], value.dtype)
         return first, weights, flow.plan.settings.alpha / rest
 
     first, weights, factor = flow.found(mask, ("step", keys, value.dtype, value.device), find)
@@ -164,23 +170,27 @@ def _effect(addition: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     return (size > 0).sum(1), ratio.sum(1)
 
 
-def _members_of_row(
-    flow: FlowPass, row: int, some: list[int], keys: int, device: torch.device, visible: Visible | None
+def _members_of(
+    flow: FlowPass, rows: list[int], opening: list[list[int]], keys: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    """The keys of the steps before those that open at n queries: bool [n, K'], and the first of the K' keys."""
-    assert flow.host is not None
-    records = [flow.host[row][query] for query in some]
+    """The keys of the steps before those that n queries open: bool [n, K'], and the first of the K' keys.
+
+    Args:
+        flow: The pass.
+        rows: The row of each query, or the one row of all.
+        opening: The records of the queries.
+        keys: Number of keys.
+        device: Where the result is wanted.
+    """
     offset = int(flow.offset(keys))
-    left = max(min(record[Field.PREVIOUS_START] for record in records) - offset, 0)
-    right = max(max(record[Field.PREVIOUS_END] for record in records) - offset, left)
-    labels, steps = (column[row, left:right].to(device) for column in flow.key_columns(keys, Field.LABEL, Field.STEP))
-    wanted = [(one[Field.LABEL] - int(one[Field.LABEL] % 3 == SUMMARY), one[Field.STEP] - 1) for one in records]
+    left = max(min(record[Field.PREVIOUS_START] for record in opening) - offset, 0)
+    right = max(max(record[Field.PREVIOUS_END] for record in opening) - offset, left)
+    columns = flow.key_columns(keys, Field.LABEL, Field.STEP)
+    chosen = torch.tensor(rows, device=columns[0].device)
+    labels, steps = (column[:, left:right].index_select(0, chosen).to(device) for column in columns)
+    wanted = [(one[Field.LABEL] - int(one[Field.LABEL] % 3 == SUMMARY), one[Field.STEP] - 1) for one in opening]
     label, previous = torch.tensor(wanted, device=device).T[..., None]
-    members = _last_of((labels == label) & (steps == previous), flow.plan.settings.smi_window)
-    if visible is not None:
-        seen = torch.cat([visible(query, query + 1)[:, 0, :, left:right] for query in some], 1)
-        members = members & seen[row if seen.shape[0] > 1 else 0].to(device)
-    return members, left
+    return _last_of((labels == label) & (steps == previous), flow.plan.settings.smi_window), left
 
 
 def _means_of_all(flow: FlowPass, queries: int, value: Tensor, visible: Visible | None) -> Tensor:

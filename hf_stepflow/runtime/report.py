@@ -17,7 +17,7 @@ QUERIES, LIFTED, BEFORE, AFTER = range(4)
 # Decode steps that a layer may note before they are added up: bounds memory, and spreads the cost of adding.
 _NOTES = 32
 
-Note = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+Note = tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float]
 
 
 class Tally:
@@ -86,11 +86,11 @@ class Tally:
         sums += counts.to(sums.device, sums.dtype)
 
     def note_bridge(
-        self, layer: int, log_before: torch.Tensor, least: torch.Tensor | None, floors: torch.Tensor
+        self, layer: int, before: torch.Tensor, least: torch.Tensor | float, floors: torch.Tensor | float
     ) -> None:
-        """As `add_bridge` for one query a row, to be added up later, from the results of `bridged_merge`."""
+        """As `add_bridge` for one query a row, to be added up later; afterwards the mass is at least `least`."""
         notes = self._notes.setdefault(layer, [])
-        notes.append((log_before, least, floors))
+        notes.append((before, least, floors))
         if len(notes) >= _NOTES:
             self._add_notes_of(layer)
 
@@ -103,16 +103,10 @@ class Tally:
         self._elsewhere.clear()
 
     def _add_notes_of(self, layer: int) -> None:
-        notes = self._notes.pop(layer)
-        logs = [log for log, _, _ in notes]
-        least = [floors if one is None else one for _, one, floors in notes]
-        usable = [floors for _, _, floors in notes]
-        before, after, floors = (
-            torch.stack([one.expand_as(log) for one, log in zip(part, logs, strict=True)], -1).flatten(1, -2)
-            for part in (logs, least, usable)
-        )
-        before = before.exp()
-        self.add_bridge(layer, before, torch.maximum(before, after), floors)
+        noted = [torch.as_tensor(part, dtype=note[0].dtype) for note in self._notes.pop(layer) for part in note]
+        stacked = torch.stack(torch.broadcast_tensors(*noted), -1).flatten(1, -2).unflatten(-1, (-1, 3))
+        before, least, floors = stacked.unbind(-1)
+        self.add_bridge(layer, before, torch.maximum(before, least), floors)
 
     def select(self, rows: torch.Tensor) -> None:
         """Takes rows by index."""

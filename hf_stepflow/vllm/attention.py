@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_stepflow.runtime.attention import BridgedCall, flash
-from hf_stepflow.runtime.bridge import MergeFloors, bridge_floors, bridged_merge
+from hf_stepflow.runtime.bridge import Attention, bridge_floors, bridged_merge, bridged_mixture
 from hf_stepflow.runtime.flow_state import kernels_on
 from hf_stepflow.runtime.step_detector import SUMMARY, Field
 
@@ -83,10 +83,10 @@ class _Ranges:
         rows: Their requests, long [n].
         tokens: Their tokens in the pass, long [n].
         keys: The most keys that any of them has.
-        hidden: Added to the logits of all keys, [n, 1, 1, keys].
+        hidden: Added to the logits of all keys, [n, 1, 1, keys]; None where S and B are all that any of them sees.
         bridge: Where the keys of the bridge are in all of them, [first, last).
         bridge_hidden: Added to the logits of those.
-        same: The same for S; None where S and B are all that any of them sees.
+        same: The same for S.
         same_hidden: Added to the logits of those.
         floors: The floors, [n, 1 or Hkv, 1 or G].
     """
@@ -94,12 +94,12 @@ class _Ranges:
     rows: Tensor
     tokens: Tensor
     keys: int
-    hidden: Tensor
+    hidden: Tensor | None
     bridge: slice
     bridge_hidden: Tensor
-    same: slice | None
-    same_hidden: Tensor | None
-    floors: MergeFloors
+    same: slice
+    same_hidden: Tensor
+    floors: Tensor
 
     @classmethod
     def of(cls, sequences: list[Sequence], module: Any, tau: Any, dtype: torch.dtype) -> "_Ranges":
@@ -119,21 +119,11 @@ class _Ranges:
         cap = torch.tensor(tau, dtype=torch.float32).reshape(-1)
         floors = bridge_floors(in_same.sum(-1, keepdim=True), in_bridge.sum(-1, keepdim=True), cap, torch.float32)
         shared = (1, 1) if len(cap) == 1 else (module.num_kv_heads, module.num_heads // module.num_kv_heads)
-        has_others = any(run.has_others for run in runs)
-
-        bridge, bridge_hidden = _within(start, end, in_bridge, dtype)
-        same_keys, same_hidden = _within(same, length, in_same, dtype) if has_others else (None, None)
-        return cls(
-            rows[:, 0],
-            tokens[:, 0],
-            keys,
-            torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None, None],
-            bridge,
-            bridge_hidden,
-            same_keys,
-            same_hidden,
-            MergeFloors.of(floors).reshape(len(sequences), *shared),
-        )
+        hidden = None
+        if any(run.has_others for run in runs):
+            hidden = torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None, None]
+        parts = *_within(start, end, in_bridge, dtype), *_within(same, length, in_same, dtype)
+        return cls(rows[:, 0], tokens[:, 0], keys, hidden, *parts, floors.reshape(len(sequences), *shared))
 
 
 def _within(first: Tensor, last: Tensor, member: Tensor, dtype: torch.dtype) -> tuple[slice, Tensor]:
@@ -158,20 +148,21 @@ def _decode(
     key, value = cache.gather_all(ranges.rows, ranges.keys)
     heads = module.num_kv_heads
     part = query[ranges.tokens].unflatten(1, (heads, -1))
-    scale = module.impl.scale
-    whole = flash(part, key, value, attn_mask=ranges.hidden, scale=scale)
-    over_bridge = flash(
-        part, key[:, :, ranges.bridge], value[:, :, ranges.bridge], attn_mask=ranges.bridge_hidden, scale=scale
-    )
-    over_same = None
-    if ranges.same is not None:
-        over_same = flash(
-            part, key[:, :, ranges.same], value[:, :, ranges.same], attn_mask=ranges.same_hidden, scale=scale
-        )
-    new, _, _ = bridged_merge(
-        whole, over_bridge, over_same, ranges.floors, flow.plan.settings.bridge_floor, part.new_empty(part.shape)
-    )
+    attend = functools.partial(_attend, part, key, value, module.impl.scale)
+    over_bridge = attend(ranges.bridge, ranges.bridge_hidden)
+    over_same = attend(ranges.same, ranges.same_hidden)
+    out = part.new_empty(part.shape)
+    if ranges.hidden is None:
+        new, _, _ = bridged_mixture(over_same, over_bridge, ranges.floors, out)
+    else:
+        floor, whole = flow.plan.settings.bridge_floor, attend(slice(None), ranges.hidden)
+        new, _, _ = bridged_merge(whole, over_bridge, over_same, ranges.floors, floor, out)
     output.view(len(output), module.num_heads, -1)[ranges.tokens] = new.flatten(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, keys: slice, hidden: Tensor) -> Attention:
+    """Attention over some keys, to whose logits something is added."""
+    return flash(query, key[:, :, keys], value[:, :, keys], attn_mask=hidden, scale=scale)
 
 
 def _mask(sequence: Sequence, window: int | None, device: torch.device) -> Tensor | None:

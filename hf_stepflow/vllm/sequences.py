@@ -82,7 +82,7 @@ class Sequence:
     @cached_property
     def runs(self) -> list[Run] | None:
         """The key ranges of the bridged tokens, as in a `FlowPass`; None where they do not suffice."""
-        return runs_of(0, self.made, self.first, self.plan.settings)
+        return runs_of([self.made], self.first, self.plan.settings)
 
     @cached_property
     def flow(self) -> FlowPass:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hf_stepflow.runtime.bridge import (
     BRIDGE_FLOORS,
-    MergeFloors,
     bridge_floors,
     bridge_shifts,
     bridged_merge,
+    bridged_mixture,
     bridged_weights,
     odds_equal_bridge,
 )
@@ -133,7 +133,7 @@ def test_equals_the_oracle(row: Row) -> None:
     )
 )
 @given(rows(empty_groups=True))
-def test_both_forms_equal_the_oracle(row: Row) -> None:
+def test_all_forms_equal_the_oracle(row: Row) -> None:
     visible = row.logits > HIDDEN
     assume(visible.any())
     p_same, p_bridge, _ = row.masses(row.logits)
@@ -156,15 +156,15 @@ def test_both_forms_equal_the_oracle(row: Row) -> None:
         )
     ]
     if row.sink is None:
-        floors = MergeFloors.of(bridge_floors(same.sum(), bridge.sum(), tau_max, torch.float64))
+        floors = bridge_floors(same.sum(), bridge.sum(), tau_max, torch.float64)
         parts = [attention_over(row.logits, group) for group in (visible, bridge, same)]
-        segments = [parts[2]] if (visible & ~same & ~bridge).any() else [parts[2], None]
-        for segment in segments:  # what S holds need not be known where there is nothing else
-            weights, log_before, least = bridged_merge(
-                parts[0], parts[1], segment, floors, row.floor, torch.empty_like(parts[0][0])
-            )
-            before = log_before.exp()
-            forms.append((weights, before, torch.maximum(before, floors.share if least is None else least)))
+        out, has_others = torch.empty_like(parts[0][0]), (visible & ~same & ~bridge).any()
+        for segment in [parts[2]] if has_others else [parts[2], None]:  # else what S holds need not be known
+            weights, before, least = bridged_merge(parts[0], parts[1], segment, floors, row.floor, out.clone())
+            forms.append((weights, before, torch.maximum(before, least)))
+        if not has_others:
+            weights, before, least = bridged_mixture(parts[2], parts[1], floors, out)
+            forms.append((weights, before, torch.maximum(before, least)))
     for form in forms:
         weights, before, after = (tensor.flatten() for tensor in form)
         torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)

@@ -121,7 +121,7 @@ def test_a_divided_group_has_no_range() -> None:
     ids = encode(TRACES[1])
     for is_divided in (False, True):
         padding = [is_divided and slot == 14 for slot in range(len(ids))]
-        runs = runs_of(0, vocabulary.scan(ids, padding=padding), 0, asked)
+        runs = runs_of([vocabulary.scan(ids, padding=padding)], 0, asked)
         assert (runs is None) == is_divided
     whole = vocabulary.scan(ids)
     records = vocabulary.scan(ids, padding=[slot == 14 for slot in range(len(ids))])
@@ -131,4 +131,4 @@ def test_a_divided_group_has_no_range() -> None:
     assert f"{after} tokens bridged by label" in str(report)
     for record in records:
         record[Field.HAS_ASIDE] = 1
-    assert runs_of(0, records, 0, asked) is None
+    assert runs_of([records], 0, asked) is None
