@@ -111,6 +111,26 @@ def calls() -> str:
     )
 
 
+def parts() -> str:
+    """Where the time that `generate` takes longer goes."""
+    rows = rows_of("profile_generate", "results")
+    columns = [f"batch {row['batch']}, n = {row['settings']['calls']}" for row in rows]
+    shares = [{name: added / row["base_us"] for name, added in row["added_us"].items()} for row in rows]
+    return table(
+        " | ".join(["part", *columns]),
+        (
+            (
+                part,
+                *(
+                    f"{row['added_us'][part]:.0f} us, {share[part]:.1%}"
+                    for row, share in zip(rows, shares, strict=True)
+                ),
+            )
+            for part in rows[0]["added_us"]
+        ),
+    )
+
+
 def saliency() -> str:
     """Time and memory of Step-Saliency."""
     return table(
@@ -151,7 +171,7 @@ def cost() -> str:
 
 
 PAGES = {
-    ROOT / "docs" / "performance.md": (launches, steps, calls, prefill, saliency),
+    ROOT / "docs" / "performance.md": (launches, steps, calls, parts, prefill, saliency),
     ROOT / "README.md": (cost,),
 }
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import decode_launches, decode_overhead, gpu, reasoner_calibration, saliency_scale, smollm2_saliency
+from benchmarks import (
+    decode_launches,
+    decode_overhead,
+    gpu,
+    profile_generate,
+    reasoner_calibration,
+    saliency_scale,
+    smollm2_saliency,
+)
 from benchmarks.measurements import Measurements
 from hf_stepflow.runtime import flow_state
 from scripts import performance
@@ -195,6 +203,18 @@ def test_decode_launches_are_those_of_the_output(route: str, batch: int, monkeyp
     with torch.no_grad():
         counted = {arm: decode_launches.count(arms[arm], arm == "off", batch, False) for arm in decode_launches.ARMS}
     assert counted == {arm: row[arm] for arm in decode_launches.ARMS}
+
+
+def test_the_parts_of_the_added_time_add_up(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "parts.json"
+    arguments = ["--batch", "1", "--calls", "1", "--new-tokens", "8"]
+    monkeypatch.setattr(sys, "argv", ["profile_generate", "--json", str(path), *arguments])
+    before = [owner.__dict__[name] for places in profile_generate.CLOCKED.values() for owner, name in places]
+    profile_generate.main()
+    assert before == [owner.__dict__[name] for places in profile_generate.CLOCKED.values() for owner, name in places]
+    (row,) = rows_of(path)
+    assert sum(row["added_us"].values()) == pytest.approx(row["on_us"] - row["base_us"], abs=1)
+    assert min(row["added_us"][part] for part in ("labelling", "ranges", "report")) > 0
 
 
 @pytest.mark.parametrize("page", performance.PAGES, ids=lambda page: page.name)
