@@ -31,7 +31,6 @@ from .errors import StepFlowUnsupportedError
 from .flow_state import kernels_on
 from .forward import FlowPass
 from .momentum import inject, inject_by_kernel
-from .paged import PagedPass
 from .step_detector import Field
 
 # Logits of a chunk of queries, in elements: what bounds the memory of a prefill or a teacher-forced pass. On a CPU
@@ -160,7 +159,7 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
             if attend is None:
                 return base(module, query, key, value, attention_mask, **kwargs)
             return attend(module, AttentionCall(link.layer, query, key, value, attention_mask, kwargs, base_name))
-        if isinstance(flow, PagedPass):
+        if hasattr(flow, "attend"):  # a `PagedPass`, maybe of another copy of this code
             return flow.attend(link.layer, flow_attention, module, (query, key, value), attention_mask, kwargs)
         if not torch.compiler.is_compiling():
             flow.reached[link.layer] = handed_down is not None

@@ -5,8 +5,7 @@ merges its parts), without a host read. They compute what `bridge`, `momentum` a
 needs them: where Triton or a device is missing, those run. `HF_STEPFLOW_ROUTE=device` makes tensors on a CPU take this
 way, by Triton's interpreter, for tests and for counting.
 
-This file is longer than others, since the three kernels and what starts them are one concept: the device's way.
-
+This file is longer than others: the kernels and what starts them are one concept.
 Shapes: B batch, H query heads, Hkv key-value heads, G = H / Hkv, q queries, K keys of the layer, D and Dv widths of
 keys and values, F record fields, T slots.
 """
