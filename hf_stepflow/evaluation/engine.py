@@ -1,4 +1,4 @@
-"""What an evaluation runs on: a model in transformers, or an engine that serves one."""
+"""Engines of an evaluation: a model in transformers, or a server of one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ class Engine:
         return self.rules_for(self.settings.replace(**(arm.stepflow if isinstance(arm.stepflow, dict) else {})))
 
     def sampler(self, arms: dict[str, Arm], *args: Any) -> ResponseMaker:
-        """What generates, with the arguments of `ResponseMaker` from `max_new_tokens` on.
+        """Makes the sampler, with the arguments of `ResponseMaker` from `max_new_tokens` on.
 
         Args:
             arms: The arms that will be asked for.
@@ -60,7 +60,7 @@ class Engine:
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on, JSON-ready: the model, its tokenizer and how it is run."""
+        """Returns the inputs that results depend on, JSON-ready: model, tokenizer and way of running."""
         raise NotImplementedError
 
     def about(self) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def check_rival(model: Any, rival: Rival) -> None:
 
 @dataclass
 class Steering:
-    """What the attention of one `generate` needs to know.
+    """The state of a rival's attention during one `generate`.
 
     Attributes:
         rival: The method.

@@ -125,7 +125,7 @@ def _refused(reason: str, hint: str | None = None) -> StepFlowUnsupportedError:
 
 
 def _key(rules: FlowRules | None) -> Any:
-    """What tells the settings of two managers apart."""
+    """The key by which the settings of two managers differ."""
     return None if rules is None else (repr(rules.plan.settings), id(rules.vocabulary))
 
 

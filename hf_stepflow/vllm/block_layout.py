@@ -154,7 +154,7 @@ def _places(layer: Any, heads: int, tokens: int, width: int) -> tuple[Tensor, Te
 
 
 def _unpacked(place: Tensor, shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """What makes [..., N, D] of [..., N * D] in the kernel's order."""
+    """Returns a function from [..., N * D] in the kernel's order to [..., N, D]."""
     tokens, width = shape
     plain = torch.arange(tokens * width)
     if torch.equal(place, plain):

@@ -49,7 +49,7 @@ class DevicePass:
 
     @property
     def where(self) -> tuple[Tensor, ...]:
-        """What attention and injection read about tokens."""
+        """The arguments about tokens that attention and injection share."""
         return self.records, self.table, self.starts, self.lengths, self.on
 
     def label(self, rules: FlowRules, ids: Tensor, openings: Tensor | None, counts: Tensor) -> None:
