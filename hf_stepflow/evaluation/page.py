@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_stepflow.report import Axis, element, forest, frame, page, svg, table, write_page
 
-from .answers import NO_ANSWER, UNFINISHED
+from .answers import NO_ANSWER
 from .arms import Arm
 from .matched_tokens import CurvePoint
 from .problem import EvalProblem
@@ -63,15 +63,26 @@ def _differences(result: EvaluationResult) -> str:
 
 def _arms(result: EvaluationResult) -> str:
     compared = {one.name: one for one in result.comparisons}
-    heads = "arm,right %,no answer,unfinished,tokens,steps,tokens ratio,time ratio,texts changed %".split(",")
+    heads = "arm,right %,breaks %,tokens ratio,loops %,unfinished %,no answer,tokens,steps,time ratio,texts changed %"
     rows = []
-    for arm in result.arms():
-        outcomes = [str(arm.outcomes.get(outcome, 0)) for outcome in (NO_ANSWER, UNFINISHED)]
-        row = [arm.name, percent(arm.accuracy), *outcomes, f"{arm.tokens:.1f}", f"{arm.steps:.1f}"]
-        if one := compared.get(arm.name):
-            row += [amount(one.tokens_ratio, 2), amount(one.seconds_ratio, 2), f"{100 * one.changed:.1f}"]
-        rows.append(row + [""] * (len(heads) - len(row)))
-    return table(heads, rows)
+    for arm, its in zip(result.arms(), result.damage, strict=True):
+        one = compared.get(arm.name)
+        rows.append(
+            [
+                arm.name,
+                percent(arm.accuracy),
+                "" if its.harm_rate is None else percent(its.harm_rate),
+                "" if its.length is None else amount(its.length, 2),
+                "" if its.loop_rate is None else percent(its.loop_rate),
+                percent(its.unfinished),
+                str(arm.outcomes.get(NO_ANSWER, 0)),
+                f"{arm.tokens:.1f}",
+                f"{arm.steps:.1f}",
+                "" if one is None else amount(one.seconds_ratio, 2),
+                "" if one is None else f"{100 * one.changed:.1f}",
+            ]
+        )
+    return table(heads.split(","), rows)
 
 
 def _tokens(result: EvaluationResult) -> str:

@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .answers import NO_ANSWER, UNFINISHED
+from .answers import NO_ANSWER
 from .arms import Arm
+from .damage import ArmDamage, damage_of
 from .matched_tokens import ArmCompute, CurvePoint, compute_of
 from .statistics import (
     CONFIDENCE,
@@ -169,6 +170,16 @@ class EvaluationResult:
         ]
 
     @cached_property
+    def damage(self) -> list[ArmDamage]:
+        """The damage of every arm, the first included."""
+        first, seed = self._by_arm[self.reference], self.run["seed"]
+        length = {one.name: one.tokens_ratio for one in self.comparisons}
+        return [
+            damage_of(one.name, one.accuracy, length.get(one.name), self._by_arm[one.name], first, seed)
+            for one in self.arms()
+        ]
+
+    @cached_property
     def compute(self) -> "tuple[list[CurvePoint], list[ArmCompute]] | None":
         """Accuracy against generated tokens: the first arm's curve, and every arm compared with it.
 
@@ -200,6 +211,7 @@ class EvaluationResult:
             "is_decided": self.is_decided,
             "arms": [asdict(one) for one in self.arms()],
             "comparisons": [asdict(one) for one in self.comparisons],
+            "damage": [asdict(one) for one in self.damage],
             "verdicts": self.verdicts(),
             "compute": compute,
         }
@@ -217,16 +229,7 @@ class EvaluationResult:
         elif not self.is_complete:
             lines.append(f"Not finished: {shared} of {asked} responses are there for every arm.")
         width = max(20, *map(len, self.run["arms"]))
-        head = f"{'arm':<{width}} {'right':>5} {'95 %':>13} {'no ans.':>7} {'unfin.':>6} {'loops':>5} "
-        head += f"{'tokens':>7} {'steps':>5} {'s':>7}"
-        lines += [head, "-" * len(head)]
-        for one in self.arms():
-            value, _, interval = percent(one.accuracy).partition(" ")
-            lines.append(
-                f"{one.name:<{width}} {value:>5} {interval:>13} {one.outcomes.get(NO_ANSWER, 0):>7} "
-                f"{one.outcomes.get(UNFINISHED, 0):>6} {'' if one.loops is None else one.loops:>5} "
-                f"{one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
-            )
+        lines += _arm_lines(self.arms(), self.damage, self.reference, width)
         if self.compute is not None:
             lines += ["", *_compute_lines(*self.compute, self.reference, width)]
         return "\n".join([*lines, "", *self.verdicts()])
@@ -247,6 +250,29 @@ def _summary(name: str, own: Results, run: dict[str, Any]) -> ArmSummary:
         sum(row["steps"] for row in rows) / len(rows),
         sum(row["seconds"] for row in rows),
     )
+
+
+def _arm_lines(arms: list[ArmSummary], damage: list[ArmDamage], reference: str, width: int) -> list[str]:
+    """Every arm with its damage as a table."""
+    head = f"{'arm':<{width}} {'right %':>19} {'breaks %':>19} {'length':>19} {'loops %':>7} {'unfin. %':>8} "
+    head += f"{'no ans.':>7} {'tokens':>7} {'steps':>5} {'s':>7}"
+    lines = [head, "-" * len(head)]
+    for one, its in zip(arms, damage, strict=True):
+        lines.append(
+            f"{one.name:<{width}} {percent(one.accuracy):>19} "
+            f"{'' if its.harm_rate is None else percent(its.harm_rate):>19} "
+            f"{'' if its.length is None else amount(its.length, 2):>19} "
+            f"{'' if its.loop_rate is None else f'{100 * its.loop_rate.value:.1f}':>7} "
+            f"{100 * its.unfinished.value:>8.1f} {one.outcomes.get(NO_ANSWER, 0):>7} "
+            f"{one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
+        )
+    chance = next((one.harm_rate for one in damage if one.name == reference), None)
+    if chance is not None:
+        lines.append(
+            f"The row of {reference} has what chance alone breaks, between its own samples. An arm harms by what it "
+            "breaks beyond that."
+        )
+    return lines
 
 
 def _compute_lines(curve: list[CurvePoint], arms: list[ArmCompute], reference: str, width: int) -> list[str]:

@@ -52,6 +52,31 @@ def proportion(hits: int, n: int) -> Estimate:
     return Estimate(hits / n, float(interval.low), float(interval.high))
 
 
+def clustered_share(hits: Sequence[float], counts: Sequence[int], seed: int = 0) -> Estimate:
+    """A share of responses of which several may belong to one problem, so that they are not independent.
+
+    Args:
+        hits: For each problem, the number of its responses that count; a fraction if each counts in part.
+        counts: For each problem, the number of its responses, at least one.
+        seed: The seed of the resampling.
+
+    Returns:
+        The ratio of the sums. If each problem has one response, which counts wholly or not at all, with Wilson's
+        interval; else with a bootstrap interval over problems, or, if all problems have the same share, with an exact
+        bound on the share of problems that could differ.
+
+    Example:
+        >>> one = clustered_share([1, 0, 1], [1, 1, 1])
+        >>> one == proportion(2, 3)
+        True
+    """
+    above, below = np.asarray(hits, float), np.asarray(counts, float)
+    if np.all(below == 1) and np.all((above == 0) | (above == 1)):
+        return proportion(int(above.sum()), len(above))
+    shares = above / below
+    return ratio(above, below, seed) if np.ptp(shares) > 0 else _bounded_mean(shares, 0.0, 1.0, seed)
+
+
 def mean(values: "Sequence[float] | np.ndarray", seed: int = 0) -> Estimate:
     """A mean of shares over problems, with its bootstrap interval."""
     return _bounded_mean(np.asarray(values, float), 0.0, 1.0, seed)
