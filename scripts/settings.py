@@ -10,15 +10,7 @@ from typing import Any
 
 from hf_stepflow.cli.presets import settings_rows
 from hf_stepflow.presets.checks import PRESET_SETTINGS
-from hf_stepflow.runtime.configuration_stepflow import (
-    BAND,
-    MAX_LISTED,
-    MAX_MARKER,
-    MAX_NUMBER,
-    NUMBER,
-    SETTINGS,
-    Setting,
-)
+from hf_stepflow.runtime.settings import BAND, MAX_LISTED, MAX_MARKER, MAX_NUMBER, NUMBER, SETTINGS, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA, PAGE = ROOT / "calibrations" / "schema.json", ROOT / "docs" / "presets.md"

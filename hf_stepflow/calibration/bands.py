@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import resolve_layers
+from hf_stepflow.runtime.settings import resolve_layers
 
 # The most traces of each kind that are compared, and the fewest that a proposal needs.
 TRACES = 24

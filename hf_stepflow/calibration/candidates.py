@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import BRIDGE, INJECTION, SETTINGS, TEMPERATURE, StepFlowSettings
+from hf_stepflow.runtime.settings import BRIDGE, INJECTION, SETTINGS, TEMPERATURE, StepFlowSettings
 
 from .bands import Proposal
 

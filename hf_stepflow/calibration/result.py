@@ -12,8 +12,8 @@ from hf_stepflow.evaluation.statistics import CONFIDENCE, Estimate
 from hf_stepflow.presets.architecture import Architecture
 from hf_stepflow.presets.checks import preset_problems
 from hf_stepflow.presets.preset import Preset
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
+from hf_stepflow.runtime.settings import StepFlowSettings
 
 from .bands import Bands
 from .candidates import EMPTY, OFF, Settings

@@ -200,7 +200,7 @@ def load(args: argparse.Namespace, stepflow: Any = None) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_stepflow.runtime.base_model import read_repository_file
+    from hf_stepflow.runtime.configuration_stepflow import read_repository_file
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
 
     def make(name: str, **options: Any) -> tuple[Any, Any]:
@@ -229,7 +229,7 @@ def load_with_stepflow(args: argparse.Namespace, stepflow: Any = None) -> tuple[
     Raises:
         StepFlowError: As `load`, or as `StepFlowModelForCausalLM.from_pretrained`.
     """
-    from hf_stepflow.runtime.base_model import read_repository_file
+    from hf_stepflow.runtime.configuration_stepflow import read_repository_file
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
     from hf_stepflow.runtime.repository import is_saved_with_stepflow
 

@@ -149,7 +149,7 @@ def _examine(model: Any, path: str) -> tuple[Any, dict[str, Any]]:
     from hf_stepflow.presets.architecture import architecture_of
     from hf_stepflow.presets.preset import list_presets, rule_preset
     from hf_stepflow.runtime.attention_interface import attention_modules
-    from hf_stepflow.runtime.configuration_stepflow import resolve_layers
+    from hf_stepflow.runtime.settings import resolve_layers
 
     modules = attention_modules(model)
     fitting = [preset for preset in list_presets() if _fits(preset, model)]

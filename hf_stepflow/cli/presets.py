@@ -112,7 +112,7 @@ def _settings(args: argparse.Namespace) -> int:
 
 def settings_rows() -> list[dict[str, str]]:
     """Returns part, name, default, values and meaning of every setting."""
-    from hf_stepflow.runtime.configuration_stepflow import SETTINGS, StepFlowSettings
+    from hf_stepflow.runtime.settings import SETTINGS, StepFlowSettings
 
     defaults = {name: json.dumps(value) for name, value in vars(StepFlowSettings()).items()}
     return [

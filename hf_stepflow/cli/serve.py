@@ -62,7 +62,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _settings_of(model: Any) -> str:
-    from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
+    from hf_stepflow.runtime.settings import StepFlowSettings
 
     defaults = vars(StepFlowSettings())
     changed = {name: value for name, value in vars(model.stepflow_runtime.settings).items() if value != defaults[name]}

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError, shown
+from hf_stepflow.runtime.settings import StepFlowSettings
 
 from .rivals import RIVALS, Rival, make_rival, parameters_of
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import transformers
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.forward import FlowRules
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .arms import Arm

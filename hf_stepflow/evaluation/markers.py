@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import shown
+from hf_stepflow.runtime.settings import StepFlowSettings
 
 
 def describe_markers(settings: StepFlowSettings) -> str:
@@ -12,7 +12,7 @@ def describe_markers(settings: StepFlowSettings) -> str:
 
     Example:
         >>> from hf_stepflow.evaluation.markers import describe_markers
-        >>> from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
+        >>> from hf_stepflow.runtime.settings import StepFlowSettings
         >>> describe_markers(StepFlowSettings())
         "thinking starts after '<think>', the summary after '</think>'; the answer is in the summary, or without one \
 anywhere in the response"

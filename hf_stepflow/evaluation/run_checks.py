@@ -7,9 +7,8 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_stepflow.prompts import encode_response
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowInputError, shown
-from hf_stepflow.runtime.forward import FlowPlan
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 
 from .answers import NO_ANSWER, UNFINISHED
 from .markers import describe_markers, unknown_markers

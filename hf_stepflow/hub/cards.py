@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_stepflow.presets.preset import Preset
-from hf_stepflow.runtime.configuration_stepflow import SETTINGS, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.settings import SETTINGS, resolve_layers
 
 Kind = Literal["preset", "merged"]
 

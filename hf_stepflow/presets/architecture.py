@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hf_stepflow.runtime.attention_interface import attention_modules
 from hf_stepflow.runtime.errors import StepFlowConfigError
 
 _COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -86,6 +85,8 @@ def architecture_of(model: Any) -> Architecture:
         )
     found = None
     if is_model(model):
+        from hf_stepflow.runtime.attention_interface import attention_modules
+
         found = tuple(attention_modules(model))
         found = None if found == tuple(range(layers)) else found
     return Architecture(text.model_type, layers, heads, heads if shared is None else shared, found)

@@ -16,15 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import (
-    BASE,
-    SEGMENTS,
-    SETTING_NAMES,
-    SETTINGS,
-    StepFlowSettings,
-)
 from hf_stepflow.runtime.errors import StepFlowConfigError, shown
-from hf_stepflow.runtime.forward import FlowPlan
+from hf_stepflow.runtime.settings import BASE, SEGMENTS, SETTING_NAMES, SETTINGS, FlowPlan, StepFlowSettings
 
 from .architecture import Architecture
 from .strict_json import calibrations_folder

@@ -3,24 +3,20 @@
 A preset is a JSON file that can be read, reviewed and contributed like code, and is never executed. Its provenance is
 of one kind: "paper" (published settings), "rule" (the paper's constants, not calibrated for the model) or "measured"
 (an evaluation of these settings on the model, whatever its outcome).
+
+A preset's own file is read without torch and transformers, so commands that list and show presets answer at once.
 """
 
 import difflib
+import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
-from hf_stepflow.runtime.configuration_stepflow import (
-    SETTING_NAMES,
-    StepFlowConfig,
-    StepFlowSettings,
-    settings_from_data,
-)
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
+from hf_stepflow.runtime.settings import SETTING_NAMES, StepFlowSettings
 
 from .architecture import Architecture, architecture_of, is_model
 from .checks import (
@@ -37,7 +33,10 @@ from .checks import (
 )
 from .strict_json import calibrations_folder, read_json_object
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    from hf_stepflow.runtime.configuration_stepflow import StepFlowConfig
+
+logger = logging.getLogger(__name__)
 
 RULE_STATEMENT = (
     "The bridge acts in the bottom quarter of the attention layers and the injection in the top quarter, with the "
@@ -115,8 +114,10 @@ class Preset:
         }
         return data if self.notes is None else data | {"notes": self.notes}
 
-    def to_config(self) -> StepFlowConfig:
+    def to_config(self) -> "StepFlowConfig":
         """Returns the config of a preset repository, with name, architecture and provenance in `stepflow_preset`."""
+        from hf_stepflow.runtime.configuration_stepflow import StepFlowConfig
+
         data, block = self.to_dict(), {}
         if self.architecture is not None and self.kind in KINDS:
             block = {key: data[key] for key in ("name", "architecture", "provenance", "notes") if key in data}
@@ -344,6 +345,8 @@ def _read(file: Path) -> Preset:
 
 def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str) -> Preset:
     """Reads the preset in a config.json of model type "stepflow", which a newer release may have written."""
+    from hf_stepflow.runtime.configuration_stepflow import settings_from_data
+
     given = {key: data[key] for key in SETTING_NAMES if key in data}
     block = data.get("stepflow_preset", {})
     problems = list(settings_problems(given, ""))

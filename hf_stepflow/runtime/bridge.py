@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .configuration_stepflow import StepFlowSettings
+from .settings import StepFlowSettings
 from .step_detector import THINKING, Field
 
 BRIDGE_FLOORS = ("share", "absolute")

@@ -1,342 +1,27 @@
-"""StepFlowConfig: the one table of StepFlow's settings, and the config made of them."""
+"""StepFlowConfig, the config of a StepFlow repository; how settings are read; and the base model that it names.
 
-import dataclasses
+A call such as `AutoModelForCausalLM.from_pretrained("org/preset", revision="v2", dtype="bfloat16")` names a revision
+of the preset's repository, but a dtype of the base's weights.
+"""
+
 import difflib
 import json
-import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from .errors import StepFlowConfigError, StepFlowFileError, shown
+from .settings import DEFAULTS, SETTING_NAMES, StepFlowSettings, unknown_setting, with_summary_start
 
 logger = logging.get_logger(__name__)
 
-Layers = str | list[int]
 # More than any file needs, and little enough that no file holds up the program.
 MAX_FILE_BYTES = 4 * 1024 * 1024
-MAX_COUNT = 10**9
-# No list of layers or heads is longer, no layer or head has a greater number.
-MAX_LISTED, MAX_NUMBER = 1000, 9999
-# Characters of one marker, and of all together.
-MAX_MARKER, MAX_MARKERS = 200, 1000
-BAND = r"all|none|(bottom|top):(0?\.[0-9]{1,6}|1(\.0{1,6})?)"
-NUMBER = r"0|[1-9][0-9]{0,3}"
-
-# What models without markers write before their final answer, the likeliest first.
-ANSWER_PHRASES = (
-    "The answer is", "the answer is", "Final answer", "Final Answer", "final answer is", "\\boxed{", "<answer>",
-)  # fmt: skip
-
-BASE, BRIDGE, INJECTION, TEMPERATURE, SEGMENTS = (
-    "base model", "Odds-Equal Bridge", "Step Momentum Injection", "length temperature", "segments and steps",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One row of the settings table.
-
-    Attributes:
-        kind: "number", "count", "choice", "switch", "layers", "heads", "markers" or "text".
-        group: The part of StepFlow that the setting belongs to.
-        meaning: What it does, in a sentence.
-        low: The least value of a number or count.
-        high: The greatest value of a number or count.
-        choices: The values of a choice.
-        optional: Whether null is a value.
-        labels: Whether the labels of tokens depend on it.
-        is_new: Whether it is newer than presets of schema version 1, which then leave it at its default.
-        search: The range, or the values, that calibration searches; empty for settings that it leaves alone.
-    """
-
-    kind: str
-    group: str
-    meaning: str
-    low: float = 0
-    high: float = 0
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-    labels: bool = False
-    is_new: bool = False
-    search: tuple[Any, ...] = ()
-
-    @property
-    def expected(self) -> str:
-        """The values that the setting takes, for messages and tables."""
-        text = {
-            "number": f"a number in [{self.low:g}, {self.high:g}]",
-            "count": f"a whole number in [{self.low:g}, {self.high:.10g}]",
-            "choice": " or ".join(map(json.dumps, self.choices)),
-            "switch": "true or false",
-            "layers": 'a list of layer numbers, each once, "bottom:F" or "top:F" with 0 < F <= 1, "all" or "none"',
-            "heads": "an object {layer: [query heads]} with each head once",
-            "markers": f"a text of 1 to {MAX_MARKER} characters, or a list of such texts",
-            "text": "a text of 1 to 500 characters",
-        }[self.kind]
-        return f"{text}, or null" if self.optional else text
-
-    def problem(self, value: Any) -> tuple[str, Any, str] | None:
-        """Finds the fault of a value by itself.
-
-        Returns:
-            The place inside the value ("" for all of it), the value there and the expectation; None if it is right.
-        """
-        if value is None and self.optional:
-            return None
-        if self.kind == "number":
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            # Compared before anything else: an integer may be beyond a float.
-            is_right = is_number and abs(value) <= sys.float_info.max and self.low <= value <= self.high
-        elif self.kind == "count":
-            is_right = type(value) is int and self.low <= value <= self.high
-        elif self.kind == "choice":
-            is_right = isinstance(value, str) and value in self.choices
-        elif self.kind == "switch":
-            is_right = isinstance(value, bool)
-        elif self.kind == "text":
-            is_right = isinstance(value, str) and 0 < len(value) <= 500
-        elif self.kind == "layers":
-            if not isinstance(value, str):
-                return _numbers_problem(value, self.expected, "layer")
-            is_right = re.fullmatch(BAND, value) is not None and (_fraction(value) or ("", 1.0))[1] > 0
-        elif self.kind == "heads":
-            return _heads_problem(value, self.expected)
-        else:
-            return _markers_problem(value, self.expected)
-        return None if is_right else ("", value, self.expected)
-
-
-def _numbers_problem(value: Any, expected: str, item: str) -> tuple[str, Any, str] | None:
-    if not isinstance(value, list | tuple) or len(value) > MAX_LISTED:
-        return "", value, expected
-    for place, number in enumerate(value):
-        if type(number) is not int or not 0 <= number <= MAX_NUMBER:
-            return f"[{place}]", number, f"a whole number in [0, {MAX_NUMBER}]"
-    return ("", value, f"each {item} once") if len(set(value)) < len(value) else None
-
-
-def _heads_problem(value: Any, expected: str) -> tuple[str, Any, str] | None:
-    if not isinstance(value, dict) or len(value) > MAX_LISTED:
-        return "", value, expected
-    for layer, chosen in value.items():
-        if isinstance(layer, bool) or re.fullmatch(NUMBER, str(layer)) is None:
-            return f".{str(layer)[:60]}", layer, "a layer number such as 12 as the key"
-        problem = _numbers_problem(chosen, "a list of query heads, each once", "head")
-        if problem is not None:
-            return f".{layer}{problem[0]}", *problem[1:]
-    return None
-
-
-def _markers_problem(value: Any, expected: str) -> tuple[str, Any, str] | None:
-    markers = [value] if isinstance(value, str) else value
-    if not isinstance(markers, list | tuple) or len(markers) > MAX_LISTED:
-        return "", value, expected
-    for place, marker in enumerate(markers):
-        if not isinstance(marker, str) or not marker or len(marker) > MAX_MARKER:
-            return "" if isinstance(value, str) else f"[{place}]", marker, f"a text of 1 to {MAX_MARKER} characters"
-    return None
-
-
-def _setting(default: Any, kind: str, group: str, meaning: str, **rest: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"setting": Setting(kind, group, meaning, **rest)})
-
-
-@dataclasses.dataclass(frozen=True)
-class StepFlowSettings:
-    """The settings of StepFlow as plain data: the table that checks, schema, cards and search are derived from.
-
-    Bands ("bottom:0.25", "top:0.25") count the layers that have softmax attention (docs/method.md, "Layers").
-
-    Raises:
-        StepFlowConfigError: A value is wrong by itself or beside another; the message names it and what is expected.
-
-    Example:
-        >>> from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-        >>> StepFlowSettings(tau_max=0.1).replace(alpha=0.0).alpha
-        0.0
-    """
-
-    base_model_name_or_path: str | None = _setting(
-        None, "text", BASE, "The model that the settings are for; its tokenizer finds the steps.", optional=True
-    )
-    base_model_revision: str | None = _setting(None, "text", BASE, "The model's revision.", optional=True)
-    oeb_layers: Layers = _setting("bottom:0.25", "layers", BRIDGE, "The layers of the bridge.")
-    oeb_heads: dict[int, list[int]] | None = _setting(
-        None, "heads", BRIDGE, "The query heads to restrict the bridge to; null for all (the paper).", optional=True
-    )
-    tau_max: float = _setting(
-        0.15, "number", BRIDGE, "The largest floor under the bridge's attention mass; 0 turns the bridge off.",
-        low=0, high=1, search=(0.02, 0.5),
-    )  # fmt: skip
-    bridge_scope: str = _setting(
-        "segment", "choice", BRIDGE,
-        "The current segment while thinking: all of the thinking (the paper), or the current step.",
-        choices=("segment", "step"), search=("segment", "step"),
-    )  # fmt: skip
-    bridge_floor: str = _setting(
-        "share", "choice", BRIDGE,
-        "The floor is a share of the mass of segment and bridge, or of all mass (the paper).",
-        choices=("share", "absolute"),
-    )  # fmt: skip
-    sink_tokens: int = _setting(
-        0, "count", BRIDGE, "The number of first tokens of a row to take out of the bridge.",
-        high=MAX_COUNT, search=(0, 1, 4),
-    )  # fmt: skip
-    oeb_span: int | None = _setting(
-        None, "count", BRIDGE, "The number of first tokens of each step to bridge; null for all (the paper).",
-        low=1, high=MAX_COUNT, optional=True, labels=True,
-    )  # fmt: skip
-    smi_layers: Layers = _setting("top:0.25", "layers", INJECTION, "The layers of the injection.")
-    alpha: float = _setting(
-        0.06, "number", INJECTION, "The weight of the previous step's mean value; 0 turns the injection off.",
-        low=-100, high=100, search=(0.01, 0.5),
-    )  # fmt: skip
-    smi_window: int | None = _setting(
-        None, "count", INJECTION, "The number of last tokens of the previous step to use; null for all (the paper).",
-        low=1, high=MAX_COUNT, optional=True, search=(None, 4),
-    )  # fmt: skip
-    length_temperature: float = _setting(
-        0.0, "number", TEMPERATURE, "The exponent gamma of the log-length temperature; 0 turns it off.",
-        low=0, high=10, search=(0.1, 3.0),
-    )  # fmt: skip
-    length_temperature_base: float | None = _setting(
-        None, "number", TEMPERATURE, "The context length n0 up to which the temperature does nothing; no default.",
-        low=2, high=MAX_COUNT, optional=True,
-    )  # fmt: skip
-    length_temperature_layers: Layers = _setting("all", "layers", TEMPERATURE, "The layers of the temperature.")
-    length_temperature_heads: dict[int, list[int]] | None = _setting(
-        None, "heads", TEMPERATURE, "The query heads of the temperature; null for all.", optional=True
-    )
-    tool_start: str | list[str] | None = _setting(
-        None, "markers", SEGMENTS, "The marker(s) that open a tool result inside thinking, which counts as question.",
-        optional=True, labels=True,
-    )  # fmt: skip
-    tool_end: str | list[str] | None = _setting(
-        None, "markers", SEGMENTS, "The marker(s) that close a tool result.", optional=True, labels=True
-    )
-    thinking_start: str | list[str] | None = _setting(
-        "<think>", "markers", SEGMENTS, "The marker(s) after which thinking starts.", optional=True, labels=True
-    )
-    summary_start: str | list[str] | None = _setting(
-        "</think>",
-        "markers",
-        SEGMENTS,
-        "The marker(s) after which the summary starts; if implicit_thinking is set and this is not, phrases such as "
-        "`The answer is`.",
-        optional=True,
-        labels=True,
-    )
-    implicit_thinking: bool = _setting(
-        False, "switch", SEGMENTS, "Thinking starts at the end of the prompt, for models without markers.", labels=True
-    )
-    step_rule: str = _setting(
-        "sentence", "choice", SEGMENTS, "Where thinking is split into steps.",
-        choices=("sentence", "paragraph", "cue"), labels=True,
-    )  # fmt: skip
-    min_step_chars: int = _setting(
-        15, "count", SEGMENTS, "The end of a sentence with fewer characters is no step boundary.",
-        high=MAX_COUNT, labels=True,
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for name, setting in SETTINGS.items():
-            problem = setting.problem(getattr(self, name))
-            if problem is not None:
-                place, part, expected = problem
-                raise StepFlowConfigError(f"{name}{place} must be {expected}, got {shown(part)}")
-            if setting.kind == "heads" and getattr(self, name) is not None:
-                table = {int(layer): list(heads) for layer, heads in getattr(self, name).items()}
-                object.__setattr__(self, name, table)
-        length = sum(len(marker) for name in _MARKERS for marker in self.markers(name))
-        if length > MAX_MARKERS:
-            raise StepFlowConfigError(f"the markers must have {MAX_MARKERS} characters at most together, got {length}")
-        if self.length_temperature > 0 and self.length_temperature_base is None:
-            raise StepFlowConfigError(
-                f"length_temperature is {self.length_temperature} but length_temperature_base is not set",
-                hint="give the context length up to which the model needs no sharpening, e.g. its trained length",
-            )
-        if not self.implicit_thinking and not self.thinking_start:
-            raise StepFlowConfigError(
-                "thinking_start is empty and implicit_thinking is off, so thinking could never start",
-                hint='set thinking_start (e.g. "<think>"), or implicit_thinking=True for a model without markers',
-            )
-        if bool(self.tool_start) != bool(self.tool_end):
-            raise StepFlowConfigError(
-                f"tool_start ({self.tool_start!r}) and tool_end ({self.tool_end!r}) must be given together"
-            )
-        shallow, deep = _fraction(self.oeb_layers), _fraction(self.smi_layers)
-        if shallow and deep and shallow[0] != deep[0] and shallow[1] + deep[1] > 1:
-            raise StepFlowConfigError(
-                f"oeb_layers ({self.oeb_layers!r}) and smi_layers ({self.smi_layers!r}) overlap: "
-                "the shallow and the deep band may cover the layers once at most",
-                hint="choose smaller fractions, or give explicit lists of layers",
-            )
-
-    def replace(self, **changes: Any) -> "StepFlowSettings":
-        """These settings with some changed.
-
-        Turning implicit thinking on or off takes `summary_start` along if it is at its default and not given.
-
-        Raises:
-            StepFlowConfigError: An unknown name or a bad value.
-        """
-        for name in changes:
-            if name not in SETTING_NAMES:
-                raise _unknown(name)
-        return dataclasses.replace(self, **_with_summary_start(changes, self.summary_start))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready data: head tables get text keys.
-
-        A newer setting at its default is left out, so that earlier releases read the data.
-        """
-        data = dataclasses.asdict(self)
-        for name, setting in SETTINGS.items():
-            if setting.is_new and data[name] == _DEFAULTS[name]:
-                del data[name]
-            elif setting.kind == "heads" and data[name] is not None:
-                data[name] = {str(layer): heads for layer, heads in data[name].items()}
-        return data
-
-    def markers(self, name: str) -> list[str]:
-        """The markers of one kind as a list."""
-        value = getattr(self, name)
-        return [value] if isinstance(value, str) else list(value or [])
-
-
-SETTINGS: dict[str, Setting] = {
-    field.name: field.metadata["setting"] for field in dataclasses.fields(StepFlowSettings)
-}
-SETTING_NAMES = tuple(SETTINGS)
-_MARKERS = tuple(name for name, setting in SETTINGS.items() if setting.kind == "markers")
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(StepFlowSettings)}
-
-
-def _with_summary_start(given: dict[str, Any], current: Any) -> dict[str, Any]:
-    """Adds the default start of the summary to settings that switch implicit thinking and do not give it.
-
-    Args:
-        given: Settings by name.
-        current: The value of `summary_start` before them.
-    """
-    implicit = given.get("implicit_thinking")
-    if "summary_start" in given or not isinstance(implicit, bool):
-        return given
-    defaults = {False: _DEFAULTS["summary_start"], True: list(ANSWER_PHRASES)}
-    return given | {"summary_start": defaults[implicit]} if current == defaults[not implicit] else given
-
-
-def _unknown(name: str) -> StepFlowConfigError:
-    close = difflib.get_close_matches(name, SETTING_NAMES, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(SETTING_NAMES)}"
-    return StepFlowConfigError(f"unknown StepFlow setting {name!r}", hint=hint)
-
 
 # What the config.json of a preset says; `StepFlowConfig` puts a class of transformers before it.
 PRESET_ARCHITECTURES = ["StepFlowModelForCausalLM"]
@@ -363,9 +48,9 @@ class StepFlowConfig(PretrainedConfig):
         given = {name: kwargs.pop(name) for name in SETTING_NAMES if name in kwargs}
         for name in kwargs:
             if name not in _TRANSFORMERS_FIELDS and difflib.get_close_matches(name, SETTING_NAMES, 1, 0.85):
-                raise _unknown(name)
+                raise unknown_setting(name)
         _check_code_revision(kwargs.get("stepflow_code_revision"))
-        settings = StepFlowSettings(**_with_summary_start(given, _DEFAULTS["summary_start"]))
+        settings = StepFlowSettings(**with_summary_start(given, DEFAULTS["summary_start"]))
         for name in SETTING_NAMES:
             setattr(self, name, getattr(settings, name))
         super().__init__(**kwargs)
@@ -411,7 +96,7 @@ def read_settings(
     if type(source).__name__ == "StepFlowSettings":  # of another copy of this code
         return StepFlowSettings(**cast(Any, source).to_dict())
     if getattr(source, "model_type", None) == "stepflow":
-        return StepFlowSettings(**{name: getattr(source, name, _DEFAULTS[name]) for name in SETTING_NAMES})
+        return StepFlowSettings(**{name: getattr(source, name, DEFAULTS[name]) for name in SETTING_NAMES})
     if isinstance(source, str | Path):
         return _read_file(Path(source))
     raise StepFlowConfigError(
@@ -497,44 +182,108 @@ _TRANSFORMERS_FIELDS = set(PretrainedConfig().to_dict()) | {
 }  # fmt: skip
 
 
-def resolve_layers(name: str, spec: Layers, layers: list[int]) -> list[int]:
-    """Returns the layers that a setting names, on a model with softmax attention in `layers`.
+# How files are fetched: the same for the preset's repository and for the base's.
+_FETCHING = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+# Where in the preset's repository they are, and what transformers hands along for itself.
+_OF_THE_REPOSITORY = ("revision", "subfolder", "code_revision", "_commit_hash", "_from_auto", "_from_pipeline")
+# Fields of a preset's config that say nothing of the base.
+_OF_THE_PRESET = {
+    *SETTING_NAMES, "_name_or_path", "architectures", "auto_map", "model_type", "stepflow_code_revision",
+    "stepflow_preset", "transformers_version",
+}  # fmt: skip
+
+
+def read_repository_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Reads the JSON object in a file of a folder or Hub repository; empty where there is no such file.
 
     Args:
-        name: The setting, for messages.
-        spec: A list of layer indices, "bottom:F", "top:F", "all" or "none". A band holds floor(F * n) of the n
-            attention layers, at least one (docs/method.md, "Layers").
-        layers: The indices of the model's softmax attention layers, ascending.
+        path: Folder or Hub id.
+        name: Name of the file.
+        kwargs: Arguments of the call to answer; those that say where files are and how to fetch them count.
 
     Raises:
-        StepFlowConfigError: A listed layer is not one of them.
+        OSError: The repository cannot be reached, or the file holds no JSON object or is too long.
     """
-    if isinstance(spec, str):
-        band = _fraction(spec)
-        if band is None:
-            return list(layers) if spec == "all" else []
-        count = max(1, math.floor(band[1] * len(layers) + 1e-9))
-        return layers[:count] if band[0] == "bottom" else layers[-count:]
-    wrong = [layer for layer in spec if layer not in layers]
-    if wrong:
+    where = {key: kwargs[key] for key in (*_FETCHING, "revision", "subfolder") if kwargs.get(key) is not None}
+    file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **where)
+    return {} if file is None else read_object(Path(file), f"{name} of {str(path)!r}")
+
+
+def fetching(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that say how files are fetched."""
+    return {name: kwargs[name] for name in _FETCHING if kwargs.get(name) is not None}
+
+
+def meant_for_base(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call on a preset's repository that are meant for the base: its revision is not."""
+    kept = {name: value for name, value in kwargs.items() if name not in _OF_THE_REPOSITORY}
+    adapter = kept.pop("adapter_kwargs", None) or {}
+    if "_adapter_model_path" not in adapter:  # else there is an adapter in the repository, of that very revision
+        adapter = {name: value for name, value in adapter.items() if name != "revision"}
+    return kept | {"adapter_kwargs": adapter} if adapter else kept
+
+
+def changed_fields(config: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """The changes to a preset's config that only the base can honour, as arguments for it.
+
+    Transformers puts arguments into the config wherever it has such a field: attention implementation, dtype, and
+    every field that the preset carries over from its base.
+
+    Args:
+        config: The config of the call.
+        data: The config as it is stored.
+    """
+    before, after = type(config).from_dict(dict(data)).to_dict(), config.to_dict()
+    changed = {
+        name: value
+        for name, value in after.items()
+        if name not in _OF_THE_PRESET and not name.startswith("_") and value != before.get(name)
+    }
+    for name in ("attn_implementation", "experts_implementation"):
+        value = getattr(config, f"_{name}", None)
+        if value is not None:
+            changed[name] = value
+    return changed
+
+
+def base_of(config: Any, source: Any) -> tuple[str, str | None]:
+    """The base model that a preset names, and its revision.
+
+    Raises:
+        StepFlowConfigError: The preset names none.
+    """
+    base = getattr(config, "base_model_name_or_path", None)
+    if not base:
         raise StepFlowConfigError(
-            f"{name} names layers {shown(wrong)}, which this model does not have as softmax attention layers",
-            hint=f"its attention layers are {_ranges(layers)}",
+            f"the preset {str(source)!r} names no base model, so there is nothing to put StepFlow on",
+            hint="set base_model_name_or_path in its config.json, or load the base model and attach the preset to it",
         )
-    return sorted(spec)
+    return base, getattr(config, "base_model_revision", None)
 
 
-def _ranges(layers: list[int]) -> str:
-    contiguous = layers == list(range(layers[0], layers[-1] + 1)) if layers else False
-    return f"{layers[0]} to {layers[-1]}" if contiguous else str(layers)
+def adapter_base(path: Any, kwargs: dict[str, Any]) -> str | None:
+    """The model that the adapter in a repository is for; None where there is no adapter."""
+    return read_repository_file(path, "adapter_config.json", kwargs).get("base_model_name_or_path")
 
 
-def _fraction(spec: Layers) -> tuple[str, float] | None:
-    """("bottom" or "top", fraction) of a band, None for everything else."""
-    if not isinstance(spec, str) or ":" not in spec:
-        return None
-    side, _, fraction = spec.partition(":")
-    try:
-        return (side, float(fraction)) if side in ("bottom", "top") else None
-    except ValueError:
-        return None
+def trust_for(path: Any, trust: Any, kwargs: dict[str, Any]) -> Any:
+    """Whether code of a base model's own may run: never where transformers has code for it.
+
+    Args:
+        path: Folder or Hub id of the base.
+        trust: `trust_remote_code` of the call.
+        kwargs: Arguments for loading the base.
+
+    Raises:
+        StepFlowConfigError: The base is a preset itself.
+    """
+    data = read_repository_file(path, "config.json", kwargs)
+    if not data:
+        adapted = adapter_base(path, kwargs)
+        return trust if adapted is None else trust_for(adapted, trust, fetching(kwargs))
+    if data.get("model_type") == "stepflow":
+        raise StepFlowConfigError(
+            f"the base model {str(path)!r} is a StepFlow preset itself",
+            hint="name the model that the preset is for as base_model_name_or_path",
+        )
+    return False if data.get("model_type") in CONFIG_MAPPING else trust

@@ -13,15 +13,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from .bridge import Run, runs_of
-from .configuration_stepflow import SETTINGS, StepFlowSettings, resolve_layers
-from .errors import StepFlowConfigError, StepFlowInputError, StepFlowUnsupportedError
+from .errors import StepFlowInputError, StepFlowUnsupportedError
 from .flow_state import (
     FlowState,
     append_on_host,
@@ -33,6 +31,7 @@ from .flow_state import (
     state_of,
 )
 from .report import FlowReport, Tally
+from .settings import SETTINGS, FlowPlan, StepFlowSettings
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
 
 _STEP_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.labels)
@@ -46,89 +45,6 @@ _HOST_ROWS = 32
 
 # New tokens up to which a device with kernels labels them itself: a decode step, or the check of a draft.
 _DEVICE_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class FlowPlan:
-    """Settings resolved against one model: what happens in which layer.
-
-    Attributes:
-        settings: The settings.
-        layers: The softmax attention layers of the model.
-        tau: {layer: tau_max, or one value a query head} of the bridged layers.
-        inject: The layers of the injection.
-        gamma: {layer: length temperature, or one value a query head}.
-    """
-
-    settings: StepFlowSettings
-    layers: tuple[int, ...]
-    tau: dict[int, float | tuple[float, ...]]
-    inject: frozenset[int]
-    gamma: dict[int, float | tuple[float, ...]]
-
-    @cached_property
-    def changed(self) -> frozenset[int]:
-        """All layers in which anything is done."""
-        return self.inject | self.tau.keys() | self.gamma.keys()
-
-    @classmethod
-    def resolve(cls, settings: StepFlowSettings, heads: dict[int, int]) -> "FlowPlan":
-        """Resolves settings against the attention layers of a model.
-
-        Args:
-            settings: The settings.
-            heads: {layer: number of query heads} of the softmax attention layers.
-
-        Raises:
-            StepFlowConfigError: The settings name layers or heads that the model does not have.
-        """
-        layers = sorted(heads)
-
-        def chosen(name: str, value: float) -> list[int]:
-            return resolve_layers(name, getattr(settings, name), layers) if value != 0 else []
-
-        return cls(
-            settings,
-            tuple(layers),
-            _by_head("oeb_heads", settings, settings.tau_max, chosen("oeb_layers", settings.tau_max), heads),
-            frozenset(chosen("smi_layers", settings.alpha)),
-            _by_head(
-                "length_temperature_heads",
-                settings,
-                settings.length_temperature,
-                chosen("length_temperature_layers", settings.length_temperature),
-                heads,
-            ),
-        )
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is ever to be done."""
-        return not self.changed
-
-
-def _by_head(
-    name: str, settings: StepFlowSettings, value: float, layers: list[int], heads: dict[int, int]
-) -> dict[int, float | tuple[float, ...]]:
-    table: dict[int, list[int]] | None = getattr(settings, name)
-    if table is None:
-        return dict.fromkeys(layers, value)
-    for layer, chosen in table.items():
-        if layer not in heads or max(chosen, default=0) >= heads[layer]:
-            raise StepFlowConfigError(
-                f"{name} names heads {chosen} of layer {layer}, which this model does not have",
-                hint=f"query heads by attention layer: {heads}",
-            )
-        if layers and chosen and layer not in layers:
-            raise StepFlowConfigError(
-                f"{name} names heads of layer {layer}, but only layers {layers} are asked for",
-                hint=f"name the layers of the table in {name.replace('heads', 'layers')}",
-            )
-    return {
-        layer: tuple(value if head in table[layer] else 0.0 for head in range(heads[layer]))
-        for layer in layers
-        if table.get(layer)
-    }
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ import transformers
 
 from .errors import StepFlowError, StepFlowInputError, StepFlowUnsupportedError
 from .flow_state import FlowState
-from .forward import FlowPass, FlowPlan, FlowRules
+from .forward import FlowPass, FlowRules
+from .settings import FlowPlan
 from .step_detector import FIELDS, Field, empty_record
 
 # The layers whose keys stay for the whole sequence, and with them the slots of the records.

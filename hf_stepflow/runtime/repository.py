@@ -23,26 +23,23 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import PushToHubMixin, logging
 
-from .base_model import (
-    base_of,
-    changed_fields,
-    fetching,
-    load_base_tokenizer,
-    meant_for_base,
-    read_repository_file,
-    trust_for,
-)
 from .configuration_stepflow import (
     BASE_FIELDS,
     PRESET_ARCHITECTURES,
-    SETTING_NAMES,
     StepFlowConfig,
-    StepFlowSettings,
+    base_of,
+    changed_fields,
+    fetching,
+    meant_for_base,
     read_json,
+    read_repository_file,
     read_settings,
     settings_from_data,
+    trust_for,
 )
 from .errors import StepFlowConfigError, StepFlowError, StepFlowFileError, StepFlowInputError
+from .settings import SETTING_NAMES, StepFlowSettings
+from .tokenization_stepflow import load_base_tokenizer
 
 logger = logging.get_logger(__name__)
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from .configuration_stepflow import ANSWER_PHRASES, StepFlowSettings, read_settings
+from .configuration_stepflow import read_settings
 from .errors import StepFlowConfigError
+from .settings import ANSWER_PHRASES, StepFlowSettings
 from .step_rules import (
     CLOSES_WITH_BAR,
     HAS_BODY,

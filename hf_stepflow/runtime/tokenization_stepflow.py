@@ -2,11 +2,20 @@
 
 from typing import Any
 
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from .base_model import base_of, load_base_tokenizer, meant_for_base, read_repository_file
-from .configuration_stepflow import StepFlowConfig, StepFlowSettings
-from .errors import StepFlowConfigError
+from .configuration_stepflow import (
+    StepFlowConfig,
+    adapter_base,
+    base_of,
+    fetching,
+    meant_for_base,
+    read_repository_file,
+    trust_for,
+)
+from .errors import StepFlowConfigError, StepFlowError
+from .settings import StepFlowSettings
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +45,35 @@ class StepFlowTokenizer:
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
         """Does nothing: the base's tokenizer saves itself."""
+
+
+def load_base_tokenizer(path: Any, revision: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Loads the tokenizer of a model.
+
+    Args:
+        path: Folder or Hub id of the model; an adapter without a tokenizer has that of its model.
+        revision: Revision of the model.
+        *args: Passed on to `AutoTokenizer.from_pretrained`.
+        **kwargs: Passed on, but code of the model's own runs only where transformers has none for it.
+
+    Raises:
+        StepFlowConfigError: The tokenizer cannot be loaded.
+    """
+    where = fetching(kwargs) | {"revision": revision}
+    try:
+        if not read_repository_file(path, "tokenizer_config.json", where):
+            adapted = adapter_base(path, where)
+            if adapted is not None:
+                return load_base_tokenizer(adapted, None, *args, **kwargs)
+        kwargs["trust_remote_code"] = trust_for(path, kwargs.get("trust_remote_code"), where)
+        return AutoTokenizer.from_pretrained(path, *args, revision=revision, **kwargs)
+    except StepFlowError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise StepFlowConfigError(
+            f"StepFlow finds steps by the model's tokenizer, and none could be loaded from {str(path)!r}: {error}",
+            hint="where the model is private or gated, pass token=...; to put StepFlow on it, pass tokenizer=...",
+        ) from error
 
 
 def tokenizer_of(model: Any, settings: StepFlowSettings) -> Any:

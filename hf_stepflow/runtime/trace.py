@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from .configuration_stepflow import StepFlowConfig, StepFlowSettings
+from .configuration_stepflow import StepFlowConfig
 from .errors import StepFlowInputError
+from .settings import StepFlowSettings
 from .step_detector import SEGMENT_NAMES, SUMMARY, THINKING, Field, StepVocabulary
 
 

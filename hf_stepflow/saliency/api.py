@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from hf_stepflow.runtime.attention import AttentionCall, Output
 from hf_stepflow.runtime.attention_interface import attention_modules
-from hf_stepflow.runtime.configuration_stepflow import Layers, resolve_layers
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
+from hf_stepflow.runtime.settings import Layers, resolve_layers
 from hf_stepflow.runtime.trace import Trace, segment_trace
 
 from .capture import Capture, KeptOutputs

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from hf_stepflow.report import write_page
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.trace import TraceStep
 
 from .maps import INDICES, StepMaps, step_of_token

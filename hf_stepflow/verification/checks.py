@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowInputError
+from hf_stepflow.runtime.settings import StepFlowSettings
 
 from .trace import STEPS, ReadTrace
 from .watch import Watch

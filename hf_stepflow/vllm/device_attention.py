@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_stepflow.runtime.flow_state import kernels_on
-from hf_stepflow.runtime.forward import FlowPlan, FlowRules
+from hf_stepflow.runtime.forward import FlowRules
+from hf_stepflow.runtime.settings import FlowPlan
 
 from .block_layout import LayerCache, is_plain
 

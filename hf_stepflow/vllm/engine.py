@@ -12,17 +12,18 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_stepflow.runtime.base_model import base_of, load_base_tokenizer, read_repository_file
 from hf_stepflow.runtime.configuration_stepflow import (
     StepFlowConfig,
-    StepFlowSettings,
+    base_of,
+    read_repository_file,
     read_settings,
     settings_from_data,
 )
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
-from hf_stepflow.runtime.forward import FlowPlan
 from hf_stepflow.runtime.repository import find_preset, is_saved_with_stepflow, settings_for
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from hf_stepflow.runtime.step_detector import StepVocabulary
+from hf_stepflow.runtime.tokenization_stepflow import load_base_tokenizer
 
 from .counters import Counters
 from .requests import FIELD, EngineSettings

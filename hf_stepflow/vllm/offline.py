@@ -13,10 +13,10 @@ from hf_stepflow.evaluation.arms import Arm
 from hf_stepflow.evaluation.engine import Engine
 from hf_stepflow.evaluation.responses import Response, ResponseMaker
 from hf_stepflow.evaluation.store import digest, machine
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError
-from hf_stepflow.runtime.forward import FlowPlan, FlowRules
+from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.repository import settings_for
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 
 from .engine import vocabulary_of
 from .requests import FIELD

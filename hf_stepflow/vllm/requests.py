@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.settings import StepFlowSettings
 
 FIELD = "stepflow"
 

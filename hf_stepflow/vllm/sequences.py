@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_stepflow.runtime.bridge import Run, runs_of
-from hf_stepflow.runtime.forward import FlowPass, FlowPlan
+from hf_stepflow.runtime.forward import FlowPass
+from hf_stepflow.runtime.settings import FlowPlan
 from hf_stepflow.runtime.step_detector import Field
 
 from .record_cache import RecordCache

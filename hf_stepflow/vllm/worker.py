@@ -19,9 +19,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
-from hf_stepflow.runtime.forward import FlowPlan, FlowRules
+from hf_stepflow.runtime.forward import FlowRules
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from hf_stepflow.runtime.step_detector import Field
 
 from . import attention, device_attention

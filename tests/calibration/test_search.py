@@ -12,8 +12,7 @@ from hf_stepflow.calibration.bands import Bands, Proposal, bands_from, propose_b
 from hf_stepflow.calibration.candidates import EMPTY, MECHANISMS, Space, mechanisms, only, tidied
 from hf_stepflow.calibration.proxy import ProxyScore
 from hf_stepflow.calibration.search import Proposer, search
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.forward import FlowPlan
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from tests.support.flow import attach, byte_tokenizer, encode
 from tests.support.tiny_models import tiny_model
 

@@ -20,8 +20,7 @@ from hf_stepflow.calibration.verdict import (
     random_steps,
 )
 from hf_stepflow.evaluation.statistics import compare
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.forward import FlowPlan
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from hf_stepflow.runtime.step_detector import Field
 from tests.support.calibration import responses, shares, trial
 from tests.support.flow import attach, encode

@@ -7,13 +7,9 @@ from transformers import PreTrainedTokenizerFast
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM
 from hf_stepflow.evaluation.problem import EvalProblem
 from hf_stepflow.evaluation.run import evaluate
-from hf_stepflow.runtime.configuration_stepflow import (
-    ANSWER_PHRASES,
-    StepFlowSettings,
-    read_settings,
-    settings_from_data,
-)
+from hf_stepflow.runtime.configuration_stepflow import read_settings, settings_from_data
 from hf_stepflow.runtime.errors import StepFlowConfigError
+from hf_stepflow.runtime.settings import ANSWER_PHRASES, StepFlowSettings
 from hf_stepflow.runtime.step_detector import SUMMARY_START, StepVocabulary
 from tests.support.scripted import scripted_model
 

@@ -13,9 +13,8 @@ from hf_stepflow.evaluation.run_checks import FEWEST, FirstResponses
 from hf_stepflow.evaluation.store import read_results
 from hf_stepflow.problems import load_problems
 from hf_stepflow.reasoner import load_reasoner
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowInputError
-from hf_stepflow.runtime.forward import FlowPlan
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from tests.support.scripted import scripted_model
 
 OPENED = "{{ messages[0]['content'] }}\n<think>"

@@ -17,8 +17,8 @@ from hf_stepflow import Preset, StepFlowConfig, list_presets, load_preset
 from hf_stepflow.cli import main
 from hf_stepflow.hub.cards import custom_generate_card, inline_code, inline_text, json_code, preset_card
 from hf_stepflow.presets.architecture import Architecture
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.settings import StepFlowSettings
 from tests.support.presets import MEASURED, NOTHING_COMPARED, OFF, edited, written
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,15 +17,10 @@ from hypothesis import strategies as st
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, load_preset, segment_trace
 from hf_stepflow.cli import main
 from hf_stepflow.presets import preset as preset_module
-from hf_stepflow.runtime.configuration_stepflow import (
-    MAX_COUNT,
-    MAX_FILE_BYTES,
-    MAX_MARKERS,
-    SETTING_NAMES,
-    read_settings,
-)
+from hf_stepflow.runtime.configuration_stepflow import MAX_FILE_BYTES, read_settings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowError, StepFlowFileError, shown
 from hf_stepflow.runtime.repository import find_preset
+from hf_stepflow.runtime.settings import MAX_COUNT, MAX_MARKERS, SETTING_NAMES
 from hf_stepflow.runtime.token_text import build_marker_table
 from tests.presets.test_preset_files import JSON_VALUES
 from tests.runtime.test_bad_input import snapshot

@@ -9,8 +9,8 @@ from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, list_presets, 
 from hf_stepflow.presets import checks
 from hf_stepflow.presets import preset as preset_module
 from hf_stepflow.runtime import repository
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
+from hf_stepflow.runtime.settings import StepFlowSettings
 from tests.runtime.test_bad_input import snapshot
 from tests.support.flow import byte_tokenizer
 from tests.support.presets import MEASURED, attached, edited, heard, tiny_preset, written

@@ -10,8 +10,9 @@ from hf_stepflow import Preset, StepFlowConfig, list_presets, load_preset
 from hf_stepflow.cli import main
 from hf_stepflow.presets import preset as preset_module
 from hf_stepflow.presets.strict_json import calibrations_folder
-from hf_stepflow.runtime.configuration_stepflow import read_settings, resolve_layers
+from hf_stepflow.runtime.configuration_stepflow import read_settings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
+from hf_stepflow.runtime.settings import resolve_layers
 from tests.support.presets import MEASURED, RULE, edited, written
 from tests.support.tiny_models import tiny_config
 

@@ -10,8 +10,9 @@ from hf_stepflow.calibration.candidates import Space
 from hf_stepflow.cli import main
 from hf_stepflow.hub.cards import preset_card
 from hf_stepflow.presets.preset import load_preset
-from hf_stepflow.runtime.configuration_stepflow import SETTINGS, StepFlowConfig, StepFlowSettings
+from hf_stepflow.runtime.configuration_stepflow import StepFlowConfig
 from hf_stepflow.runtime.errors import StepFlowConfigError
+from hf_stepflow.runtime.settings import SETTINGS, StepFlowSettings
 from scripts import settings as script
 from tests.support.presets import edited, written
 

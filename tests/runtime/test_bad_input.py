@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, StepVocabulary, Trace, segment_trace
 from hf_stepflow.cli import EXIT_ERROR, main
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, read_settings
+from hf_stepflow.runtime.configuration_stepflow import read_settings
 from hf_stepflow.runtime.errors import (
     StepFlowConfigError,
     StepFlowError,
@@ -19,6 +19,7 @@ from hf_stepflow.runtime.errors import (
     StepFlowInputError,
     StepFlowUnsupportedError,
 )
+from hf_stepflow.runtime.settings import StepFlowSettings
 from tests.support.flow import byte_tokenizer, encode
 from tests.support.tiny_models import tiny_model
 

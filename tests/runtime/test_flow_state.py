@@ -7,7 +7,8 @@ from transformers import DynamicCache, StaticCache
 from hf_stepflow.runtime.attention import BridgedCall
 from hf_stepflow.runtime.errors import StepFlowConfigError
 from hf_stepflow.runtime.flow_state import FlowState
-from hf_stepflow.runtime.forward import FlowPass, FlowPlan
+from hf_stepflow.runtime.forward import FlowPass
+from hf_stepflow.runtime.settings import FlowPlan
 from hf_stepflow.runtime.step_detector import THINKING, Field
 from tests.support.flow import SHORT_TEXT, TRACES, VARIANTS, attach, batch, encode
 from tests.support.tiny_models import tiny_model

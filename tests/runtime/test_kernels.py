@@ -13,9 +13,9 @@ from transformers import DynamicCache, StaticCache
 
 from hf_stepflow.runtime import flow_state
 from hf_stepflow.runtime.attention import BridgedCall
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.flow_state import kernels_on
 from hf_stepflow.runtime.momentum import inject, inject_by_kernel
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.step_detector import FIELDS, Field, StepVocabulary
 from tests.runtime.test_ranges import attention_mask, passed, report_of
 from tests.support.counting import CountedOperations, counted_reads

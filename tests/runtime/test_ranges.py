@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from hf_stepflow.runtime.attention import BridgedCall
 from hf_stepflow.runtime.bridge import runs_of
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.flow_state import FlowState
-from hf_stepflow.runtime.forward import FlowPass, FlowPlan
+from hf_stepflow.runtime.forward import FlowPass
 from hf_stepflow.runtime.report import FlowReport, Tally
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 from tests.support.flow import TRACES, TWO_ROUNDS, batch, byte_tokenizer, encode
 

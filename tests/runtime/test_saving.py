@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from hf_stepflow import StepFlowConfig, StepFlowModelForCausalLM, load_preset
 from hf_stepflow.hub.export import export_preset
 from hf_stepflow.runtime import repository
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, read_settings
+from hf_stepflow.runtime.configuration_stepflow import read_settings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.settings import StepFlowSettings
 from tests.support.flow import SHORT_TEXT, VARIANTS, attach, byte_tokenizer, encode
 from tests.support.hub_models import SETTINGS, save_base, strong_preset
 from tests.support.tiny_models import tiny_model

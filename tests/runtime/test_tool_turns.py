@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.flow_state import state_of
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.step_detector import Feature, Field, StepVocabulary, empty_record
 from hf_stepflow.runtime.trace import segment_trace
 from tests.support.flow import error, logits_of, oracle_settings

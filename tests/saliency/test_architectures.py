@@ -6,8 +6,8 @@ import transformers
 
 from hf_stepflow import segment_trace, step_saliency
 from hf_stepflow.runtime.attention_interface import attention_modules
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
+from hf_stepflow.runtime.settings import StepFlowSettings
 from scripts.architectures import IS_RELEASE_OF_PAGE
 from tests.support.flow import byte_tokenizer, encode
 from tests.support.saliency_oracle import SaliencyOracle, oracle_map

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_stepflow import StepFlowModelForCausalLM, step_saliency
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowInputError, StepFlowUnsupportedError
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.trace import Trace, segment_trace
 from hf_stepflow.saliency import memory
 from hf_stepflow.saliency.maps import StepSums, step_of_token

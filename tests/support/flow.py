@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerFast
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings, resolve_layers
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+from hf_stepflow.runtime.settings import StepFlowSettings, resolve_layers
 from hf_stepflow.runtime.step_detector import StepVocabulary
 from hf_stepflow.runtime.trace import segment_trace
 from tests.support.oracles import OracleSettings, OracleStepFlow, OracleTrace

@@ -14,9 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import LogitsProcessor
 
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import StepFlowUnsupportedError
 from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.trace import segment_trace
 from tests.support.attention_calls import AttentionCall, expected_call, normal, recorded_calls
 from tests.support.flow import byte_tokenizer, encode, error

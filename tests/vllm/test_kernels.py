@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from hf_stepflow.runtime import flow_state
 from hf_stepflow.runtime.attention import BridgedCall
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
-from hf_stepflow.runtime.forward import FlowPass, FlowPlan
+from hf_stepflow.runtime.forward import FlowPass
 from hf_stepflow.runtime.momentum import mean_of_members
+from hf_stepflow.runtime.settings import FlowPlan, StepFlowSettings
 from hf_stepflow.runtime.step_detector import FIELDS, SUMMARY, Field, StepVocabulary
 from tests.support.counting import CountedOperations, counted_reads
 from tests.support.flow import TRACES, TWO_ROUNDS, byte_tokenizer, encode

@@ -14,13 +14,13 @@ from vllm.engine.arg_utils import EngineArgs
 
 from hf_stepflow import StepFlowModelForCausalLM
 from hf_stepflow.reasoner import FOLDER
-from hf_stepflow.runtime.configuration_stepflow import StepFlowSettings
 from hf_stepflow.runtime.errors import (
     StepFlowConfigError,
     StepFlowFileError,
     StepFlowInputError,
     StepFlowUnsupportedError,
 )
+from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.vllm import block_layout, plugin
 from hf_stepflow.vllm.engine import settings_in
 from hf_stepflow.vllm.requests import EngineSettings, salt
