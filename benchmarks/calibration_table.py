@@ -8,7 +8,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_stepflow.calibration.result import FORMAT
 from hf_stepflow.hub.cards import table
+from hf_stepflow.runtime.errors import StepFlowFileError
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Reads the result of a calibration.
+
+    Raises:
+        StepFlowFileError: It was written in another format.
+    """
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    if found.get("format") != FORMAT:
+        raise StepFlowFileError(
+            f"{folder / 'result.json'} has the format {found.get('format')!r}, expected {FORMAT!r}",
+            hint="calibrate again: earlier results know no strata",
+        )
+    return found
 
 
 def points(estimate: dict[str, Any]) -> str:
@@ -49,6 +66,25 @@ def stages(result: dict[str, Any]) -> str:
     return table(("stage", "found"), rows)
 
 
+def strata(result: dict[str, Any]) -> str:
+    """Makes the table of strata."""
+    rows = [
+        (
+            one["name"],
+            str(one["problems"]),
+            f"{100 * one['base']:.1f}",
+            points(one["delta"]),
+            f"{one['gained']} / {one['lost']}",
+            f"{one['adjusted_p_value']:.2g}",
+            f"{one['harm_p_value']:.2g}",
+            one["verdict"] if one["needed"] is None else f"{one['verdict']} (about {one['needed']} needed)",
+        )
+        for one in result["strata"]
+    ]
+    head = ("stratum", "n", "base, %", "difference", "gained / lost", "p (Holm)", "p of harm", "verdict")
+    return table(head, rows)
+
+
 def ablations(result: dict[str, Any]) -> str:
     """Makes the table that compares each ablation with the base and with the winner."""
     rows = [
@@ -63,7 +99,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path)
     for folder in parser.parse_args().folders:
-        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        found = read_result(folder)
         print(f"{folder.name}, {found['seconds']:.0f} s\n\n{stages(found)}\n")
+        if found["strata"]:
+            print(f"{strata(found)}\n")
         if found["ablations"]:
             print(f"{ablations(found)}\n")

@@ -555,7 +555,7 @@ def test_exit_3_is_a_calibration_that_finds_nothing_and_what_it_keeps(tmp_path, 
     words = [*words.split(), "--work", str(work), "--out", str(out)]
     assert main(words) == 3
     header = read(work / "run.json")
-    assert header["format"] == "hf-stepflow-calibration/1"
+    assert header["format"] == "hf-stepflow-calibration/2"
     assert {"run", "about"} <= set(header)
     assert set(CALIBRATION_RUN.split()) <= set(header["run"])
     parts = [file for file in work.glob("*/*.json") if not file.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""The gate: StepFlow can only repair errors that become more frequent as traces get longer."""
+"""The gate: StepFlow can only repair errors that become more frequent as traces of one source get longer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from scipy import stats
 # The largest p-value, adjusted for the number of trends, that opens the gate.
 LEVEL = 0.05
 
-# The fewest problems that must be solved, and that must be missed, to test for a trend.
+# The fewest problems of a source that must be solved, and that must be missed, to test for a trend.
 FEWEST = 5
 
 _RESAMPLES = 9999
@@ -18,10 +18,11 @@ _RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Trend:
-    """How errors depend on one measure of length.
+    """How errors depend on one measure of length within one source.
 
     Attributes:
         measure: The name of the measure.
+        source: The source of the problems.
         odds_ratio: The factor on the odds of an error for each doubling of the length, by logistic regression; None if
             all errors are on one side of some length, so that the factor has no bound.
         p_value: The p-value of the one-sided permutation test that errors rise with length.
@@ -30,6 +31,7 @@ class Trend:
     """
 
     measure: str
+    source: str
     odds_ratio: float | None
     p_value: float
     short: float
@@ -41,10 +43,10 @@ class Gate:
     """The result of the gate.
 
     Attributes:
-        is_open: Whether errors rise with length or depth.
+        is_open: Whether errors rise with length or depth within any source.
         problems: The number of problems.
         errors: The mean share of wrong responses.
-        trends: One trend for each measure.
+        trends: One trend for each source and measure.
         reason: The reason in one sentence.
     """
 
@@ -55,37 +57,53 @@ class Gate:
     reason: str
 
 
-def look_for_trend(errors: Sequence[float], measures: Mapping[str, Sequence[float]], seed: int = 0) -> Gate:
-    """Tests whether errors rise with any measure of length, with Holm's adjustment for their number.
+def look_for_trend(
+    errors: Sequence[float],
+    measures: Mapping[str, Sequence[float]],
+    seed: int = 0,
+    sources: Sequence[str] | None = None,
+) -> Gate:
+    """Tests whether errors rise with any measure of length within any source, with Holm's adjustment for all tests.
+
+    Short problems of a hard source do not hide that the long ones of another fail.
 
     Args:
         errors: The share of wrong responses to each problem.
-        measures: {name: length of each problem}, above zero; a measure that does not vary is left out.
+        measures: {name: length of each problem}, above zero; a measure that does not vary in a source is left out.
         seed: The seed of the permutations.
+        sources: The source of each problem; None for one source.
     """
     wrong = np.asarray(errors, float)
+    own_source = np.array(["all problems"] * len(wrong) if sources is None else list(sources), dtype=object)
     n, share = len(wrong), float(np.mean(wrong)) if len(wrong) else 0.0
-    missed, solved = int((wrong > 0).sum()), int((wrong < 1).sum())
-    if min(missed, solved) < FEWEST:
+    trends, is_enough = [], False
+    for source in dict.fromkeys(own_source.tolist()):
+        part = own_source == source
+        if min((wrong[part] > 0).sum(), (wrong[part] < 1).sum()) < FEWEST:
+            continue
+        is_enough = True
+        for name, lengths in measures.items():
+            logs = np.log2(np.asarray(lengths, float))[part]
+            if np.ptp(logs) > 0:
+                trends.append(_trend(name, source, wrong[part], logs, seed))
+    if not is_enough:
+        missed, solved = int((wrong > 0).sum()), int((wrong < 1).sum())
         few = f"{missed} of {n} problems are missed" if missed < solved else f"{solved} of {n} problems are solved"
-        return Gate(False, n, share, [], f"{few}, too few to test whether errors rise with length")
-    trends = []
-    for name, lengths in measures.items():
-        logs = np.log2(np.asarray(lengths, float))
-        if np.ptp(logs) > 0:
-            trends.append(_trend(name, wrong, logs, seed))
+        each = " in any one source" * (min(missed, solved) >= FEWEST)
+        return Gate(False, n, share, [], f"{few}, too few{each} to test whether errors rise with length")
     if not trends:
-        return Gate(False, n, share, [], "all traces have one length, so there is no trend to test")
+        return Gate(False, n, share, [], "all traces of a source have one length, so there is no trend to test")
     best = min(trends, key=lambda one: one.p_value)
     # Holm's first step, the smallest of k p-values times k, alone decides whether there is any trend.
     adjusted = min(1.0, len(trends) * best.p_value)
     thirds = f"errors in the shortest third by {best.measure}: {best.short:.1%}, in the longest: {best.long:.1%}"
     if adjusted <= LEVEL:
-        return Gate(True, n, share, trends, f"errors rise with {best.measure} ({thirds}, p = {adjusted:.4f})")
+        place = f" in {best.source}" * (sources is not None)
+        return Gate(True, n, share, trends, f"errors rise with {best.measure}{place} ({thirds}, p = {adjusted:.4f})")
     return Gate(False, n, share, trends, f"errors do not rise measurably with length ({thirds}, p = {adjusted:.2f})")
 
 
-def _trend(measure: str, wrong: np.ndarray, logs: np.ndarray, seed: int) -> Trend:
+def _trend(measure: str, source: str, wrong: np.ndarray, logs: np.ndarray, seed: int) -> Trend:
     # The score statistic of the logistic regression, up to constants that permutations do not change.
     test = stats.permutation_test(
         (wrong,),
@@ -99,7 +117,7 @@ def _trend(measure: str, wrong: np.ndarray, logs: np.ndarray, seed: int) -> Tren
     )
     low, high = np.quantile(logs, [1 / 3, 2 / 3])
     short, long = float(wrong[logs <= low].mean()), float(wrong[logs >= high].mean())
-    return Trend(measure, odds_ratio(wrong, logs), float(test.pvalue), short, long)
+    return Trend(measure, source, odds_ratio(wrong, logs), float(test.pvalue), short, long)
 
 
 def odds_ratio(wrong: np.ndarray, x: np.ndarray) -> float | None:

@@ -14,7 +14,7 @@ from .gate import Gate
 from .heads import Heads
 from .result import Calibration, acting
 from .search import Trial
-from .verdict import GAIN
+from .verdict import GAIN, OPEN
 
 _ROWS = 15  # candidates in the table of the search
 _CELL, _LEFT, _TOP, _MAP_WIDTH = 16.0, 40.0, 6.0, 640.0  # of the map of heads
@@ -58,6 +58,7 @@ def write_report(result: Calibration, path: str | Path, preset: Preset) -> None:
         ("Search: the proxy over tau_max and alpha", _search(result) if result.trials else not_reached),
         ("Proxy against generation", _proxy(result) if result.points else not_reached),
         ("Verdict on the held-out problems", _measured(result)),
+        ("Every kind of problems", _strata(result) if result.strata else not_reached),
         ("Ablations on the held-out problems", _ablations(result) if result.measured else not_reached),
         ("Preset", file),
     ]
@@ -72,11 +73,11 @@ def _gate(gate: Gate) -> str:
     facts = _soft(f"{gate.problems} problems of the calibration split, {gate.errors:.1%} wrong.")
     if not gate.trends:
         return facts
-    heads = "length by,errors in the shortest third,in the longest,odds of an error per doubling,p (one-sided)"
+    heads = "source,length by,errors in the shortest third,in the longest,odds of an error per doubling,p (one-sided)"
     rows = []
     for one in gate.trends:
         odds = "no bound" if one.odds_ratio is None else f"{one.odds_ratio:.2f}"
-        rows.append([one.measure, f"{one.short:.1%}", f"{one.long:.1%}", odds, f"{one.p_value:.4f}"])
+        rows.append([one.source, one.measure, f"{one.short:.1%}", f"{one.long:.1%}", odds, f"{one.p_value:.4f}"])
     return facts + table(heads.split(","), rows)
 
 
@@ -169,16 +170,16 @@ def _search(result: Calibration) -> str:
             f"{one.score.value:+.3f} ± {one.score.error:.3f}",
             f"{one.score.likelihood:+.3f}",
             f"{one.score.margin:+.3f}",
-            "" if one.score.short is None else f"{one.score.short:+.3f}",
+            "" if one.score.worst is None else f"{one.score.worst:+.3f}",
         ]
         for one in shown
     ]
-    below = ["" if one.score.is_harmless else "<b>harms short problems</b> · " for one in shown]
+    below = ["" if one.score.is_harmless else f"<b>harms {escape(one.score.stratum or '')}</b> · " for one in shown]
     below = [warning + escape(_short(one)) for warning, one in zip(below, shown, strict=True)]
-    heads = "trial,proxy (nats),right traces,margin over wrong ones,short and easy"
+    heads = "trial,proxy (nats),right traces,margin over wrong ones,worst stratum"
     caption = (
         f"{len(trials)} different candidates. Green: better than the base by the proxy; red: worse, or harmful to "
-        f"short problems. Where both are 0, a length temperature acts. The {len(shown)} best:"
+        f"a stratum. Where both are 0, a length temperature acts. The {len(shown)} best:"
     )
     chart = svg("alpha over tau_max", frame(x, y, "tau_max", "alpha"), *dots)
     return chart + _soft(caption) + table(heads.split(","), rows, below)
@@ -214,13 +215,13 @@ def _proxy(result: Calibration) -> str:
             str(row.trial),
             str(row.problems),
             f"{100 * row.delta:+.1f}",
-            f"{row.lost_easy:+g}",
+            "" if row.worst is None else f"{row.stratum}: {100 * row.worst:+.1f}",
             "stays" if row.stays else "stops",
         ]
         for rung, alive in enumerate(result.halving.rungs, 1)
         for row in alive
     ]
-    return chart + table("rung,trial,problems,points against the base,short and easy lost,".split(","), rows)
+    return chart + table("rung,trial,problems,points against the base,worst stratum plus its error,".split(","), rows)
 
 
 def _measured(result: Calibration) -> str:
@@ -239,6 +240,29 @@ def _measured(result: Calibration) -> str:
         ["responses changed", f"{one.changed:.1%}"],
     ]
     return element("p", text=one) + table([f"{one.problems} problems", ""], rows)
+
+
+def _strata(result: Calibration) -> str:
+    chart = forest([(one.name, one.delta, percent(one.delta, "+")) for one in result.strata])
+    heads = ["stratum", "problems", "base, %", "points", "gained / lost", "p (Holm)", "p of harm", "verdict"]
+    rows = [
+        [
+            one.name,
+            str(one.problems),
+            f"{100 * one.base:.1f}",
+            percent(one.delta, "+"),
+            f"{one.gained} / {one.lost}",
+            f"{one.adjusted_p_value:.3g}",
+            f"{one.harm_p_value:.3g}",
+            one.verdict if one.needed is None or one.verdict != OPEN else f"{one.verdict}: about {one.needed} needed",
+        ]
+        for one in result.strata
+    ]
+    caption = (
+        f"Sources and terciles of length. The p of harm is one-sided: that {result.run['bound']:g} points or more are "
+        "lost. Every stratum has to pass it, each at 5 %."
+    )
+    return _soft(caption) + element("div", chart, class_="wide") + table(heads, rows)
 
 
 def _ablations(result: Calibration) -> str:

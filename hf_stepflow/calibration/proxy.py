@@ -17,8 +17,11 @@ from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 # The most by which one response changes the proxy, in nats: a single impossible response does not outvote all others.
 CLIP = 10.0
 
-# The mean loss on right traces of short and easy problems that is tolerated, in nats per trace.
+# The mean loss on right traces of a stratum that is tolerated beyond one standard error, in nats per trace.
 TOLERANCE = 0.02
+
+# The fewest scored problems of a stratum that say anything of it.
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,6 @@ def read_answers(
     return solved
 
 
-def short_and_easy(solved: Sequence[Solved]) -> set[str]:
-    """Returns the ids of problems that must not be harmed: always solved, with a trace of at most median length."""
-    if not solved:
-        return set()
-    middle = float(np.median([one.tokens for one in solved]))
-    return {one.problem.id for one in solved if one.accuracy == 1 and one.tokens <= middle}
-
-
 def rows_to_score(solved: Sequence[Solved], limit: int) -> list[Row]:
     """Chooses responses to score: half of them to problems that the base misses.
 
@@ -147,36 +142,41 @@ class ProxyScore:
         error: The standard error of the value over problems.
         likelihood: The change in log-likelihood of right responses.
         margin: The same minus the change of wrong responses.
-        short: The change on right responses of short and easy problems; None if there are none.
+        worst: The change on right responses of the stratum that loses most, plus its standard error; None without
+            strata of at least `FEWEST` problems.
+        stratum: The name of this stratum, or None.
     """
 
     value: float
     error: float
     likelihood: float
     margin: float
-    short: float | None
+    worst: float | None
+    stratum: str | None = None
 
     @property
     def is_harmless(self) -> bool:
-        """Whether short and easy problems lose no more than the tolerance."""
-        return self.short is None or self.short >= -TOLERANCE
+        """Whether no stratum loses more than the tolerance, beyond one standard error."""
+        return self.worst is None or self.worst >= -TOLERANCE
 
     @property
     def objective(self) -> float:
-        """The value; below zero, the base's, if short and easy problems are harmed."""
-        if self.is_harmless or self.short is None:
+        """The value; below zero, the base's, if a stratum is harmed."""
+        if self.is_harmless or self.worst is None:
             return self.value
-        return min(self.value, 0.0) + self.short
+        return min(self.value, 0.0) + self.worst
 
 
-def proxy_score(rows: Sequence[Row], before: Sequence[float], after: Sequence[float], short: set[str]) -> ProxyScore:
+def proxy_score(
+    rows: Sequence[Row], before: Sequence[float], after: Sequence[float], strata: Mapping[str, str]
+) -> ProxyScore:
     """Compares the likelihoods of the same responses under two settings.
 
     Args:
         rows: The responses; the right ones of a problem share its weight, and so do the wrong ones.
         before: Log-likelihoods under the settings to compare with, in nats.
         after: Log-likelihoods under the settings to score, in nats.
-        short: The ids of the short and easy problems.
+        strata: {problem: stratum}; problems in none are left out of `worst`.
     """
     changes = _changes(rows, np.asarray(before, float), np.asarray(after, float))
     weights = {row.problem: row.weight for row in rows}
@@ -185,18 +185,31 @@ def proxy_score(rows: Sequence[Row], before: Sequence[float], after: Sequence[fl
     place = np.array([places[row.problem] for row in rows], int)
     is_right = np.array([row.is_right for row in rows], bool)
     right, wrong = (_by_problem(changes[kind], place[kind], len(problems)) for kind in (is_right, ~is_right))
-    easy = np.where(np.isin(problems, sorted(short)), right, np.nan)
     likelihood, right_parts = _mean(right, weight)
     lost, wrong_parts = _mean(wrong, weight)
     # The right and wrong responses of a problem enter the error of the value together.
     parts = right_parts - 0.5 * wrong_parts
+    worst, stratum = _worst([strata.get(name) for name in problems], right, weight)
     return ProxyScore(
         value=likelihood - 0.5 * lost,
         error=float(np.sqrt((parts**2).sum())),
         likelihood=likelihood,
         margin=likelihood - lost,
-        short=None if np.isnan(easy).all() else _mean(easy, weight)[0],
+        worst=worst,
+        stratum=stratum,
     )
+
+
+def _worst(strata: Sequence[str | None], values: np.ndarray, weights: np.ndarray) -> tuple[float | None, str | None]:
+    """The lowest mean of a stratum plus its standard error, and its name; (None, None) if all have too few values."""
+    found = []
+    for name in sorted({one for one in strata if one is not None}):
+        own = np.where([one == name for one in strata], values, np.nan)
+        number = int((~np.isnan(own)).sum())
+        if number >= FEWEST:
+            mean, parts = _mean(own, weights)
+            found.append((mean + float(np.sqrt((parts**2).sum() * number / (number - 1))), name))
+    return min(found, default=(None, None))
 
 
 def _changes(rows: Sequence[Row], before: np.ndarray, after: np.ndarray) -> np.ndarray:

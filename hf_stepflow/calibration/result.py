@@ -20,10 +20,13 @@ from .candidates import EMPTY, OFF, Settings
 from .gate import Gate
 from .heads import MOST, Heads
 from .search import Halving, Trial
-from .verdict import GAIN, NO_GAIN, Measured
+from .verdict import GAIN, HARM, Measured, Stratum, overall
 
 # The exit status of the command if nothing better than the base was found.
 NOTHING_FOUND = 3
+
+# The format of a result in JSON; the first one had neither strata nor this key.
+FORMAT = "hf-stepflow-calibration-result/2"
 
 # The longest texts that a preset may hold.
 _NOTES, _COMMAND, _TEXT = 2000, 1000, 200
@@ -64,7 +67,8 @@ class Calibration:
         correlation: Spearman's correlation of proxy and generated accuracy over these, and their number.
         points: The number, the proxy and the difference in accuracy on the first rung of each of these.
         winner: The winning trial, or None.
-        measured: The verdict on the held-out split, or None.
+        measured: The comparison on the held-out split, or None.
+        strata: The same in every stratum.
         ablations: The winner's ablations by name.
         left_out: The reason for each ablation that was not run.
         held_out: The number of problems in the held-out split.
@@ -83,6 +87,7 @@ class Calibration:
     points: list[tuple[int, float, float]] = field(default_factory=list)
     winner: Trial | None = None
     measured: Measured | None = None
+    strata: list[Stratum] = field(default_factory=list)
     ablations: dict[str, Ablation] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     held_out: int = 0
@@ -95,8 +100,8 @@ class Calibration:
 
     @property
     def verdict(self) -> str:
-        """`gain`, `no measurable gain` or `harm`."""
-        return NO_GAIN if self.measured is None else self.measured.verdict
+        """`gain`, `gain, harm not excluded`, `trade`, `no measurable gain` or `harm`."""
+        return overall(self.measured, self.strata)
 
     @property
     def exit_status(self) -> int:
@@ -118,6 +123,7 @@ class Calibration:
         """Returns JSON-ready data."""
         correlation, number = self.correlation
         return {
+            "format": FORMAT,
             "run": self.run,
             "about": self.about,
             "verdict": self.verdict,
@@ -135,6 +141,7 @@ class Calibration:
             },
             "winner": None if self.winner is None else self.winner.to_dict(),
             "measured": None if self.measured is None else self.measured.to_dict(),
+            "strata": [one.to_dict() for one in self.strata],
             "ablations": {name: one.to_dict() for name, one in self.ablations.items()},
             "left_out": self.left_out,
             "held_out": self.held_out,
@@ -160,6 +167,22 @@ class Calibration:
         else:
             found.append(f"Layers and heads of the winner: {self.band}.")
             found.append(f"Held out: {self.measured}")
+        return found + self.sentences_of_strata()
+
+    def sentences_of_strata(self) -> list[str]:
+        """Returns the verdicts on strata: which gain, which lose, and how many problems the others lack."""
+        found = []
+        for verdict, words in ((GAIN, "Gains"), (HARM, "Harms")):
+            own = [f"{one.name} ({percent(one.delta, '+')} points)" for one in self.strata if one.verdict == verdict]
+            if own:
+                found.append(f"{words}: {'; '.join(own)}.")
+        lacking = [one for one in self.strata if not one.is_harmless and one.verdict != HARM]
+        bound = f"{self.run.get('bound', 0):g} point{'s' * (self.run.get('bound') != 1)}"
+        if lacking:
+            needs = "; ".join(f"{one.name} has {one.problems}, needs about {one.needed}" for one in lacking)
+            found.append(f"A loss of {bound} is not excluded in {len(lacking)} of {len(self.strata)} strata: {needs}.")
+        elif self.strata and not any(one.verdict == HARM for one in self.strata):
+            found.append(f"A loss of {bound} is excluded in every stratum (one-sided, 95 %).")
         return found
 
     def preset(
@@ -206,7 +229,8 @@ class Calibration:
         }
         base = {"base_model_name_or_path": base_model, "base_model_revision": revision}
         settings = StepFlowSettings(**{**self.run["settings"], **self.settings, **base})
-        notes = " ".join(self.sentences())[:_NOTES]
+        first = self.sentences_of_strata()  # notes may be cut short
+        notes = " ".join([*first, *(one for one in self.sentences() if one not in first)])[:_NOTES]
         preset = Preset(name, base_model, revision, architecture, settings, provenance, None, notes)
         problems = preset_problems(preset.to_dict(), name)
         if problems:
@@ -222,6 +246,11 @@ class Calibration:
             for name, one in self.ablations.items():
                 lines.append(f"{name:<28} {percent(one.base.delta, '+'):>26} {percent(one.winner.delta, '+'):>22}")
         lines += [f"{name}: left out, {why}" for name, why in self.left_out.items()]
+        if self.strata:
+            lines += ["", f"{'stratum (held out)':<28} {'n':>5} {'base, %':>8} {'difference, points':>22}  verdict"]
+            for row in self.strata:
+                shown = f"{row.problems:>5} {100 * row.base:>8.1f} {percent(row.delta, '+'):>22}  {row.verdict}"
+                lines.append(f"{row.name:<28} {shown}")
         return "\n".join([*lines, "", f"Verdict: {self.verdict}"])
 
 

@@ -1,7 +1,7 @@
 """The search: optuna draws candidates and the proxy scores them; the best then answer problems until one is left."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ WITNESSES = 2
 # which generation can hardly distinguish.
 _KIND = ("bridge", "bridge_scope", "injection", "temperature", "temperature_heads")
 
-# The share of short and easy problems that a candidate may lose net of those it gains; one problem may always be lost.
-HARM = 0.01
+# A candidate stops where a one-sided sign test at this level finds that a stratum loses.
+HARM_LEVEL = 0.05
 
 # {problem: whether each response to it was right}.
 Results = dict[str, list[float]]
@@ -146,15 +146,24 @@ class Rung:
         trial: The number of the candidate.
         problems: The number of problems.
         delta: The candidate's accuracy minus the base's.
-        lost_easy: Short and easy problems lost minus those gained.
+        worst: The change in accuracy of the stratum that loses most, plus its standard error; None without strata.
+        stratum: The name of this stratum, or None.
+        harmed: The strata that measurably lose.
         stays: Whether the candidate goes on.
     """
 
     trial: int
     problems: int
     delta: float
-    lost_easy: float
+    worst: float | None
+    stratum: str | None
+    harmed: list[str]
     stays: bool
+
+    @property
+    def objective(self) -> float:
+        """The difference in accuracy, less what the worst stratum loses."""
+        return self.delta + min(self.worst or 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ def halve(
     candidates: Sequence[Trial],
     rungs: int,
     answer: Callable[[Sequence[Trial], int], tuple[Results, dict[int, Results]]],
-    easy: set[str],
+    strata: Mapping[str, str],
 ) -> Halving:
     """Runs successive halving: each rung has more problems than the last and keeps half of its candidates.
 
@@ -206,23 +215,22 @@ def halve(
         rungs: The number of rungs.
         answer: Given candidates and a rung, returns the base's results and those of each candidate by its number, on
             all problems up to this rung; empty if there was no time.
-        easy: The ids of the short and easy problems.
+        strata: {problem: stratum}.
     """
     alive, found = list(candidates), []
     for rung in range(rungs):
         base, others = answer(alive, rung)
         if not base:
             break
-        rows = [_compare(one, base, others[one.number], easy) for one in alive]
-        allowed = max(1.0, HARM * len(easy & base.keys()))
+        rows = [_compare(one, base, others[one.number], strata) for one in alive]
         place = {one.number: at for at, one in enumerate(alive)}
-        rows.sort(key=lambda one: (one.lost_easy > allowed, -one.delta, place[one.trial]))
+        rows.sort(key=lambda one: (len(one.harmed) > 0, -one.objective, place[one.trial]))
         keep = 1 if rung == rungs - 1 else math.ceil(len(alive) / 2)
-        stays = {one.trial for one in rows[:keep] if one.lost_easy <= allowed}
+        stays = {one.trial for one in rows[:keep] if not one.harmed}
         found.append([replace(one, stays=one.trial in stays) for one in rows])
         alive = [one for one in alive if one.number in stays]
         if not alive:
-            return Halving(found, None, "every candidate lost short and easy problems")
+            return Halving(found, None, "every candidate measurably harmed a stratum")
     if not found:
         return Halving([], None, "there was no time for any candidate to answer problems")
     last = next((row for row in found[-1] if row.stays), None)
@@ -232,10 +240,25 @@ def halve(
     return Halving(found, last.trial, gain)
 
 
-def _compare(one: Trial, base: Results, own: Results, easy: set[str]) -> Rung:
+def _compare(one: Trial, base: Results, own: Results, strata: Mapping[str, str]) -> Rung:
     changes = {name: float(np.mean(own[name]) - np.mean(base[name])) for name in base}
-    lost = sum(-change for name, change in changes.items() if name in easy)
-    return Rung(one.number, len(base), float(np.mean(list(changes.values()))), lost, True)
+    by_stratum: dict[str, list[float]] = {}
+    for name, change in changes.items():
+        if name in strata:
+            by_stratum.setdefault(strata[name], []).append(change)
+    ends = [
+        (float(np.mean(values)) + float(np.std(values)) / math.sqrt(len(values)), name)
+        for name, values in sorted(by_stratum.items())
+    ]
+    worst, stratum = min(ends, default=(None, None))
+    harmed = [name for name, values in sorted(by_stratum.items()) if _loses(values)]
+    return Rung(one.number, len(base), float(np.mean(list(changes.values()))), worst, stratum, harmed, True)
+
+
+def _loses(changes: Sequence[float]) -> bool:
+    """Whether more problems get worse than better than chance explains: a one-sided sign test."""
+    lost, gained = sum(one < 0 for one in changes), sum(one > 0 for one in changes)
+    return lost > 0 and float(stats.binomtest(lost, lost + gained, alternative="greater").pvalue) <= HARM_LEVEL
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[Estimate | None, int]:

@@ -33,12 +33,14 @@ from .bands import Bands, propose_bands, quarter_rule
 from .candidates import EMPTY, Settings, Space, mechanisms
 from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
-from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score, short_and_easy
+from .non_inferiority import BOUND
+from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score
 from .result import Ablation, Calibration
 from .run import Budget, CalibrationRun, Sampling, parse_budget
 from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
 from .splits import Batch, batches_of, split_problems
-from .verdict import BASE, RANDOM_STEPS, ablations, measure, random_steps
+from .strata import Strata, source_of
+from .verdict import BASE, RANDOM_STEPS, ablations, judge_strata, measure, random_steps
 from .work_folder import Workers, WorkFolder
 
 STEPFLOW = "stepflow"
@@ -72,6 +74,8 @@ def calibrate(
     template: Mapping[str, Any] | None = None,
     progress: bool = True,
     engine: Engine | None = None,
+    bound: float = 100 * BOUND,
+    sources: Mapping[str, str] | None = None,
 ) -> Calibration:
     """Looks for settings that are better than the base on problems that played no part in choosing them.
 
@@ -98,6 +102,9 @@ def calibrate(
         progress: Whether to show progress bars.
         engine: What answers problems, for instance a `VllmEngine` of the same model; None for `model`, which computes
             all likelihoods and the control with random steps in any case.
+        bound: The loss of accuracy, in points, that has to be excluded in every stratum before a preset is a gain.
+        sources: {id: source} of the problems, for strata and gate; None takes the part of the id before the first
+            slash, without a level of difficulty.
 
     Returns:
         The findings of every stage, with the winning settings and their verdict.
@@ -120,7 +127,13 @@ def calibrate(
     check_generation(counts, seed, temperature)
     if type(scored) is not int or scored < 2:
         raise StepFlowInputError(f"scored must be a whole number of at least 2, got {scored!r}")
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0.1 <= bound <= 50:
+        raise StepFlowInputError(f"bound must be a number of points in [0.1, 50], got {bound!r}", hint="pass 1")
     asked = as_problems(problems)
+    sources = {problem.id: source_of(problem.id) for problem in asked} if sources is None else dict(sources)
+    unknown = [problem.id for problem in asked if problem.id not in sources]
+    if unknown:
+        raise StepFlowInputError(f"sources names no source of problem {unknown[0]!r}", hint="name one for every id")
     for problem in asked:
         check_may_run(problem, run_code)
     splits = split_problems(asked, seed)
@@ -148,6 +161,8 @@ def calibrate(
             "seed": seed,
             "budget": vars(spend),
             "scored": scored,
+            "bound": bound,
+            "sources": digest([sources[problem.id] for problem in asked]),
             "library": version("hf-stepflow"),
         }
         if engine is not None:
@@ -162,7 +177,7 @@ def calibrate(
         if workers.is_first:
             workers.wait()
         run = CalibrationRun(model, tokenizer, sampling, folder, workers, spend, progress, engine)
-        return _run_stages(run, *splits, scored, header, about, force)
+        return _run_stages(run, *splits, sources, header, about, force)
 
 
 def _check_packages(problems: Sequence[EvalProblem]) -> None:
@@ -195,7 +210,7 @@ def _run_stages(
     run: CalibrationRun,
     calibration: list[EvalProblem],
     held_out: list[EvalProblem],
-    scored: int,
+    sources: Mapping[str, str],
     header: dict[str, Any],
     about: dict[str, Any],
     force: bool,
@@ -204,19 +219,23 @@ def _run_stages(
     seed, size = run.sampling.seed, run.sampling.batch_size
     solved, batches = _solve(run, calibration, batches_of(calibration, size, "calibration", seed))
     measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
-    gate = look_for_trend([1 - one.accuracy for one in solved], measures, seed)
+    own = [sources[one.problem.id] for one in solved]
+    gate = look_for_trend([1 - one.accuracy for one in solved], measures, seed, own)
+    lengths_of = {one.id: _length(run, one) for one in (*calibration, *held_out)}
+    strata = Strata.of([one.id for one in calibration], [lengths_of[one.id] for one in calibration], sources)
+    names = {name: strata.name(name, length) for name, length in lengths_of.items()}
     found = Calibration(header, about, gate, _is_forced(run, gate, force), held_out=len(held_out))
     if gate.is_open or found.is_forced:
-        rows = rows_to_score(solved, scored)
-        scoring = _Scoring(run, rows, short_and_easy(solved), run.likelihoods(None, rows))
+        rows = rows_to_score(solved, header["scored"])
+        scoring = _Scoring(run, rows, names, run.likelihoods(None, rows))
         lengths = _context_lengths(solved)
         found.bands = _propose(run, solved)
         found.heads = _try_all_heads(scoring, lengths[0])
         tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
         found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
-        _select(found, run, batches, scoring.easy)
+        _select(found, run, batches, names)
         if found.winner is not None:
-            _judge(found, found.winner, run, batches_of(held_out, size, "held-out", seed), lengths[0], rows)
+            _judge(found, found.winner, run, batches_of(held_out, size, "held-out", seed), lengths[0], rows, names)
     found.seconds = run.work.spent()
     return found
 
@@ -237,6 +256,13 @@ def _solve(
     vocabulary = run.model.stepflow_runtime.rules.vocabulary
     solved = read_answers(problems, results[BASE], run.tokenizer, vocabulary, run.sampling.template)
     return solved, batches[:done]
+
+
+def _length(run: CalibrationRun, problem: EvalProblem) -> int:
+    """The length by which a problem is grouped: of its reference trace, or without one of its prompt, in tokens."""
+    if problem.trace is not None:
+        return len(encode_response(run.tokenizer, problem.trace))
+    return len(encode_prompt(run.tokenizer, problem.prompt, **run.sampling.template))
 
 
 def _is_forced(run: CalibrationRun, gate: Gate, force: bool) -> bool:
@@ -291,13 +317,13 @@ class _Scoring:
     Attributes:
         run: The run.
         rows: The responses.
-        easy: The ids of the short and easy problems.
+        strata: {problem: stratum}.
         base: The log-likelihood of each response under the base.
     """
 
     run: CalibrationRun
     rows: list[Row]
-    easy: set[str]
+    strata: Mapping[str, str]
     base: list[float]
 
     def likelihoods(self, advance: Callable[[], Any], settings: Settings | None) -> list[float]:
@@ -308,7 +334,7 @@ class _Scoring:
 
     def compare(self, before: list[float], after: list[float]) -> ProxyScore:
         """Returns the proxy of one set of log-likelihoods relative to another."""
-        return proxy_score(self.rows, before, after, self.easy)
+        return proxy_score(self.rows, before, after, self.strata)
 
 
 def _try_all_heads(scoring: _Scoring, base_length: int) -> dict[str, Heads]:
@@ -357,7 +383,7 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
         )
 
 
-def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], easy: set[str]) -> None:
+def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], strata: Mapping[str, str]) -> None:
     """Generation: the best candidates answer problems, which also shows how well the proxy ranks them."""
     candidates = to_run([one for one in found.trials if mechanisms(one.settings)], anchor=_PAPER)
     if not candidates:
@@ -376,7 +402,7 @@ def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], e
         done = reached
         return _shares(results[BASE]), {one.number: _shares(results[str(one.number)]) for one in alive}
 
-    found.halving = halve(candidates, len(ends), answer, easy)
+    found.halving = halve(candidates, len(ends), answer, strata)
     if found.halving.rungs:
         proxy = {one.number: one.score.value for one in candidates}
         found.points = [(one.trial, proxy[one.trial], one.delta) for one in found.halving.rungs[0]]
@@ -393,7 +419,13 @@ def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
 
 
 def _judge(
-    found: Calibration, winner: Trial, run: CalibrationRun, batches: list[Batch], base_length: int, rows: list[Row]
+    found: Calibration,
+    winner: Trial,
+    run: CalibrationRun,
+    batches: list[Batch],
+    base_length: int,
+    rows: list[Row],
+    strata: Mapping[str, str],
 ) -> None:
     """The verdict: the winner and its ablations on the held-out split."""
     seed = run.sampling.seed
@@ -402,6 +434,7 @@ def _judge(
     run.answers(arms, batches[:1], "verdict")  # whatever the time
     results, done = run.answers(arms, batches, "verdict", end=run.budget.end_of("verdict"))
     found.measured = compare(results, STEPFLOW)
+    found.strata = judge_strata(results, STEPFLOW, strata, found.run["bound"] / 100, seed)
     variants, found.left_out = ablations(winner.settings, run.model.stepflow_runtime.heads, base_length, seed)
     limit = run.budget.end_of("ablations")
     for left, (name, settings) in zip(range(len(variants), 0, -1), variants.items(), strict=True):

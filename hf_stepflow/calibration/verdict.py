@@ -5,17 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_stepflow.evaluation.result import EvaluationResult, percent
-from hf_stepflow.evaluation.statistics import Estimate, PairedComparison
+from hf_stepflow.evaluation.statistics import Estimate, PairedComparison, adjust, compare
 from hf_stepflow.runtime.step_detector import Feature, Field, StepVocabulary
 from hf_stepflow.runtime.step_rules import LEADS_THINKING, START, RuleTable
 
 from .candidates import CONTROL_TEMPERATURE, MECHANISMS, Settings, mechanisms, only, tidied
 from .heads import table_of
+from .non_inferiority import BOUND, non_inferiority, problems_needed
+from .non_inferiority import LEVEL as NON_INFERIOR
+from .strata import TERCILES
 
-GAIN, NO_GAIN, HARM = "gain", "no measurable gain", "harm"
+GAIN, NO_GAIN, HARM, TRADE = "gain", "no measurable gain", "harm", "trade"
+# A gain whose problems are too few to exclude harm in every stratum.
+UNPROVEN = "gain, harm not excluded"
+# Of a stratum: harm beyond the bound is excluded; or there are too few problems to say.
+NO_HARM, OPEN = "no harm", "too few problems"
 LEVEL = 0.05
 
 BASE = "base"
@@ -71,6 +79,130 @@ class Measured(PairedComparison):
             f"tokens x{self.tokens_ratio.value:.2f}, time x{self.seconds_ratio.value:.2f}, {self.changed:.0%} of the "
             "responses changed."
         )
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Settings compared with the base on the problems of one stratum.
+
+    Attributes:
+        name: The source, and the tercile of length.
+        problems: The number of problems.
+        base: The base's accuracy.
+        delta: The difference in accuracy, with its interval.
+        gained: The number of results that only the settings have right.
+        lost: The number of results that only the base has right.
+        p_value: The exact two-sided p-value that nothing changes.
+        adjusted_p_value: The same after Holm's adjustment for the number of strata.
+        harm_p_value: The one-sided p-value that the bound or more is lost.
+        needed: The number of problems that would exclude this loss with a chance of 80 %; None if it is excluded.
+    """
+
+    name: str
+    problems: int
+    base: float
+    delta: Estimate
+    gained: int
+    lost: int
+    p_value: float
+    adjusted_p_value: float
+    harm_p_value: float
+    needed: int | None
+
+    @property
+    def verdict(self) -> str:
+        """`gain` or `harm` by the adjusted test; else `no harm` if the loss is excluded, or `too few problems`."""
+        if self.adjusted_p_value < LEVEL and self.delta.value < 0:
+            return HARM
+        if self.adjusted_p_value < LEVEL and self.is_harmless:
+            return GAIN
+        return NO_HARM if self.is_harmless else OPEN
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether a loss of the bound or more is excluded.
+
+        All strata have to pass, so each is tested at the full level: an intersection-union test (Berger, Technometrics
+        24, 1982, p. 295).
+        """
+        return self.harm_p_value <= NON_INFERIOR
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready data with the verdict."""
+        return asdict(self) | {"verdict": self.verdict}
+
+
+def judge_strata(
+    results: Mapping[str, Sequence[dict[str, Any]]],
+    name: str,
+    strata: Mapping[str, str],
+    bound: float = BOUND,
+    seed: int = 0,
+) -> list[Stratum]:
+    """Compares an arm with the base in every stratum, by their responses as `CalibrationRun.answers` returns them.
+
+    Args:
+        results: {arm: responses}.
+        name: The arm.
+        strata: {problem: stratum}.
+        bound: The loss of accuracy to exclude, a share.
+        seed: The seed of resampling.
+    """
+    by_problem: dict[str, dict[str, list[bool]]] = {}
+    for arm in (BASE, name):
+        for row in sorted(results[arm], key=lambda one: one["sample"]):
+            by_problem.setdefault(row["problem"], {}).setdefault(arm, []).append(row["right"])
+    grouped: dict[str, list[dict[str, list[bool]]]] = {}
+    for problem, rows in sorted(by_problem.items()):
+        grouped.setdefault(strata[problem], []).append(rows)
+    names = sorted(grouped, key=_by_length)
+    pairs = [([one[BASE] for one in grouped[key]], [one[name] for one in grouped[key]]) for key in names]
+    compared = [compare(base, own, seed) for base, own in pairs]
+    found = []
+    for key, (base, own), one, adjusted in zip(
+        names, pairs, compared, adjust([one.p_value for one in compared]), strict=True
+    ):
+        changes = [float(np.mean(second) - np.mean(first)) for first, second in zip(base, own, strict=True)]
+        p_value = non_inferiority(changes, bound)
+        found.append(
+            Stratum(
+                key,
+                one.problems,
+                float(np.mean([np.mean(first) for first in base])),
+                one.delta,
+                one.gained,
+                one.lost,
+                one.p_value,
+                adjusted,
+                p_value,
+                None if p_value <= NON_INFERIOR else problems_needed(float(np.mean(np.square(changes))), bound),
+            )
+        )
+    return found
+
+
+def _by_length(name: str) -> tuple[str, int]:
+    source, _, tercile = name.rpartition(", ")
+    return (source, TERCILES.index(tercile)) if tercile in TERCILES else (name, 0)
+
+
+def overall(measured: "Measured | None", strata: Sequence[Stratum]) -> str:
+    """Returns the verdict on settings from the whole and from every stratum.
+
+    Args:
+        measured: The comparison on all problems; None if nothing was compared.
+        strata: The comparisons in each stratum.
+    """
+    if measured is None:
+        return NO_GAIN
+    verdicts = [one.verdict for one in strata]
+    if HARM in verdicts and measured.verdict != HARM and (measured.verdict == GAIN or GAIN in verdicts):
+        return TRADE
+    if HARM in verdicts:
+        return HARM
+    if measured.verdict == GAIN and not all(one.is_harmless for one in strata):
+        return UNPROVEN
+    return measured.verdict
 
 
 def measure(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from hf_stepflow.evaluation.store import another_run, changes_of_run, digest
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError
 
-FORMAT = "hf-stepflow-calibration/1"
+FORMAT = "hf-stepflow-calibration/2"
 
 Item = TypeVar("Item")
 
@@ -35,7 +35,7 @@ class WorkFolder:
 
     Raises:
         StepFlowInputError: The folder holds another run; the message names the differences.
-        StepFlowFileError: The folder cannot be used or holds other files.
+        StepFlowFileError: The folder cannot be used, or holds other files or a calibration of another format.
     """
 
     def __init__(self, path: str | Path | None, run: dict[str, Any], about: dict[str, Any], processes: int = 1):
@@ -51,7 +51,14 @@ class WorkFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if header.exists():
-                changes = changes_of_run(_read(header).get("run", {}), run)
+                known = _read(header)
+                if known.get("format") != FORMAT:
+                    raise StepFlowFileError(
+                        f"{str(self.path)!r} holds a calibration of the format {known.get('format')!r}, expected "
+                        f"{FORMAT!r}: its gate and verdict knew no strata",
+                        hint="choose another work folder, or finish it with the release that began it",
+                    )
+                changes = changes_of_run(known.get("run", {}), run)
                 if changes:
                     raise another_run(self.path, changes)
             elif any(not one.name.startswith(".") for one in self.path.iterdir()):

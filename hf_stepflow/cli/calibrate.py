@@ -59,6 +59,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", help="Hub id of the preset's model (default: MODEL if it is a Hub id)")
     parser.add_argument("--stepflow", metavar="CONFIG", help="preset, JSON file or folder with markers and step rules")
     parser.add_argument("--force", action="store_true", help="search even if errors do not rise with length")
+    parser.add_argument(
+        "--bound",
+        type=float,
+        default=1.0,
+        help="points that no kind of problems may lose, shown at 95 %% (default: 1)",
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="temperature of samples (default: 0.7)")
     parser.add_argument("--max-new-tokens", type=int, default=2048, help="tokens of a response (default: 2048)")
     parser.add_argument("--scored", type=int, default=96, help="problems scored for each candidate (default: 96)")
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     name = base_model.rpartition("/")[2].lower() if args.out is None else args.out.stem
     _check_identity(args.out, name, base_model, args.revision)
     work = args.work or (args.out or Path(name)).with_name(f"{name}-calibration")
-    problems = _problems(args.problems, args.limit, args.seed)
+    problems, sources = _problems(args.problems, args.limit, args.seed)
     settings = find_stepflow(args.stepflow)
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of `accelerate launch` has its own GPU
@@ -100,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         scored=args.scored,
         run_code=args.run_code,
         engine=engine,
+        bound=args.bound,
+        sources=sources,
     )
     result.about["model"] = base_model  # rather than a path of this machine
     if int(os.environ.get("RANK", "0")):
@@ -141,18 +149,27 @@ def _check_identity(out: Path | None, name: str, base_model: str, revision: str 
         raise StepFlowInputError(f"the new preset: {problems[0]}", hint=_WAYS_OUT[problems[0].field])
 
 
-def _problems(sources: list[str], limit: int | None, seed: int) -> list[Any]:
-    """Loads the problems of all sources; with several, prefixes each id with its source to keep ids unique."""
+def _problems(sources: list[str], limit: int | None, seed: int) -> tuple[list[Any], dict[str, str]]:
+    """Loads the problems of all sources, and says which source each is of.
+
+    With several sources, prefixes each id with its source to keep ids unique.
+    """
+    from hf_stepflow.calibration.strata import source_of
     from hf_stepflow.problems import load_problems
 
     twice = next((source for source in sources if sources.count(source) > 1), None)
     if twice is not None:
         raise StepFlowInputError(f"--problems {twice} is given twice", hint="give each source once")
-    problems = []
+    problems: list[Any] = []
+    source_by_id: dict[str, str] = {}
     for source in sources:
         own = load_problems(source, limit, split="calibration", seed=seed)
-        problems += own if len(sources) == 1 else [replace(one, id=f"{source}/{one.id}") for one in own]
-    return problems
+        if len(sources) > 1:
+            own = [replace(one, id=f"{source}/{one.id}") for one in own]
+        is_file = Path(source).is_file()
+        source_by_id |= dict.fromkeys((one.id for one in own), source if is_file else source_of(source))
+        problems += own
+    return problems, source_by_id
 
 
 def _architecture(model: Any) -> Any:

@@ -31,8 +31,11 @@ _NOTHING_COMPARED = (
     "Nothing was compared with the base: no candidate of the calibration got that far. These settings switch "
     "everything off, so the model is the base model."
 )
+_TRADE = "**A TRADE: on this model these settings gain on some kinds of problems and lose on others.**"
 _VERDICTS = {
     "gain": "**Measured on this model: a gain.**",
+    "gain, harm not excluded": "**Measured on this model: a gain; harm on some kinds of problems is NOT excluded.**",
+    "trade": _TRADE,
     "no measurable gain": "**Measured on this model: NO measurable gain.**",
     "harm": "**Measured on this model: HARM.**",
 }
@@ -85,6 +88,7 @@ def preset_card(
         placeholder,
         kind=kind,
         subject=inline_text(base or name),
+        warning=_TRADE if preset.kind == "measured" and preset.provenance["verdict"] == "trade" else "",
         base_link=f"[{base}](https://huggingface.co/{base})" if base else "its base model",
         base_id=base or "ORGANISATION/BASE-MODEL",
         base_revision=f', revision="{revision}"' if is_pinned else "",

@@ -330,7 +330,7 @@ _PROVENANCE = {
             ),
             "p_value": or_null(partial(number, low=0, high=1)),
             "command": partial(text, longest=1000),
-            "verdict": one_of("gain", "no measurable gain", "harm"),
+            "verdict": one_of("gain", "gain, harm not excluded", "trade", "no measurable gain", "harm"),
         },
         {"seed": count, "machine": _SHORT},
     ),
@@ -366,8 +366,10 @@ def _provenance_problems(provenance: dict[str, Any], settings: StepFlowSettings)
         elif provenance["p_value"] is None:
             yield from wrong(None, "provenance.p_value", "a number, because there are deltas")
         gains = any(delta["low"] > 0 for delta in provenance["deltas"])
-        if provenance["verdict"] == "gain" and not gains:
-            yield from wrong("gain", "provenance.verdict", "a delta whose interval lies above 0, or another verdict")
+        if provenance["verdict"] in ("gain", "gain, harm not excluded") and not gains:
+            yield from wrong(
+                provenance["verdict"], "provenance.verdict", "a delta whose interval lies above 0, or another verdict"
+            )
         return
     stated = StepFlowSettings(bridge_floor=_FLOOR[kind])
     for name in SETTING_NAMES:

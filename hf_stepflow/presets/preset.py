@@ -279,7 +279,7 @@ def preset_for(model: Any) -> Preset:
     """
     path = _path_of(model)
     known = _of_base_model(path)
-    if known is not None and known.provenance.get("verdict") != "harm":
+    if known is not None and known.provenance.get("verdict") not in ("harm", "trade"):
         return known
     preset = rule_preset(model)
     name = path or type(model).__name__

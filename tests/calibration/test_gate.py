@@ -25,6 +25,24 @@ def test_it_opens_where_errors_rise() -> None:
     assert trend.odds_ratio == pytest.approx(np.exp(1.5), rel=0.5)
 
 
+def test_short_hard_problems_do_not_hide_that_long_ones_of_another_source_fail() -> None:
+    errors, lengths = drawn(1.5, 200, 0)
+    hard = [float(at % 4 > 0) for at in range(200)]
+    together = [*errors, *hard], {"tokens": [*lengths, *np.linspace(10, 40, 200)]}
+    assert not look_for_trend(*together).is_open
+    gate = look_for_trend(*together, 0, ["long"] * 200 + ["hard"] * 200)
+    assert gate.is_open
+    assert gate.reason.startswith("errors rise with tokens in long (")
+    assert [one.source for one in gate.trends] == ["long", "hard"]
+
+
+def test_every_source_needs_errors_of_its_own() -> None:
+    errors, lengths = [1.0, 1.0, 1.0, *[0.0] * 20] * 2, list(range(10, 33)) * 2
+    gate = look_for_trend(errors, {"tokens": lengths}, 0, ["a"] * 23 + ["b"] * 23)
+    assert not gate.is_open
+    assert "too few in any one source" in gate.reason
+
+
 def test_it_stays_closed_where_errors_fall() -> None:
     errors, lengths = drawn(-1.5, 200, 0)
     gate = look_for_trend(errors, {"tokens": lengths})

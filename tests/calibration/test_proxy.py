@@ -13,6 +13,7 @@ from hf_stepflow.calibration.candidates import EMPTY
 from hf_stepflow.calibration.heads import PROBE_FLOOR, PROBE_TEMPERATURE, find_heads, floor_on, temperature_on
 from hf_stepflow.calibration.proxy import (
     CLIP,
+    FEWEST,
     TOLERANCE,
     ProxyScore,
     Row,
@@ -20,7 +21,6 @@ from hf_stepflow.calibration.proxy import (
     proxy_score,
     read_answers,
     rows_to_score,
-    short_and_easy,
 )
 from hf_stepflow.calibration.run import CalibrationRun, Sampling
 from hf_stepflow.calibration.work_folder import Workers, WorkFolder
@@ -33,7 +33,7 @@ from tests.support.tiny_models import tiny_model
 VOCABULARY = StepVocabulary.from_tokenizer(byte_tokenizer())
 
 
-def naive(rows, before, after, short):
+def naive(rows, before, after, strata):
     """The definition, problem by problem."""
     changes = {True: {}, False: {}}
     weights = {}
@@ -48,8 +48,20 @@ def naive(rows, before, after, short):
         total = sum(weights[name] for name in own)
         return sum(weights[name] * value for name, value in own.items()) / total if own else None
 
+    def end(name):
+        """The mean change of the right responses of a stratum, plus its standard error."""
+        own = [at for at in changes[True] if strata.get(at) == name]
+        if len(own) < FEWEST:
+            return None
+        total, middle = sum(weights[at] for at in own), mean(True, own)
+        squares = [
+            (weights[at] / total * (sum(changes[True][at]) / len(changes[True][at]) - middle)) ** 2 for at in own
+        ]
+        return middle + math.sqrt(sum(squares) * len(own) / (len(own) - 1))
+
     likelihood, lost = mean(True) or 0.0, mean(False) or 0.0
-    return (likelihood + likelihood - lost) / 2, likelihood, likelihood - lost, mean(True, short)
+    ends = [one for one in map(end, set(strata.values())) if one is not None]
+    return (likelihood + likelihood - lost) / 2, likelihood, likelihood - lost, min(ends, default=None)
 
 
 @given(st.data())
@@ -59,15 +71,15 @@ def test_proxy_is_its_definition(data) -> None:
     rows = [Row(name, (1,), (2,), data.draw(st.booleans()), weight[name]) for name in names]
     values = st.lists(st.floats(-60, 0), min_size=len(rows), max_size=len(rows))
     before, after = data.draw(values), data.draw(values)
-    short = set(data.draw(st.lists(st.sampled_from("abcdef"), max_size=3)))
-    score = proxy_score(rows, before, after, short)
-    value, likelihood, margin, easy = naive(rows, before, after, short)
+    strata = {name: data.draw(st.sampled_from(["chains", "errands"])) for name in "abcde"}
+    score = proxy_score(rows, before, after, strata)
+    value, likelihood, margin, worst = naive(rows, before, after, strata)
     assert score.value == pytest.approx(value, abs=1e-9)
     assert score.likelihood == pytest.approx(likelihood, abs=1e-9)
     assert score.margin == pytest.approx(margin, abs=1e-9)
-    assert (score.short is None) == (easy is None)
-    if easy is not None:
-        assert score.short == pytest.approx(easy, abs=1e-9)
+    assert (score.worst is None) == (worst is None) == (score.stratum is None)
+    if worst is not None:
+        assert score.worst == pytest.approx(worst, abs=1e-9)
     assert score.value == pytest.approx((score.likelihood + score.margin) / 2, abs=1e-9)
 
 
@@ -80,13 +92,13 @@ def test_its_error_is_that_of_drawing_problems_again() -> None:
         float((part[:, 0] - 0.5 * part[:, 1]).mean())
         for part in (pairs[rng.integers(0, 200, 200)] for _ in range(4000))
     ]
-    score = proxy_score(rows, [0.0] * len(rows), after, set())
+    score = proxy_score(rows, [0.0] * len(rows), after, {})
     assert score.error == pytest.approx(np.std(drawn), rel=0.05)
 
 
 def test_the_same_settings_score_nothing() -> None:
     rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), False)]
-    score = proxy_score(rows, [-3.0, -4.0], [-3.0, -4.0], {"a"})
+    score = proxy_score(rows, [-3.0, -4.0], [-3.0, -4.0], {"a": "s"})
     assert (score.value, score.error, score.objective) == (0.0, 0.0, 0.0)
     assert score.is_harmless
 
@@ -95,26 +107,24 @@ def test_the_same_settings_score_nothing() -> None:
 def test_what_overflows_counts_as_the_worst(value: float) -> None:
     rows = [Row(name, (1,), (2,), is_right) for name in "ab" for is_right in (True, False)]
     before, gains = [-30.0] * 4, [-29.0, -31.0, -29.0, -31.0]
-    fine = proxy_score(rows, before, gains, {"a"})
-    assert fine.is_harmless
+    fine = proxy_score(rows, before, gains, {})
     for place, worst in ((0, -40.0), (1, -20.0)):  # a right response lost, a wrong one made likelier
         after = [value if at == place else gain for at, gain in enumerate(gains)]
-        score = proxy_score(rows, before, after, {"a"})
+        score = proxy_score(rows, before, after, {})
         assert score == proxy_score(
-            rows, before, [worst if at == place else gain for at, gain in enumerate(gains)], {"a"}
+            rows, before, [worst if at == place else gain for at, gain in enumerate(gains)], {}
         )
         assert score.value < 0 < fine.value
-    assert not proxy_score(rows, before, [value, *gains[1:]], {"a"}).is_harmless
 
 
 @pytest.mark.parametrize("after", [math.nan, -3.0])
 def test_a_response_that_overflows_under_the_base_counts_as_unchanged(after: float) -> None:
     rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), True)]
-    score = proxy_score(rows, [math.nan, -3.0], [after, -2.0], set())
-    assert (score.likelihood, score.short) == (0.5, None)
+    score = proxy_score(rows, [math.nan, -3.0], [after, -2.0], {})
+    assert (score.likelihood, score.worst) == (0.5, None)
 
 
-def test_harm_to_short_problems_is_below_the_base() -> None:
+def test_harm_to_a_stratum_is_below_the_base() -> None:
     harmful = ProxyScore(5.0, 0.1, 5.0, 5.0, -2 * TOLERANCE)
     assert not harmful.is_harmless
     assert harmful.objective < 0
@@ -162,11 +172,6 @@ def test_reference_traces_are_the_right_ones() -> None:
     assert all(row.prompt == tuple(encode(f"What is {row.problem} + 1?")) for row in rows)
 
 
-def test_short_and_easy_problems() -> None:
-    assert short_and_easy(solved([1.0, 0.5, 1.0, 1.0, 0.0, 1.0])) == {"0", "2"}
-    assert short_and_easy([]) == set()
-
-
 def test_answers_are_read_by_problem() -> None:
     asked = [*problems(2), EvalProblem("no answer", "?", "1")]
     results = [
@@ -207,7 +212,7 @@ def simulated(gains: dict, joint=None):
         return list(-3.0 + total + noise * len(heads))
 
     def score(before, after):
-        return proxy_score(rows, before, after, set())
+        return proxy_score(rows, before, after, {})
 
     return likelihoods, score, asked
 
@@ -284,7 +289,7 @@ def test_a_head_planted_in_a_model_is_found(acting_on, strength: dict, planted: 
         [(layer, head) for layer in range(2) for head in range(4)],
         acting_on,
         likelihoods,
-        lambda before, after: proxy_score(rows, before, after, set()),
+        lambda before, after: proxy_score(rows, before, after, {}),
         no_end,
     )
     assert max(found.gains, key=found.gains.get) == planted

@@ -146,7 +146,7 @@ def score_of(settings: dict) -> ProxyScore:
     """Best at tau_max 0.1 on the chosen heads, without anything else."""
     value = -abs(settings["tau_max"] - 0.1) - settings["alpha"] - settings["length_temperature"]
     value += 0.5 * (settings["oeb_heads"] is not None)
-    return ProxyScore(value, 0.0, value, value, 0.0)
+    return ProxyScore(value, 0.0, value, value, None)
 
 
 def run(proposer: Proposer, trials: int, stop: int = 10**9) -> list:

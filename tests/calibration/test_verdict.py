@@ -14,9 +14,15 @@ from hf_stepflow.calibration.verdict import (
     GAIN,
     HARM,
     NO_GAIN,
+    NO_HARM,
+    OPEN,
+    TRADE,
+    UNPROVEN,
     ablations,
     depends_on_steps,
+    judge_strata,
     measure,
+    overall,
     random_steps,
 )
 from hf_stepflow.evaluation.statistics import compare
@@ -46,7 +52,7 @@ def test_the_best_candidate_wins_and_bad_ones_stop_early() -> None:
     arms = {one: base & (rng.random(64) < 0.9) for one in range(8)}
     arms[5] = base | (rng.random(64) < 0.5)
     answer, asked = simulated(base, arms)
-    halving = halve([trial(one) for one in range(8)], 3, answer, set())
+    halving = halve([trial(one) for one in range(8)], 3, answer, {})
     assert halving.winner == 5
     assert [len(one) for one in asked] == [8, 4, 2]
     assert [sum(row.stays for row in rung) for rung in halving.rungs] == [4, 2, 1]
@@ -56,28 +62,39 @@ def test_the_best_candidate_wins_and_bad_ones_stop_early() -> None:
 def test_none_wins_where_none_is_better() -> None:
     base = np.array([True, False] * 32)
     answer, _ = simulated(base, {0: base, 1: base & (np.arange(64) > 8)})
-    halving = halve([trial(0), trial(1)], 3, answer, set())
+    halving = halve([trial(0), trial(1)], 3, answer, {})
     assert halving.winner is None
     assert "no candidate answered more" in halving.reason
 
 
-def test_who_loses_short_and_easy_problems_cannot_win() -> None:
+def test_who_harms_a_stratum_cannot_win() -> None:
     base = np.array([True] * 32 + [False] * 32)
-    better = np.array([False, False, *[True] * 62])
-    answer, _ = simulated(base, {0: better})
-    easy = {str(at) for at in range(32)}
-    halving = halve([trial(0)], 3, answer, easy)
+    strata = {str(at): "easy" if at < 32 else "hard" for at in range(64)}
+    answer, _ = simulated(base, {0: np.array([*[False] * 5, *[True] * 59])})
+    halving = halve([trial(0)], 3, answer, strata)
     assert halving.winner is None
-    assert "lost short and easy" in halving.reason
-    answer, _ = simulated(base, {0: np.array([False, *[True] * 63])})
-    assert halve([trial(0)], 3, answer, easy).winner == 0  # one is let pass
+    assert "harmed a stratum" in halving.reason
+    assert (halving.rungs[0][0].harmed, halving.rungs[0][0].stratum) == (["easy"], "easy")
+    answer, _ = simulated(base, {0: np.array([*[False] * 4, *[True] * 60])})
+    assert halve([trial(0)], 3, answer, strata).winner == 0  # what chance explains is let pass
+
+
+def test_what_a_stratum_loses_counts_against_a_candidate() -> None:
+    base = np.array([True] * 32 + [False] * 32)
+    strata = {str(at): "easy" if at < 32 else "hard" for at in range(64)}
+    even, uneven = base.copy(), base.copy()
+    even[32:36] = True
+    uneven[32:41], uneven[:4] = True, False
+    answer, _ = simulated(base, {0: uneven, 1: even}, (64, 64, 64))
+    assert halve([trial(0), trial(1)], 1, answer, {}).winner == 0  # one more in all
+    assert halve([trial(0), trial(1)], 1, answer, strata).winner == 1
 
 
 def test_the_proxy_decides_between_equals() -> None:
     base = np.array([False] * 64)
     same = np.array([True] * 64)
     answer, _ = simulated(base, {3: same, 1: same})
-    assert halve([trial(3), trial(1)], 3, answer, set()).winner == 3
+    assert halve([trial(3), trial(1)], 3, answer, {}).winner == 3
 
 
 def test_time_that_is_up_leaves_the_last_rung_that_was_reached() -> None:
@@ -87,10 +104,10 @@ def test_time_that_is_up_leaves_the_last_rung_that_was_reached() -> None:
     def answer(alive, rung):
         return simulated(base, arms)[0](alive, rung) if rung == 0 else ({}, {})
 
-    halving = halve([trial(one) for one in range(4)], 3, answer, set())
+    halving = halve([trial(one) for one in range(4)], 3, answer, {})
     assert halving.winner == 3
     assert len(halving.rungs) == 1
-    nothing = halve([trial(0)], 3, lambda alive, rung: ({}, {}), set())
+    nothing = halve([trial(0)], 3, lambda alive, rung: ({}, {}), {})
     assert nothing.winner is None
     assert "no time" in nothing.reason
 
@@ -182,7 +199,7 @@ def test_under_the_null_no_gain_is_found_beyond_the_nominal_rate() -> None:
 
         base = rng.random(64) < 0.5
         answer, _ = simulated(base, {one: noise(base) for one in range(8)})
-        winner = halve([trial(one) for one in range(8)], 3, answer, set()).winner
+        winner = halve([trial(one) for one in range(8)], 3, answer, {}).winner
         if winner is None:
             continue
         fresh = rng.random(80) < 0.5
@@ -196,6 +213,65 @@ def test_a_true_gain_is_found() -> None:
     rng = np.random.default_rng(1)
     base = rng.random(200) < 0.5
     assert held(base, base | (rng.random(200) < 0.3)).verdict == GAIN
+
+
+# Strata
+
+
+def judged(sizes: dict[str, tuple[int, int, int]]):
+    """The verdict on strata of n problems, half of them solved by the base, with so many gained and lost."""
+    base, own, strata = [], [], {}
+    for name, (n, gained, lost) in sizes.items():
+        for at in range(n):
+            strata[str(len(base))] = name
+            base.append(at % 2 == 0)
+            own.append(base[-1] ^ (at // 2 < (lost if base[-1] else gained)))
+    results = {BASE: responses(base, BASE), "stepflow": responses(own, "stepflow")}
+    found = judge_strata(results, "stepflow", strata)
+    return overall(measure(results, "stepflow"), found), {one.name: one for one in found}
+
+
+def test_a_gain_excludes_harm_in_every_stratum() -> None:
+    verdict, strata = judged({"a, short": (400, 0, 0), "a, long": (400, 40, 0)})
+    assert verdict == GAIN
+    assert list(strata) == ["a, short", "a, long"]
+    assert {name: one.verdict for name, one in strata.items()} == {"a, short": NO_HARM, "a, long": GAIN}
+    assert {one.needed for one in strata.values()} == {None}
+
+
+def test_few_problems_never_pass_silently() -> None:
+    verdict, strata = judged({"a, short": (60, 0, 0), "a, long": (400, 40, 0)})
+    assert verdict == UNPROVEN
+    assert (strata["a, short"].verdict, strata["a, short"].needed) == (OPEN, 299)
+
+
+def test_what_gains_here_and_loses_there_is_a_trade() -> None:
+    verdict, strata = judged({"chains": (400, 60, 0), "errands": (400, 0, 20)})
+    assert verdict == TRADE
+    assert {name: one.verdict for name, one in strata.items()} == {"chains": GAIN, "errands": HARM}
+    assert judged({"chains": (400, 20, 0), "errands": (400, 0, 20)})[0] == TRADE  # even if the whole shows nothing
+    assert judged({"chains": (400, 0, 0), "errands": (400, 0, 20)})[0] == HARM
+    assert judged({"chains": (400, 0, 0), "errands": (400, 0, 0)})[0] == NO_GAIN
+    assert overall(None, []) == NO_GAIN
+
+
+def test_strata_are_adjusted_for_their_number() -> None:
+    _, strata = judged({name: (400, 6 * (name == "a"), 0) for name in "abcdef"})
+    assert strata["a"].p_value < 0.05 < strata["a"].adjusted_p_value
+    assert strata["a"].verdict == NO_HARM
+
+
+def test_strata_of_several_samples() -> None:
+    rows = {
+        arm: [
+            {"problem": str(at), "sample": sample, "right": (sample == 0) ^ (arm == "own" and at < 20 and sample == 0)}
+            for at in range(40)
+            for sample in range(2)
+        ]
+        for arm in (BASE, "own")
+    }
+    (one,) = judge_strata(rows, "own", dict.fromkeys(map(str, range(40)), "a"))
+    assert (one.verdict, one.delta.value, one.lost) == (HARM, -0.25, 20)
 
 
 # Ablations

@@ -35,6 +35,9 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         WorkFolder(tmp_path, {}, {})
     with pytest.raises(StepFlowFileError, match="cannot be used"):
         WorkFolder(tmp_path / "thesis.tex", {}, {})
+    (tmp_path / "run.json").write_text('{"format": "hf-stepflow-calibration/1", "run": {}}')
+    with pytest.raises(StepFlowFileError, match="calibration/1', expected 'hf-stepflow-calibration/2'"):
+        WorkFolder(tmp_path, {}, {})
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(StepFlowFileError, match="expected an object"):
         WorkFolder(tmp_path, {}, {})

@@ -201,6 +201,18 @@ def test_measured_presets_get_a_model_index(tmp_path):
     assert str(tmp_path) not in str(card)
 
 
+def test_a_trade_says_so_in_the_first_line_of_its_card(tmp_path):
+    deltas = [{**MEASURED["deltas"][0], "low": 0.1}]
+    provenance = {**MEASURED, "verdict": "trade", "deltas": deltas, "p_value": 0.01}
+    path = written(tmp_path, edited(provenance=provenance, settings__tau_max=0.3))
+    title, first = [line for line in preset_card(load_preset(path)).text.splitlines() if line][:2]
+    assert title.startswith("# StepFlow for")
+    assert first.startswith(
+        "**A TRADE: on this model these settings gain on some kinds of problems and lose on others"
+    )
+    assert "a gain." not in preset_card(load_preset(path)).text
+
+
 def test_unstated_presets(tmp_path):
     folder = tmp_path / "My Folder"
     StepFlowConfig(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(folder)

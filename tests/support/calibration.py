@@ -38,7 +38,7 @@ def trial(number: int, value: float = 0.0, **settings: Any) -> Trial:
     """A candidate with a proxy value."""
     chosen = tidied({"oeb_layers": [0], "tau_max": 0.1 + number / 1000, **settings})
     drawn = {"bridge": "quarter", "injection": "off", "temperature": False}
-    return Trial(number, drawn, chosen, ProxyScore(value, 0.1, value, value, 0.0))
+    return Trial(number, drawn, chosen, ProxyScore(value, 0.1, value, value, None))
 
 
 def shares(right: "np.ndarray | Sequence[bool]") -> dict[str, list[float]]:
