@@ -32,6 +32,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = _action(actions, "show", "show all of one preset", "hf-stepflow presets show Qwen/Qwen3-8B --json")
     show.add_argument("name", metavar="NAME", help="name, base model, path, or Hub id of a preset repository")
     show.add_argument("--revision", help="revision of the preset repository")
+    example = "hf-stepflow presets diff qwen3-8b my-preset.json"
+    diff = _action(actions, "diff", "list what two presets differ in; the status is 1 if anything", example)
+    diff.add_argument("names", metavar="NAME", nargs=2, help="as for `show`")
+    example = "hf-stepflow presets search Qwen/Qwen3-8B"
+    search = _action(actions, "search", "find the presets for a model, here and on the Hub", example)
+    search.add_argument("model", metavar="MODEL", help="Hub id of the base model")
+    search.add_argument("--offline", action="store_true", help="look in this package alone")
+    search.add_argument("--limit", type=int, default=20, help="repositories of the Hub to look at (default: 20)")
+    example = "hf-stepflow presets lock your-name/qwen3-8b-stepflow --out stepflow.lock.json"
+    lock = _action(actions, "lock", "pin a preset, its code and its base model in a file that loads as it", example)
+    lock.add_argument("name", metavar="NAME", help="as for `show`")
+    lock.add_argument("--out", metavar="FILE", type=Path, required=True, help="the lock file to write")
+    lock.add_argument("--revision", help="revision of the preset repository (default: its main branch)")
+    lock.add_argument("--base-revision", help="revision of the base model (default: the preset's, or the main branch)")
     card = _action(actions, "card", "write a preset's model card", "hf-stepflow presets card qwen3-8b")
     choice = card.add_mutually_exclusive_group(required=True)
     choice.add_argument("name", metavar="NAME", nargs="?", help="as for `show`")
@@ -59,10 +73,10 @@ def _action(actions: Any, name: str, summary: str, example: str) -> argparse.Arg
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the action; `validate` and `verify-code` return 2 if a file is wrong."""
+    """Runs the action; `validate` and `verify-code` return 2 if a file is wrong, `diff` 1 if presets differ."""
     actions = {
-        "list": _list, "show": _show, "card": _card, "validate": _validate, "settings": _settings,
-        "verify-code": _verify_code,
+        "list": _list, "show": _show, "diff": _diff, "search": _search, "lock": _lock, "card": _card,
+        "validate": _validate, "settings": _settings, "verify-code": _verify_code,
     }  # fmt: skip
     return actions[args.action](args)
 
@@ -92,6 +106,66 @@ def _show(args: argparse.Namespace) -> int:
 
     preset = load_preset(args.name, revision=args.revision)
     print(json.dumps(_data(preset), indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(preset)))
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from hf_stepflow.presets.differences import differences
+    from hf_stepflow.presets.preset import load_preset
+
+    first, second = map(load_preset, args.names)
+    found = differences(first, second)
+    if args.json:
+        print(json.dumps([vars(each) for each in found], indent=2, ensure_ascii=False))
+    elif not found:
+        print(f"{args.names[0]} and {args.names[1]} hold the same.")
+    else:
+        for name, preset in zip(args.names, (first, second), strict=True):
+            print(*textwrap.wrap(f"{name}: {preset.claim}", _WIDTH, subsequent_indent="  "), sep="\n")
+        print()
+        for each in found:
+            print(each.field)
+            for name, value in zip(args.names, (each.first, each.second), strict=True):
+                text = f"{name}: {json.dumps(value, ensure_ascii=False)}"
+                print(textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="      "))
+    return 1 if found else 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from hf_stepflow.hub.search import search_presets
+
+    if args.limit < 1:
+        raise StepFlowInputError(
+            f"--limit must be at least 1, got {args.limit}", hint="--offline asks the Hub nothing"
+        )
+    found = search_presets(args.model, online=not args.offline, limit=args.limit)
+    if args.json:
+        data = [
+            {"source": one.source, "problem": one.problem, "preset": None if one.preset is None else _data(one.preset)}
+            for one in found
+        ]
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+        return 0
+    where = "in this package" if args.offline else "in this package or on the Hub"
+    if not found:
+        print(f"There is no preset for {args.model} {where}. `auto` takes the rule, which is not calibrated.")
+    for one in found:
+        print(f"{one.source}{' (this package)' if one.is_of_package else ''}")
+        text = f"cannot be read: {one.problem}" if one.preset is None else one.preset.claim
+        print(textwrap.fill(text, _WIDTH, initial_indent="  ", subsequent_indent="  "))
+    return 0
+
+
+def _lock(args: argparse.Namespace) -> int:
+    from hf_stepflow.hub.lock import lock_preset
+
+    lock = lock_preset(args.name, args.out, revision=args.revision, base_revision=args.base_revision)
+    if args.json:
+        print(json.dumps(lock.to_dict(), indent=2))
+        return 0
+    at = "" if lock.revision is None else f" at {lock.revision}"
+    print(f"wrote {args.out}: {lock.source}{at},")
+    print(f"the code of hf-stepflow {lock.code_version}, and {lock.base_model} at {lock.base_revision}")
     return 0
 
 

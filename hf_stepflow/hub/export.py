@@ -196,8 +196,14 @@ def with_base(preset: Preset, base: str | os.PathLike[str] | None, revision: str
 
     Raises:
         StepFlowConfigError: Neither the preset nor `base` names a base model.
-        StepFlowInputError: `base` is neither a Hub id nor a folder.
+        StepFlowInputError: `base` is neither a Hub id nor a folder; or a lock file pins another one.
     """
+    lock = preset.lock
+    if lock is not None and (base is not None or revision not in (None, lock.base_revision)):
+        raise StepFlowInputError(
+            f"{lock} pins {lock.base_model} at {lock.base_revision}, and another base was asked for",
+            hint=f"leave the base out, or take the preset {lock.source!r} itself",
+        )
     if base is None:
         if preset.base_model is None:
             raise StepFlowConfigError(f"the preset {preset.name!r} names no base model", hint="give one with --base")

@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ from .checks import (
     schema_problems,
     settings_problems,
 )
+from .lock import FORMAT as LOCK_FORMAT
+from .lock import Lock
 from .strict_json import calibrations_folder, read_json_object
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Preset:
             without provenance.
         path: The file, or None for a preset that was not read from a file.
         notes: Notes for users, or None.
+        lock: The lock file that the preset was read by, or None.
 
     Example:
         >>> preset = load_preset("qwen3-8b")
@@ -77,6 +80,7 @@ class Preset:
     provenance: dict[str, Any]
     path: Path | None
     notes: str | None = None
+    lock: Lock | None = None
 
     @property
     def kind(self) -> str:
@@ -158,8 +162,11 @@ class Preset:
         return self.settings.replace(**dict.fromkeys(BASE_SETTINGS))
 
 
-def list_presets() -> list[Preset]:
-    """Lists the presets that come with the package, by name.
+def list_presets(base_model: str | None = None) -> list[Preset]:
+    """Lists the presets that come with the package, by name; `hf_stepflow.hub.search` looks on the Hub too.
+
+    Args:
+        base_model: The Hub id of a base model, in any case, to list the presets for it alone.
 
     Raises:
         StepFlowError: A file of the collection is invalid.
@@ -168,7 +175,8 @@ def list_presets() -> list[Preset]:
         >>> [preset.name for preset in list_presets() if preset.kind == "measured"]
         ['smollm2-135m-instruct', 'stepflow-tiny-reasoner']
     """
-    return [_read(file) for file in _preset_files()]
+    presets = (_read(file) for file in _preset_files())
+    return [preset for preset in presets if base_model is None or _same(base_model, preset.base_model)]
 
 
 def load_preset(
@@ -178,14 +186,15 @@ def load_preset(
 
     Args:
         name_or_path_or_hub_id: The name of a preset that comes with the package; a base model's Hub id, in any case;
-            the path of a JSON file, or of a folder with a preset.json or a config.json of model type "stepflow"; or
-            the Hub id of a preset repository, of which only the config.json is fetched.
+            the path of a JSON file (a lock file too), or of a folder with a preset.json or a config.json of model type
+            "stepflow"; or the Hub id of a preset repository, of which only the config.json is fetched.
         revision: The revision of the preset repository.
         token: The token for the preset repository, as in huggingface_hub.
 
     Raises:
         StepFlowFileError: There is no such preset, or its file cannot be read.
-        StepFlowConfigError: The file is not a valid preset; the message names file, field and value.
+        StepFlowConfigError: The file is not a valid preset, the message names file, field and value; or the preset or
+            the code is not what a lock file pins.
 
     Example:
         >>> print(load_preset("Qwen/Qwen3-8B"))
@@ -202,7 +211,7 @@ def load_preset(
         if preset is not None:
             return preset
     if name and os.path.exists(name):  # unlike Path's own, it takes a name that no file can have
-        return _read(_file_in(Path(name)))
+        return _read(_file_in(Path(name)), token)
     if isinstance(name_or_path_or_hub_id, str) and HUB_ID.fullmatch(name) and ".." not in name:
         return _fetch(name, revision, token)
     close = difflib.get_close_matches(name.lower(), [file.stem for file in _preset_files()], 1)
@@ -307,7 +316,7 @@ def _same(one: str, other: str | None) -> bool:
 
 
 def _of_base_model(name: str) -> Preset | None:
-    return next((preset for preset in list_presets() if _same(name, preset.base_model)), None) if name else None
+    return next(iter(list_presets(name)), None) if name else None
 
 
 def _file_in(path: Path) -> Path:
@@ -327,9 +336,11 @@ def _stem(file: Path) -> str | None:
     return None if file.name in ("preset.json", "config.json") else file.stem
 
 
-def _read(file: Path) -> Preset:
-    """Reads the preset in a local file."""
+def _read(file: Path, token: str | bool | None = None) -> Preset:
+    """Reads the preset in a local file, or the one that a lock file pins."""
     data = read_json_object(file)
+    if data.get("format") == LOCK_FORMAT:
+        return _locked(Lock.read(data, file), token)
     if data.get("model_type") == "stepflow":
         return _from_config(data, file, file.parent.resolve().name, file)
     if "model_type" in data:
@@ -341,6 +352,15 @@ def _read(file: Path) -> Preset:
     settings = StepFlowSettings(base_model_name_or_path=base, base_model_revision=revision, **data["settings"])
     architecture = Architecture.from_dict(data["architecture"])
     return Preset(data["name"], base, revision, architecture, settings, data["provenance"], file, data.get("notes"))
+
+
+def _locked(lock: Lock, token: str | bool | None) -> Preset:
+    """The preset that a lock file pins, with the revision of its base; what is pinned has been checked."""
+    lock.check_code()
+    preset = load_preset(lock.source, revision=lock.revision, token=token)
+    lock.check_preset(preset.to_dict())
+    settings = preset.settings.replace(base_model_revision=lock.base_revision)
+    return replace(preset, base_model_revision=lock.base_revision, settings=settings, lock=lock)
 
 
 def _from_config(data: dict[str, Any], file: Path, name: str, source: Path | str) -> Preset:

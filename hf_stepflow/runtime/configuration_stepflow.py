@@ -209,6 +209,19 @@ def read_repository_file(path: Any, name: str, kwargs: dict[str, Any]) -> dict[s
     return {} if file is None else read_object(Path(file), f"{name} of {str(path)!r}")
 
 
+def commit_of(path: Any, kwargs: dict[str, Any]) -> str | None:
+    """The commit whose files a call reads of a Hub repository; None for a folder.
+
+    Args:
+        path: Folder or Hub id.
+        kwargs: As for `read_repository_file`.
+    """
+    where = {key: kwargs[key] for key in (*_FETCHING, "revision") if kwargs.get(key) is not None}
+    file = cached_file(str(path), "config.json", _raise_exceptions_for_missing_entries=False, **where)
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", file or "")
+    return None if found is None else found[1]
+
+
 def fetching(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call that say how files are fetched."""
     return {name: kwargs[name] for name in _FETCHING if kwargs.get(name) is not None}

@@ -73,7 +73,7 @@ class StepFlowModelForCausalLM(PreTrainedModel):
             stepflow: The settings:
 
                 * a `StepFlowConfig`, a dict, or the path of a JSON file or folder;
-                * a preset: its name, its base model's id, a `Preset`, its path or its Hub id;
+                * a preset: its name, its base model's id, a `Preset`, its path or its Hub id, or a lock file;
                 * "auto" for the preset of this model, or else the rule;
                 * None for the preset repository's settings, or those that the model was saved with, or the defaults.
 
@@ -139,6 +139,13 @@ class StepFlowModelForCausalLM(PreTrainedModel):
                 "StepFlow is already attached to this model", hint="call model.detach_stepflow() first"
             )
         _check_model(model)
+        config = find_preset(config)
+        lock = getattr(config, "lock", None)
+        if lock is not None:
+            raise StepFlowInputError(
+                f"{lock} pins a commit of its base model, and a loaded model does not tell which one it is of",
+                hint=f"StepFlowModelForCausalLM.from_pretrained({lock.base_model!r}, stepflow=...) with the lock file",
+            )
         generation = model.generation_config
         stored = getattr(generation, "stepflow", None)
         settings, block = settings_on(model, config)

@@ -29,6 +29,7 @@ from .configuration_stepflow import (
     StepFlowConfig,
     base_of,
     changed_fields,
+    commit_of,
     fetching,
     meant_for_base,
     read_json,
@@ -97,12 +98,17 @@ def load(
     Raises:
         StepFlowError: As `StepFlowModelForCausalLM.attach`.
     """
+    lock = getattr(stepflow, "lock", None)
+    if lock is not None and str(path).casefold() == lock.base_model.casefold():
+        kwargs = {"revision": lock.base_revision} | kwargs
     data = {} if path is None else read_repository_file(path, "config.json", kwargs)
     given = config if isinstance(config, PretrainedConfig) else None
     if (given.model_type if given is not None else data.get("model_type")) == "stepflow":
         return _load_preset(path, args, stepflow, tokenizer, given, data, kwargs)
     if config is not None:
         kwargs = kwargs | {"config": config}
+    if lock is not None:
+        lock.check_base(str(path), commit_of(path, kwargs))
     if is_saved_with_stepflow(data if given is None else given):
         kwargs = kwargs | {"trust_remote_code": False}  # else this code would be asked again
     kwargs.pop("_from_auto", None)
@@ -133,6 +139,9 @@ def _load_preset(
     rest = meant_for_base(kwargs)
     rest = {name: value for name, value in changed_fields(config, data).items() if name not in rest} | rest
     where = fetching(kwargs) | {"revision": revision}
+    lock = getattr(stepflow, "lock", None)
+    if lock is not None:
+        lock.check_base(base, commit_of(base, where))
     try:
         rest["trust_remote_code"] = trust_for(base, rest.get("trust_remote_code"), where)
         model, info = _without_info(AutoModelForCausalLM.from_pretrained(base, *args, revision=revision, **rest))
@@ -249,7 +258,9 @@ def _is_settings(source: str | Path) -> bool:
     if not os.path.isfile(file):  # unlike Path's own, these take a name that no file can have
         return isinstance(source, Path) and not os.path.isfile(path / "preset.json")
     _, data = read_json(path)
-    is_preset = "provenance" in data or "stepflow_preset" in data or (path / "preset.json").is_file()
+    # A preset's file, config, or lock file.
+    is_preset = not data.keys().isdisjoint(("provenance", "stepflow_preset", "format"))
+    is_preset = is_preset or (path / "preset.json").is_file()
     return not is_preset and data.get("model_type", "stepflow") == "stepflow"
 
 

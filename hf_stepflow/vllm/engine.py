@@ -89,7 +89,13 @@ def read_arguments(args: Any) -> Asked | None:
         of_model = settings_from_data(stored, "generation_config.stepflow") if isinstance(stored, dict) else None
     if of_model is None and source is None:
         source = False
-    return Asked(find_preset(source), of_model) if source is not False or takes_requests else None
+    found = find_preset(source)
+    lock = getattr(found, "lock", None)
+    if lock is not None:
+        if args.revision is None:
+            args.revision = args.tokenizer_revision = lock.base_revision
+        lock.check_base(args.model, args.revision)
+    return Asked(found, of_model) if source is not False or takes_requests else None
 
 
 def resolve(asked: Asked, vllm_config: Any) -> None:

@@ -29,6 +29,7 @@ def test_commands_about_presets_import_nothing_heavy() -> None:
         "presets list --kind measured --json",
         "presets show qwen3-8b",
         "presets show Qwen/Qwen3-8B --json",
+        "presets diff qwen3-8b qwen3-4b",
         f"presets validate {file}",
         "presets settings",
     ]

@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config, GptOssConfig, Olmo3Config, SmolLM3Con
 from hf_stepflow import Preset, StepFlowConfig, list_presets, load_preset
 from hf_stepflow.cli import main
 from hf_stepflow.presets import preset as preset_module
+from hf_stepflow.presets.differences import differences
 from hf_stepflow.presets.strict_json import calibrations_folder
 from hf_stepflow.runtime.configuration_stepflow import read_settings
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError
@@ -242,6 +243,35 @@ def test_show_nothing(capsys):
     error = capsys.readouterr().err
     assert "error: there is no preset 'qwen3-9b'" in error
     assert "hint: did you mean 'qwen3-8b'" in error
+
+
+def test_presets_of_a_base_model():
+    assert [preset.name for preset in list_presets(base_model="qwen/qwen3-8b")] == ["qwen3-8b"]
+    assert list_presets(base_model="org/none") == []
+
+
+def test_diff(capsys, tmp_path):
+    file = written(tmp_path, edited(name="mine", settings__tau_max=0.1, provenance=MEASURED), "mine.json")
+    found = differences(load_preset("qwen3-8b"), load_preset(file))
+    assert ("settings.tau_max", 0.15, 0.1) in [(each.field, each.first, each.second) for each in found]
+    assert found[0].field.startswith("provenance.")
+    assert found[-1].field == "name"
+    assert main(["presets", "diff", "qwen3-8b", str(file)]) == 1
+    text = capsys.readouterr().out
+    assert text.index("NOT calibrated") < text.index("settings.tau_max")
+    assert "0.15" in text
+    assert main(["presets", "diff", "qwen3-8b", str(file), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[-1] == {"field": "name", "first": "qwen3-8b", "second": "mine"}
+    assert main(["presets", "diff", "qwen3-8b", "Qwen/Qwen3-8B"]) == 0
+    assert "hold the same" in capsys.readouterr().out
+
+
+def test_search_offline(capsys):
+    assert main(["presets", "search", "Qwen/Qwen3-8B", "--offline"]) == 0
+    assert "qwen3-8b (this package)\n  rule (NOT calibrated" in capsys.readouterr().out
+    assert main(["presets", "search", "org/none", "--offline"]) == 0
+    assert "no preset for org/none in this package" in capsys.readouterr().out
+    assert main(["presets", "search", "org/none", "--limit", "0"]) == 2
 
 
 def test_validate(capsys, tmp_path):

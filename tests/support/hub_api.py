@@ -146,6 +146,18 @@ def commits(hub: "HubServer", request: Request, repo_id: str, revision: str) -> 
     )
 
 
+@route("GET", "/api/models")
+def list_models(hub: "HubServer", request: Request) -> Answer:
+    """The public models that have all the tags asked for; the test Hub counts no downloads, so the order is by id."""
+    wanted = set(request.query.get("filter", []))
+    found = []
+    for repository in sorted(hub.repos.values(), key=lambda one: one.id):
+        fields = card_fields(repository.main)
+        if not repository.private and wanted <= set(fields["tags"]):
+            found.append({"_id": repository.id, "id": repository.id, "modelId": repository.id, **fields})
+    return Answer(found[: int(request.query.get("limit", [len(found)])[0])])
+
+
 @route("GET", f"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?")
 def model_info(hub: "HubServer", request: Request, repo_id: str, revision: str | None) -> Answer:
     repository = readable(hub, request, repo_id)
