@@ -23,6 +23,8 @@ from .maps import BatchSums, pair_counts
 from .memory import Budget
 from .result import StepSaliency
 
+MEASURES = ("saliency", "attention", "signed")
+
 # Tokens of a batch, padding included.
 _BATCH_TOKENS = 4096
 
@@ -34,6 +36,7 @@ def step_saliency(
     *,
     tokenizer: Any = None,
     loss: "str | tuple[int, int]" = "trace",
+    measure: str = "saliency",
     layers: Layers | None = None,
     pooling: str = "causal",
     chunk_size: int | None = None,
@@ -60,6 +63,9 @@ def step_saliency(
         tokenizer: The model's tokenizer; needed where `trace` is None and StepFlow is not attached.
         loss: "trace", the mean next-token cross-entropy; "summary", that of the summary's tokens; or (position,
             token_id), the logit of a token at a position.
+        measure: "saliency", |A * dL/dA|; or, to compare with it, "attention", A alone; or "signed", -A * dL/dA, whose
+            sum over token pairs is by how much the loss would rise, to first order, if the pairs' weights became
+            zero. docs/saliency.md says which of them to trust.
         layers: The layers to measure: a list, "bottom:F", "top:F", or None for all with softmax attention.
         pooling: "causal", means over pairs of a token and an earlier one or itself; "block", over all pairs, as
             published.
@@ -88,6 +94,8 @@ def step_saliency(
     rows, is_single = _rows(input_ids, attention_mask)
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise StepFlowInputError(f"chunk_size must be a positive number of queries, got {chunk_size!r}")
+    if measure not in MEASURES:
+        raise StepFlowInputError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
     lengths = _prompt_lengths(prompt_length, rows)
     modules = attention_modules(model)
     capture = Capture(model, modules)
@@ -113,7 +121,7 @@ def step_saliency(
     bar = logging.tqdm(unit="layer", desc="Step-Saliency", delay=2, leave=False, disable=not progress)
     with torch.inference_mode(False), capture.exclusive(), bar:
         budget = Budget(capture, wanted, chunk_size, checkpoints)
-        call = _Call(capture, budget, wanted, loss, pooling, per_head, bar)
+        call = _Call(capture, budget, wanted, loss, measure, pooling, per_head, bar)
         for batch in budget.plan(_batches(rows, lengths), rows):
             own = [(rows[index], traces[index], losses[index]) for index in batch]
             results.update(zip(batch, call.maps(own, lengths[batch[0]]), strict=True))
@@ -132,6 +140,7 @@ class _Call:
     budget: Budget
     layers: list[int]
     loss: "str | tuple[int, int]"
+    measure: str
     pooling: str
     per_head: bool
     bar: Any
@@ -160,7 +169,7 @@ class _Call:
 
         def attend(call: AttentionCall, kept: KeptOutputs | None) -> Output:
             collect = sums.collector(call.layer, call.query) if call.layer in self.layers else None
-            return salient_attention(call, chunk_size, collect, kept)
+            return salient_attention(call, chunk_size, collect, kept, self.measure)
 
         def run() -> Any:
             return model(input_ids=ids, use_cache=False, logits_to_keep=1, **for_stepflow)
@@ -175,8 +184,9 @@ class _Call:
                 )
             torch.autograd.backward(decoded[0], gradient)
         about = self._about()
+        unit = 1.0 if self.measure == "attention" else scale
         return [
-            StepSaliency(part / scale, list(self.layers), trace, self.pooling, about | {"loss_value": value})
+            StepSaliency(part / unit, list(self.layers), trace, self.pooling, about | {"loss_value": value})
             for part, trace, value in zip(sums.finished(), traces, values, strict=True)
         ]
 
@@ -188,6 +198,7 @@ class _Call:
             "revision": getattr(model.config, "_commit_hash", None),
             "architecture": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "measure": self.measure,
             "loss": self.loss if isinstance(self.loss, str) else list(self.loss),
             "stepflow": None if rules is None else rules.plan.settings.to_dict(),
             "hf_stepflow": version("hf-stepflow"),

@@ -1,5 +1,8 @@
 """Attention whose backward pass yields the saliency |A * dL/dA|, a tile of queries and keys at a time.
 
+Instead of the saliency it may hand out the weights A themselves, or -A * dL/dA, by which the loss would rise to first
+order if a weight became zero.
+
 The forward pass keeps its output and, where the kernel tells it, the log-sum-exp of each query's logits. The backward
 pass computes the weights of a tile again, takes the saliency and makes the gradients of query, key and value from the
 same tile: five products, as many as a backward pass without saliency. No [H, q, K] tensor exists in either direction.
@@ -52,15 +55,20 @@ def tile_heads(heads: int, key_value_heads: int, device: torch.device, bridged: 
 
 
 def salient_attention(
-    call: AttentionCall, chunk_size: int, collect: Collector | None, kept: KeptOutputs | None = None
+    call: AttentionCall,
+    chunk_size: int,
+    collect: Collector | None,
+    kept: KeptOutputs | None = None,
+    measure: str = "saliency",
 ) -> Output:
     """Computes attention whose backward pass collects the saliency of each weight.
 
     Args:
         call: The call of attention.
         chunk_size: Queries that are worked on at a time.
-        collect: Takes the saliency |A * dL/dA|; None where it is not wanted.
+        collect: Takes what is measured; None where it is not wanted.
         kept: Keeps the output for when the layer is computed again; None where it is computed once.
+        measure: "saliency" for |A * dL/dA|, "attention" for A, "signed" for -A * dL/dA.
 
     Returns:
         The output [B, q, H, Dv], and None for the weights.
@@ -81,7 +89,7 @@ def salient_attention(
     starts = starts and not any(one is not None and one.requires_grad for one in tensors)
     if starts:
         tensors = (query.detach().requires_grad_(), *tensors[1:])
-    return _SalientAttention.apply(*tensors, _Tiles(call, chunk_size, collect, starts), kept), None
+    return _SalientAttention.apply(*tensors, _Tiles(call, chunk_size, collect, starts, measure), kept), None
 
 
 def _with_bias_for_mask(call: AttentionCall) -> AttentionCall:
@@ -124,15 +132,17 @@ class _Tiles:
     Attributes:
         call: The call.
         chunk_size: Queries of a chunk.
-        collect: Takes the saliency, if it is wanted.
+        collect: Takes what is measured, if it is wanted.
         starts_graph: Whether nothing below needs a gradient (the first layer of interest), so that only the saliency
             is computed.
+        measure: What is measured, as for `salient_attention`.
     """
 
     call: AttentionCall
     chunk_size: int
     collect: Collector | None
     starts_graph: bool
+    measure: str
 
     def with_tensors(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position_bias: torch.Tensor | None
@@ -227,6 +237,9 @@ class _Tiles:
                 for group, chunk, own_upstream in zip(groups, chunks, packed, strict=True):
                     own, shape = group.key_heads, (*own_upstream.shape[:2], keys.stop - keys.start)
                     weights = chunk.weights(keys, space.take(0, shape))
+                    by_head = (batch, -1, rows.stop - rows.start, shape[-1])
+                    if self.collect is not None and self.measure == "attention":
+                        self.collect(rows.start, keys.start, group.heads, weights.view(by_head))
                     grad_weights = torch.bmm(own_upstream, group.value[:, keys].mT, out=space.take(1, shape))
                     if self.starts_graph:
                         grad_weights.mul_(weights)
@@ -236,9 +249,9 @@ class _Tiles:
                         of_bias = chunk.pull_back(weights, grad_weights, keys, add_to)
                         if grad_bias is not None and of_bias is not None:
                             grad_bias[:, group.heads, rows, keys] = of_bias.to(grad_bias.dtype)
-                    if self.collect is not None:
-                        saliency = grad_weights.abs_().view(batch, -1, rows.stop - rows.start, shape[-1])
-                        self.collect(rows.start, keys.start, group.heads, saliency)
+                    if self.collect is not None and self.measure != "attention":
+                        found = grad_weights.abs_() if self.measure == "saliency" else grad_weights.neg_()
+                        self.collect(rows.start, keys.start, group.heads, found.view(by_head))
             if not self.starts_graph:
                 for group, chunk in zip(groups, chunks, strict=True):
                     grad_query[:, group.heads, rows] = chunk.grad_query.view(grad_query[:, group.heads, rows].shape)

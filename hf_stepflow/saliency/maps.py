@@ -71,7 +71,16 @@ class StepMaps:
 
     @cached_property
     def indices(self) -> dict[str, Tensor]:
-        """Lock-in, decay and shares, {name: float64 [L]}; `INDICES` describes each."""
+        """Lock-in, decay and shares, {name: float64 [L]}; `INDICES` describes each.
+
+        Raises:
+            StepFlowInputError: If entries are negative, so that there are no shares.
+        """
+        if bool((self.sums < 0).any()):
+            raise StepFlowInputError(
+                "the indices are shares, and these maps have negative entries",
+                hint='read maps and sums, or take measure="saliency"',
+            )
         sums = self.sums.mean(1) if self.sums.ndim == 4 else self.sums
         return saliency_indices(sums, self._counts, self.trace)
 

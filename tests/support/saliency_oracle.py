@@ -26,20 +26,28 @@ class SaliencyOracle:
         self.trace: OracleTrace | None = None
         self.weights: dict[int, Tensor] = {}
 
-    def __call__(self, ids: list[int], loss, trace: OracleTrace | None = None) -> dict[int, Tensor]:
-        """|A * dL/dA| of each layer and head, {layer: [H, T, T]}.
+    def __call__(
+        self, ids: list[int], loss, trace: OracleTrace | None = None, measure: str = "saliency"
+    ) -> dict[int, Tensor]:
+        """|A * dL/dA|, A or -A * dL/dA of each layer and head, {layer: [H, T, T]}.
 
         Args:
             ids: the trace's token ids.
             loss: the loss as a function of the logits [T, V].
             trace: its labels, where StepFlow is on.
+            measure: "saliency", "attention" or "signed".
         """
         self.trace, self.weights = trace, {}
         with _registered(self.NAME, self._attention):
             self.model.set_attn_implementation(self.NAME)
             logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         loss(logits).backward()
-        return {layer: (one * one.grad).abs()[0].detach() for layer, one in self.weights.items()}
+        found = {
+            "saliency": lambda one: (one * one.grad).abs(),
+            "attention": lambda one: one,
+            "signed": lambda one: -one * one.grad,
+        }[measure]
+        return {layer: found(one)[0].detach() for layer, one in self.weights.items()}
 
     def _attention(
         self,
