@@ -193,6 +193,7 @@ USAGE = {
         "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--stepflow CONFIG] [--host HOST] [--port PORT] MODEL"
     ),
     "verify": "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--stepflow CONFIG] [--json] MODEL",
+    "view": "[--out OUT] [--problems PROBLEMS] [--split SPLIT] RESULTS",
     "push": (
         "[--base BASE] [--base-revision REVISION] [--merge-weights] [--custom-generate REPO_ID] [--private] "
         "[--revision BRANCH] [--dry-run] [--json] [PRESET] [REPO_ID]"

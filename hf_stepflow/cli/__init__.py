@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "push": "upload a preset's repository to the Hub",
     "serve": "serve a model with StepFlow over HTTP, with the OpenAI-compatible routes of transformers",
     "verify": "prove that StepFlow acts on a model and computes what it should, on this machine",
+    "view": "write one HTML page that shows every response of a run, step by step",
 }
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # the status that shells use

@@ -7,10 +7,24 @@
     >>> text = page("A title", ["model", "seed 0"], [("Results", chart + table(["arm", "gain"], [["a & b", "5"]]))])
 
 `element` escapes its text and its attributes; `table` escapes its cells. Whatever is passed as children, as a body or
-as `below` is HTML already. `write_page` writes the page to a file.
+as `below` is HTML already. `write_page` writes the page to a file. `scripted_page` renders an interactive page, which
+brings its own style and script.
 """
 
 from .chart import PLOT_X, PLOT_Y, Axis, forest, frame, svg
 from .page import element, page, table, write_page
+from .scripted import scripted_page
 
-__all__ = ["PLOT_X", "PLOT_Y", "Axis", "element", "forest", "frame", "page", "svg", "table", "write_page"]
+__all__ = [
+    "PLOT_X",
+    "PLOT_Y",
+    "Axis",
+    "element",
+    "forest",
+    "frame",
+    "page",
+    "scripted_page",
+    "svg",
+    "table",
+    "write_page",
+]

@@ -1,17 +1,15 @@
 """The HTML page of Step-Saliency: interactive, self-contained, in light and dark."""
 
 import base64
-import hashlib
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
 
-from hf_stepflow.report import write_page
+from hf_stepflow.report import scripted_page, write_page
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.trace import TraceStep
@@ -50,25 +48,16 @@ def write_report(saliency: StepMaps, path: str | Path) -> None:
         StepFlowInputError: If the maps have no steps, or entries that are negative or not finite.
         StepFlowFileError: If the file cannot be written.
     """
-    folder = Path(__file__).parent / "assets"
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    script = "".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
-    # Only this script and this style may run, whatever the texts of a trace contain.
-    policy = f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'"
-    page = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
-        policy=policy, style=style, script=script, data=_json(_content(saliency))
-    )
-    write_page(path, page)
+    write_page(path, render_report(saliency))
 
 
-def _digest(source: str) -> str:
-    """The name of an inline script or style in a content security policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+def render_report(saliency: StepMaps) -> str:
+    """Renders the page that `write_report` writes.
 
-
-def _json(content: dict[str, Any]) -> str:
-    """JSON that cannot close the script element around it."""
-    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    Raises:
+        StepFlowInputError: If the maps have no steps, or entries that are negative or not finite.
+    """
+    return scripted_page(Path(__file__).parent / "assets", _SCRIPTS, _content(saliency))
 
 
 def _content(saliency: StepMaps) -> dict[str, Any]:
