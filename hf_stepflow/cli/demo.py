@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_stepflow.problems import reasoner_problems
     from hf_stepflow.prompts import encode_response
     from hf_stepflow.reasoner import load_reasoner
+    from hf_stepflow.reasoner.language import check_readable
 
     from .terminal import answer, effect_of
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     seed = random.randrange(100_000) if args.seed is None else args.seed
     if args.problems < 0:
         raise StepFlowInputError(f"--problems must be at least 0, got {args.problems}", hint="0 skips the comparison")
+    if args.problem is not None:
+        check_readable(args.problem)
     model, tokenizer = load_reasoner()
     problem, *others = drawn = reasoner_problems(args.difficulty, 1 + args.problems, start=seed)
     limit = 2 * max(len(encode_response(tokenizer, str(one.trace))) for one in drawn)  # longer answers went astray

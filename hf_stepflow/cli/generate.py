@@ -53,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
     _check(args, is_on)
     stepflow = find_stepflow(args.stepflow) if is_on else None
     prompt = _read_prompt(args)
+    if args.model == "reasoner" and not args.no_chat_template:
+        from hf_stepflow.reasoner.language import check_readable
+
+        check_readable(prompt)
     from hf_stepflow.evaluation.sampler import Sampler
     from hf_stepflow.runtime.modeling_stepflow import StepFlowModelForCausalLM
     from hf_stepflow.runtime.repository import settings_on

@@ -146,12 +146,13 @@ def test_where_the_prompt_is_read(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = ["--stepflow", "off", "--max-new-tokens", "1"]
-    (tmp_path / "question.txt").write_text("\ufeffWho?\nYou?\n", encoding="utf-8")
+    question = "Ann has 4 points.\nHow many points does Ann have?"
+    (tmp_path / "question.txt").write_text(f"\ufeff{question}\n", encoding="utf-8")
     words = ["generate", "--model", "reasoner", *short]
-    assert told(capsys, *words, "--prompt-file", str(tmp_path / "question.txt"))["prompt"] == "Who?\nYou?"
+    assert told(capsys, *words, "--prompt-file", str(tmp_path / "question.txt"))["prompt"] == question
     for source in ("--prompt", "--prompt-file"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n"))
-        assert told(capsys, *words, source, "-")["prompt"] == "Who are you?"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\n"))
+        assert told(capsys, *words, source, "-")["prompt"] == question
 
 
 def test_what_the_model_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
