@@ -154,7 +154,7 @@ SETTINGS = {
 # The commands, as argparse prints their usage. Names of values, such as FILE, may change.
 USAGE = {
     "calibrate": (
-        "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] --problems PROBLEMS [--limit LIMIT] "
+        "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--problems PROBLEMS] [--limit LIMIT] "
         "[--budget BUDGET] [--out OUT] [--report REPORT] [--work WORK] [--base-model BASE_MODEL] "
         "[--stepflow CONFIG] [--force] [--samples SAMPLES] [--temperature TEMPERATURE] "
         "[--max-new-tokens MAX_NEW_TOKENS] [--batch-size BATCH_SIZE] [--scored SCORED] [--run-code] [--seed SEED] "

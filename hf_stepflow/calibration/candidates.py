@@ -49,6 +49,51 @@ def tidied(settings: Settings) -> Settings:
     return only(whole, *mechanisms(whole))
 
 
+def in_words(settings: Settings) -> str:
+    """Returns the settings that act, for a line on the terminal.
+
+    Example:
+        >>> from hf_stepflow.calibration.candidates import in_words, tidied
+        >>> in_words(tidied({"tau_max": 0.15, "oeb_layers": [0, 1], "oeb_heads": {"0": [1, 3], "1": [2]}}))
+        'bridge 0.15 on 3 heads of layers 0-1'
+    """
+    parts = []
+    acting = mechanisms(settings)
+    if "OEB" in acting:
+        place = _place(settings["oeb_layers"], settings["oeb_heads"])
+        more = [f"scope {settings['bridge_scope']}"] * (settings["bridge_scope"] != _PAPER["bridge_scope"])
+        more += [f"{settings['sink_tokens']} sink tokens out"] * bool(settings["sink_tokens"])
+        more += [f"first {settings['oeb_span']} tokens of a step"] * (settings["oeb_span"] is not None)
+        parts.append(", ".join([f"bridge {settings['tau_max']:.3g} on {place}", *more]))
+    if "SMI" in acting:
+        window = "" if settings["smi_window"] is None else f", last {settings['smi_window']} tokens"
+        parts.append(f"injection {settings['alpha']:.3g} in {_place(settings['smi_layers'], None)}{window}")
+    if "length temperature" in acting:
+        heads = settings["length_temperature_heads"]
+        place = "all heads" if heads is None else f"{sum(map(len, heads.values()))} heads"
+        beyond = settings["length_temperature_base"]
+        parts.append(f"temperature {settings['length_temperature']:.3g} beyond {beyond} tokens on {place}")
+    return "; ".join(parts) or "the base"
+
+
+def _place(layers: Any, heads: dict[str, list[int]] | None) -> str:
+    """Names layers as ranges, and the number of heads in them."""
+    if isinstance(layers, str):
+        return layers
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    names = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+    text = f"layer{'s' * (len(layers) != 1)} {names}"
+    if heads is None:
+        return text
+    number = sum(map(len, heads.values()))
+    return f"{number} head{'s' * (number != 1)} of {text}"
+
+
 @dataclass(frozen=True)
 class Space:
     """The space of the search.

@@ -73,6 +73,7 @@ class Calibration:
         left_out: The reason for each ablation that was not run.
         held_out: The number of problems in the held-out split.
         seconds: The time spent.
+        timing: {stage: (seconds forecast before it, or None; seconds that it took)}, of the last start of the run.
     """
 
     run: dict[str, Any]
@@ -92,6 +93,7 @@ class Calibration:
     left_out: dict[str, str] = field(default_factory=dict)
     held_out: int = 0
     seconds: float = 0.0
+    timing: dict[str, tuple[float | None, float]] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
@@ -146,6 +148,9 @@ class Calibration:
             "left_out": self.left_out,
             "held_out": self.held_out,
             "seconds": round(self.seconds, 1),
+            "timing": {
+                name: [before and round(before, 1), round(took, 1)] for name, (before, took) in self.timing.items()
+            },
         }
 
     def sentences(self) -> list[str]:

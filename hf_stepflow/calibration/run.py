@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_stepflow.evaluation.arms import Arm
 from hf_stepflow.evaluation.engine import Engine
-from hf_stepflow.evaluation.progress import show_speed
+from hf_stepflow.evaluation.progress import announce
 from hf_stepflow.evaluation.responses import ResponseMaker
 from hf_stepflow.evaluation.run import batch_seed
 from hf_stepflow.evaluation.sampler import Sampler
@@ -21,7 +21,9 @@ from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .candidates import Settings
+from .forecast import Forecast, Stage, in_clock
 from .proxy import Row
+from .search import RUN
 from .splits import Batch
 from .verdict import RANDOM_STEPS
 from .work_folder import Workers, WorkFolder
@@ -44,7 +46,16 @@ ENDS = {
     "ablations": 1.0,
 }
 
+# The kinds of units of a stage, by which time is forecast: a batch under some settings, a pass over scored responses.
+ANSWERS, SCORES = "batches", "passes"
+
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+
+# The shares of the calibration split that candidates have answered after each rung.
+_RUNGS = (0.25, 0.5, 1.0)
+
+# The number of ablations that a forecast counts with.
+_ABLATIONS = 5
 
 # Tokens that are scored together, including padding.
 _BATCH_TOKENS = 8192
@@ -99,6 +110,66 @@ class Sampling:
     template: dict[str, Any] = field(default_factory=dict)
 
 
+class StageBar:
+    """The progress bar of a stage, with the time spent and left.
+
+    Args:
+        bar: The bar, of tqdm.
+        forecast: The forecast, in which the stage has begun.
+    """
+
+    def __init__(self, bar: Any, forecast: Forecast):
+        self._bar, self._forecast = bar, forecast
+        self.is_hidden = bool(bar.disable)
+
+    def update(self, units: int = 1) -> None:
+        """Takes note that units are done."""
+        self._forecast.advance(units)
+        self._show()
+        self._bar.update(units)
+
+    def show_speed(self, start: float, tokens: int) -> None:
+        """Shows the speed of the batch that runs, which began at `start` and has so many tokens."""
+        self._show(f", {tokens / (time.perf_counter() - start):,.0f} tokens/s")
+
+    def _show(self, more: str = "") -> None:
+        left = self._forecast.left()
+        known = "?" if left is None else in_clock(left)
+        self._bar.set_postfix_str(f"{in_clock(self._forecast.elapsed())} / {known} left{more}", refresh=bool(more))
+
+
+def planned(budget: Budget, *, traces: int, held_out: int, heads: tuple[int, int]) -> list[Stage]:
+    """Returns the stages of a run with their units, as far as they can be known before.
+
+    Args:
+        budget: The budget.
+        traces: The number of batches of the calibration split.
+        held_out: The number of batches of the held-out split.
+        heads: The numbers of heads to try under the bridge and under the length temperature.
+    """
+    ends = rung_ends(traces)
+    alive = [max(1, -(-RUN // 2**rung)) for rung in range(len(ends))]
+    rungs = [
+        (f"rung {rung + 1} of {len(ends)}", ANSWERS, alive[rung] * (end - before), "generation")
+        for rung, (before, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]
+    units = [
+        ("traces", ANSWERS, traces, "traces"),
+        ("bridge heads", SCORES, heads[0], "bridge heads together"),
+        ("temperature heads", SCORES, heads[1], "temperature heads together"),
+        ("search", SCORES, budget.candidates, "search"),
+        *rungs,
+        ("verdict", ANSWERS, 2 * held_out, "verdict"),
+        ("ablations", ANSWERS, _ABLATIONS * held_out, "ablations"),
+    ]
+    return [Stage(name, kind, number, budget.end_of(end)) for name, kind, number, end in units]
+
+
+def rung_ends(batches: int) -> list[int]:
+    """Returns the number of batches that candidates have answered after each rung."""
+    return sorted({max(1, round(share * batches)) for share in _RUNGS})
+
+
 @dataclass
 class CalibrationRun:
     """A model with StepFlow attached, and all that is asked of it.
@@ -124,6 +195,10 @@ class CalibrationRun:
     budget: Budget = Budget()
     progress: bool = True
     engine: Engine | None = None
+    forecast: Forecast = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.forecast = Forecast(self.work.spent)
 
     def answers(
         self,
@@ -157,7 +232,7 @@ class CalibrationRun:
 
         todo = [batch for batch in batches if not is_answered(batch)]
         missing = sum(found(batch, settings) is None for batch in todo for settings in arms.values())
-        with self.bar(label, -(-missing // self.workers.count), "batch") as bar:
+        with self.bar(label, -(-missing // self.workers.count), ANSWERS) as bar:
             for number, batch in enumerate(self.workers.share(todo)):
                 if end is not None and self.work.spent() >= end:
                     break
@@ -224,17 +299,38 @@ class CalibrationRun:
         end = self.budget.end_of(stage)
         return end is not None and self.decide("is_over", lambda: self.work.spent() >= end, *parts)
 
+    def say(self, text: str) -> None:
+        """Writes a line above the progress bars, in the first process and if progress is shown."""
+        announce(text, self.progress and self.workers.is_first)
+
     @contextmanager
-    def bar(self, label: str, total: int | None, unit: str) -> Iterator[Any]:
-        """Yields a progress bar of tqdm, which the first process shows."""
+    def bar(self, label: str, total: int, kind: str) -> Iterator["StageBar"]:
+        """Begins a stage: says how long it will take, and yields its progress bar, which the first process shows.
+
+        Args:
+            label: The name of the stage.
+            total: The number of its units; a stage without any is not begun.
+            kind: The kind of its units, `ANSWERS` or `SCORES`.
+        """
         from huggingface_hub.utils import tqdm
 
         hidden = not self.progress or not self.workers.is_first or total == 0
-        with tqdm(total=total, desc=label, unit=unit, disable=hidden, leave=False) as bar:
-            yield bar
+        if total:
+            is_new = label not in self.forecast.kept  # the first batch of a stage may have been asked for before
+            seconds = self.forecast.begin(label, kind, total)
+            if is_new and seconds is not None:
+                left = self.forecast.left()
+                whole = "" if left is None else f"; {in_clock(left)} left in all"
+                self.say(f"{label}: about {in_clock(seconds)}{whole}")
+        shape = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit}{postfix}"
+        with tqdm(total=total, desc=label, unit=kind, disable=hidden, leave=False, bar_format=shape) as shown:
+            try:
+                yield StageBar(shown, self.forecast)
+            finally:
+                self.forecast.finish()
 
     def _answer(
-        self, settings: Settings | None, batch: Batch, vocabulary: StepVocabulary | None, bar: Any
+        self, settings: Settings | None, batch: Batch, vocabulary: StepVocabulary | None, bar: "StageBar"
     ) -> list[dict[str, Any]]:
         sampling, runtime = self.sampling, self.model.stepflow_runtime
         arm, override = Arm(stepflow=False if settings is None else settings), nullcontext()
@@ -250,7 +346,7 @@ class CalibrationRun:
             sampling.template,
             sampling.run_code,
             settings is None,
-            None if bar.disable else partial(show_speed, bar, time.perf_counter()),
+            None if bar.is_hidden else partial(bar.show_speed, time.perf_counter()),
         )
         sampler: ResponseMaker
         if self.engine is None or arm.stepflow is True:  # random steps are a state of the model here

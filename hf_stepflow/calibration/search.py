@@ -114,6 +114,7 @@ def search(
     score: Callable[[Settings], ProxyScore],
     tell: Callable[[int, float], None] | None,
     is_over: Callable[[int], bool],
+    report: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
     """Scores candidates until the trials or the time are spent, and returns the distinct ones, the best first.
 
@@ -124,6 +125,7 @@ def search(
         score: Returns the proxy of settings.
         tell: Records the objective of a trial; None in a process that draws none.
         is_over: Returns whether time is up; asked before each trial.
+        report: Takes each trial that differs from those before.
     """
     found: dict[str, Trial] = {}
     for number in range(trials):
@@ -134,7 +136,10 @@ def search(
         trial = Trial(number, parameters, settings, score(settings))
         if tell is not None:
             tell(number, trial.score.objective)
-        found.setdefault(digest(settings), trial)
+        name = digest(settings)
+        if name not in found and report is not None:
+            report(trial)
+        found.setdefault(name, trial)
     return sorted(found.values(), key=lambda one: (-one.score.objective, one.number))
 
 
@@ -146,6 +151,8 @@ class Rung:
         trial: The number of the candidate.
         problems: The number of problems.
         delta: The candidate's accuracy minus the base's.
+        gained: The number of problems on which it is better than the base.
+        lost: The number of those on which it is worse.
         worst: The change in accuracy of the stratum that loses most, plus its standard error; None without strata.
         stratum: The name of this stratum, or None.
         harmed: The strata that measurably lose.
@@ -155,6 +162,8 @@ class Rung:
     trial: int
     problems: int
     delta: float
+    gained: int
+    lost: int
     worst: float | None
     stratum: str | None
     harmed: list[str]
@@ -207,6 +216,7 @@ def halve(
     rungs: int,
     answer: Callable[[Sequence[Trial], int], tuple[Results, dict[int, Results]]],
     strata: Mapping[str, str],
+    report: Callable[[Rung], None] | None = None,
 ) -> Halving:
     """Runs successive halving: each rung has more problems than the last and keeps half of its candidates.
 
@@ -216,6 +226,7 @@ def halve(
         answer: Given candidates and a rung, returns the base's results and those of each candidate by its number, on
             all problems up to this rung; empty if there was no time.
         strata: {problem: stratum}.
+        report: Takes each result of a rung, the best first.
     """
     alive, found = list(candidates), []
     for rung in range(rungs):
@@ -228,6 +239,9 @@ def halve(
         keep = 1 if rung == rungs - 1 else math.ceil(len(alive) / 2)
         stays = {one.trial for one in rows[:keep] if not one.harmed}
         found.append([replace(one, stays=one.trial in stays) for one in rows])
+        if report is not None:
+            for row in found[-1]:
+                report(row)
         alive = [one for one in alive if one.number in stays]
         if not alive:
             return Halving(found, None, "every candidate measurably harmed a stratum")
@@ -252,7 +266,9 @@ def _compare(one: Trial, base: Results, own: Results, strata: Mapping[str, str])
     ]
     worst, stratum = min(ends, default=(None, None))
     harmed = [name for name, values in sorted(by_stratum.items()) if _loses(values)]
-    return Rung(one.number, len(base), float(np.mean(list(changes.values()))), worst, stratum, harmed, True)
+    gained, lost = (sum(sign * change > 0 for change in changes.values()) for sign in (1, -1))
+    delta = float(np.mean(list(changes.values())))
+    return Rung(one.number, len(base), delta, gained, lost, worst, stratum, harmed, True)
 
 
 def _loses(changes: Sequence[float]) -> bool:

@@ -5,6 +5,7 @@ split. The held-out split is answered once, at the end, by the base, the winner 
 """
 
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,9 +21,9 @@ from hf_stepflow.evaluation.checkers import demand_math_verify
 from hf_stepflow.evaluation.engine import Engine
 from hf_stepflow.evaluation.markers import describe_markers
 from hf_stepflow.evaluation.problem import EvalProblem, as_problems
-from hf_stepflow.evaluation.progress import announce
 from hf_stepflow.evaluation.run_checks import FirstResponses, check_steps, warn_of_length, warn_of_markers
 from hf_stepflow.evaluation.sampler import check_generation, prepared
+from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.store import another_run, digest, identify, machine
 from hf_stepflow.presets.preset import rule_preset
 from hf_stepflow.prompts import encode_prompt, encode_response
@@ -30,23 +31,22 @@ from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.step_detector import SUMMARY, Field
 
 from .bands import Bands, propose_bands, quarter_rule
-from .candidates import EMPTY, Settings, Space, mechanisms
+from .candidates import EMPTY, Settings, Space, in_words, mechanisms
+from .forecast import Stage
 from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .non_inferiority import BOUND
+from .probe import HIGH, LOW
 from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score
 from .result import Ablation, Calibration
-from .run import Budget, CalibrationRun, Sampling, parse_budget
-from .search import Halving, Proposer, Results, Trial, halve, rank_correlation, search, to_run
+from .run import ANSWERS, SCORES, Budget, CalibrationRun, Sampling, parse_budget, planned, rung_ends
+from .search import Halving, Proposer, Results, Rung, Trial, halve, rank_correlation, search, to_run
 from .splits import Batch, batches_of, split_problems
 from .strata import Strata, source_of
 from .verdict import BASE, RANDOM_STEPS, ablations, judge_strata, measure, random_steps
 from .work_folder import Workers, WorkFolder
 
 STEPFLOW = "stepflow"
-
-# The shares of the calibration split that candidates have answered after each rung.
-_RUNGS = (0.25, 0.5, 1.0)
 
 # The trial that every search begins with: the paper's settings, which answer problems whatever their proxy.
 _PAPER = 0
@@ -217,7 +217,9 @@ def _run_stages(
 ) -> Calibration:
     """Runs all stages, or those up to the gate if it is closed."""
     seed, size = run.sampling.seed, run.sampling.batch_size
-    solved, batches = _solve(run, calibration, batches_of(calibration, size, "calibration", seed))
+    whole = batches_of(calibration, size, "calibration", seed)
+    held_batches = batches_of(held_out, size, "held-out", seed)
+    solved, batches = _solve(run, calibration, whole, len(held_batches), header["scored"])
     measures = {"tokens": [one.tokens for one in solved], "steps": [one.steps + 1 for one in solved]}
     own = [sources[one.problem.id] for one in solved]
     gate = look_for_trend([1 - one.accuracy for one in solved], measures, seed, own)
@@ -229,33 +231,77 @@ def _run_stages(
         rows = rows_to_score(solved, header["scored"])
         scoring = _Scoring(run, rows, names, run.likelihoods(None, rows))
         lengths = _context_lengths(solved)
+        counts: dict[str, Any] = {"traces": len(batches), "held_out": len(held_batches)}
+        run.forecast.plan(planned(run.budget, **counts, heads=_numbers_of_heads(run))[1:])
         found.bands = _propose(run, solved)
         found.heads = _try_all_heads(scoring, lengths[0])
         tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
         found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
         _select(found, run, batches, names)
         if found.winner is not None:
-            _judge(found, found.winner, run, batches_of(held_out, size, "held-out", seed), lengths[0], rows, names)
-    found.seconds = run.work.spent()
+            _judge(found, found.winner, run, held_batches, lengths[0], rows, names)
+    found.seconds, found.timing = run.work.spent(), dict(run.forecast.kept)
     return found
 
 
 def _solve(
-    run: CalibrationRun, problems: Sequence[EvalProblem], batches: list[Batch]
+    run: CalibrationRun, problems: Sequence[EvalProblem], batches: list[Batch], held_out: int, scored: int
 ) -> tuple[list[Solved], list[Batch]]:
     """The traces: the base's answers, and the batches that there was time for."""
     settings = run.model.stepflow_runtime.settings
-    announce(f"Judging responses: {describe_markers(settings)}.", run.progress and run.workers.is_first)
+    run.say(f"Judging responses: {describe_markers(settings)}.")
     first = FirstResponses(BASE, settings, None, run.sampling.max_new_tokens, may_go_on=False)
     results, _ = run.answers({BASE: None}, batches[:1], "traces")  # whatever the time
     first.check(results[BASE])
     check_steps(results[BASE], settings)
+    _say_how_hard(run, results[BASE])
+    _forecast(run, batches, held_out, scored, results[BASE])
     results, done = run.answers({BASE: None}, batches, "traces", end=run.budget.end_of("traces"))
     first.check(results[BASE], is_all=True)
     check_steps(results[BASE], settings)
     vocabulary = run.model.stepflow_runtime.rules.vocabulary
     solved = read_answers(problems, results[BASE], run.tokenizer, vocabulary, run.sampling.template)
     return solved, batches[:done]
+
+
+def _say_how_hard(run: CalibrationRun, first: Sequence[dict[str, Any]]) -> None:
+    """Says how many of the first responses are right, and warns where settings can hardly show a difference."""
+    right = sum(result["right"] for result in first)
+    text = f"The base solves {right} of the first {len(first)}"
+    if not LOW <= right / len(first) <= HIGH:
+        text += (
+            "; settings show most where it solves 20 to 80 % (calibrate without --problems looks for such problems)"
+        )
+    run.say(f"{text}.")
+
+
+def _numbers_of_heads(run: CalibrationRun) -> tuple[int, int]:
+    """The numbers of heads that are tried under the bridge and under the length temperature."""
+    heads: dict[int, int] = run.model.stepflow_runtime.heads
+    layers = sorted(heads)
+    return sum(heads[layer] for layer in layers[: -(-len(layers) // 2)]), sum(heads.values())
+
+
+def _forecast(
+    run: CalibrationRun, batches: Sequence[Batch], held_out: int, scored: int, first: Sequence[dict[str, Any]]
+) -> None:
+    """Plans all stages, measures a pass over the first responses, and says how long each stage will take."""
+    heads = _numbers_of_heads(run)
+    stages = planned(run.budget, traces=len(batches), held_out=held_out, heads=heads)
+    run.forecast.plan(stages)
+    if not run.progress:
+        return
+    if not run.forecast.kept:  # a run that goes on knows no batch yet: the first one was answered before
+        run.forecast.learn(ANSWERS, sum(result["seconds"] for result in first))
+    prompts = {
+        one.id: encode_prompt(run.tokenizer, one.prompt, **run.sampling.template) for one in batches[0].problems
+    }
+    rows = [(prompts[result["problem"]], result["ids"]) for result in first if result["ids"]]
+    start = time.perf_counter()
+    score_traces(run.model, rows, False)
+    run.forecast.learn(SCORES, (time.perf_counter() - start) * scored / len(rows))
+    if run.forecast.left() is not None:
+        run.say(f"Forecast, if the gate opens: {run.forecast.describe()}.")
 
 
 def _length(run: CalibrationRun, problem: EvalProblem) -> int:
@@ -358,7 +404,7 @@ def _try_heads(
     def is_over(head: Head, together: bool) -> bool:
         return scoring.run.is_over(f"{stage} together" if together else stage, stage, list(head), together)
 
-    with scoring.run.bar(stage, len(heads), "head") as bar:
+    with scoring.run.bar(stage, len(heads), SCORES) as bar:
         return find_heads(heads, acting_on, partial(scoring.likelihoods, bar.update), scoring.compare, is_over)
 
 
@@ -371,8 +417,16 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
     def propose(number: int) -> dict[str, Any]:
         return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
 
-    trials = run.budget.candidates
-    with run.bar("search", trials if run.budget.seconds is None else None, "candidate") as bar:
+    def report(trial: Trial) -> None:
+        score = trial.score
+        harm = "" if score.is_harmless else f", harms {score.stratum}"
+        seconds = run.work.spent() - started[0]
+        started[0] = run.work.spent()
+        line = f"proxy {score.value:+.3f} ± {score.error:.3f}{harm}; {seconds:.1f} s"
+        run.say(f"#{trial.number:<3} {in_words(trial.settings)}; {line}")
+
+    trials, started = run.budget.candidates, [run.work.spent()]
+    with run.bar("search", trials, SCORES) as bar:
         return search(
             space,
             trials,
@@ -380,6 +434,7 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
             lambda settings: scoring.compare(scoring.base, scoring.likelihoods(bar.update, settings)),
             proposer.tell if proposer else None,
             lambda number: run.is_over("search", "search", number),
+            report,
         )
 
 
@@ -389,8 +444,9 @@ def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], s
     if not candidates:
         found.halving = Halving(reason="there was no time to score any candidate")
         return
-    ends = sorted({max(1, round(share * len(batches))) for share in _RUNGS})
+    ends = rung_ends(len(batches))
     done = 0
+    spent: dict[int, tuple[float, float]] = {}  # by candidate: seconds, and tokens relative to the base's
 
     def answer(alive: Sequence[Trial], rung: int) -> tuple[Results, dict[int, Results]]:
         nonlocal done
@@ -400,9 +456,24 @@ def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], s
         if reached <= done:
             return {}, {}
         done = reached
+        tokens = {name: sum(result["tokens"] for result in own) for name, own in results.items()}
+        for one in alive:
+            seconds = sum(result["seconds"] for result in results[str(one.number)])
+            spent[one.number] = seconds, tokens[str(one.number)] / max(tokens[BASE], 1)
         return _shares(results[BASE]), {one.number: _shares(results[str(one.number)]) for one in alive}
 
-    found.halving = halve(candidates, len(ends), answer, strata)
+    by_number = {one.number: one for one in candidates}
+
+    def report(row: Rung) -> None:
+        one, (seconds, tokens) = by_number[row.trial], spent[row.trial]
+        harm = f", harms {'; '.join(row.harmed)}" * bool(row.harmed)
+        run.say(
+            f"#{row.trial:<3} {in_words(one.settings)}; proxy {one.score.value:+.3f}; answers {100 * row.delta:+.1f} "
+            f"points on {row.problems}; breaks {row.lost}, repairs {row.gained}{harm}; tokens x{tokens:.2f}; "
+            f"{seconds:.0f} s{'' if row.stays else '; stops'}"
+        )
+
+    found.halving = halve(candidates, len(ends), answer, strata, report)
     if found.halving.rungs:
         proxy = {one.number: one.score.value for one in candidates}
         found.points = [(one.trial, proxy[one.trial], one.delta) for one in found.halving.rungs[0]]
@@ -436,6 +507,7 @@ def _judge(
     found.measured = compare(results, STEPFLOW)
     found.strata = judge_strata(results, STEPFLOW, strata, found.run["bound"] / 100, seed)
     variants, found.left_out = ablations(winner.settings, run.model.stepflow_runtime.heads, base_length, seed)
+    run.forecast.plan([Stage(name, ANSWERS, done) for name in variants])
     limit = run.budget.end_of("ablations")
     for left, (name, settings) in zip(range(len(variants), 0, -1), variants.items(), strict=True):
         vocabulary = None

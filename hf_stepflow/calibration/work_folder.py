@@ -18,6 +18,9 @@ from hf_stepflow.runtime.errors import StepFlowError, StepFlowFileError
 
 FORMAT = "hf-stepflow-calibration/2"
 
+# The file with what was found out before the run: problems, batch size. It may stand in an empty folder.
+SETUP = "setup.json"
+
 Item = TypeVar("Item")
 
 # How long processes wait for the slowest one, which may be working on a long batch.
@@ -61,7 +64,7 @@ class WorkFolder:
                 changes = changes_of_run(known.get("run", {}), run)
                 if changes:
                     raise another_run(self.path, changes)
-            elif any(not one.name.startswith(".") for one in self.path.iterdir()):
+            elif any(one.name != SETUP and not one.name.startswith(".") for one in self.path.iterdir()):
                 raise StepFlowFileError(
                     f"{str(self.path)!r} holds other files and no run of a calibration",
                     hint="choose another work folder",
@@ -152,6 +155,28 @@ class Workers:
                 f"another process of this calibration is gone: {(str(error) or 'no reason given').splitlines()[0]}",
                 hint="start the same command again: it continues where it stopped",
             ) from error
+
+
+def read_setup(folder: Path) -> dict[str, Any]:
+    """Reads what an earlier start of the command found out before its run; empty if there was none.
+
+    Raises:
+        StepFlowFileError: The file cannot be read.
+    """
+    return _read(folder / SETUP) if (folder / SETUP).exists() else {}
+
+
+def write_setup(folder: Path, setup: dict[str, Any]) -> None:
+    """Keeps what was found out before the run, so that the same command continues the same run.
+
+    Raises:
+        StepFlowFileError: The folder cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / SETUP, setup)
+    except OSError as error:
+        raise StepFlowFileError(f"the work folder {str(folder)!r} cannot be used: {error}") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

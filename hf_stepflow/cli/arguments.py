@@ -39,13 +39,19 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=read_seed, default=0, help="seed of everything random (default: 0)")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a run over many problems."""
+def add_run_arguments(parser: argparse.ArgumentParser, batch_size: int | None = 16) -> None:
+    """Adds the arguments of a run over many problems.
+
+    Args:
+        parser: The parser of a subcommand.
+        batch_size: The default of `--batch-size`; None for a command that finds it.
+    """
     parser.add_argument("--limit", type=int, help="take only the first N problems")
     parser.add_argument(
         "--samples", type=int, default=1, help="responses to each problem (default: 1); more are sampled"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="problems in a batch (default: 16)")
+    size = "the fastest" if batch_size is None else batch_size
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"problems in a batch (default: {size})")
     parser.add_argument("--run-code", action="store_true", help="run programs that the model writes, to judge them")
     parser.add_argument("--report", type=Path, help="write the result as an HTML page")
 

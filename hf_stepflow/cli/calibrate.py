@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
+from . import EXIT_INTERRUPTED
 from .arguments import (
     add_engine_arguments,
     add_model_arguments,
@@ -22,6 +23,7 @@ from .arguments import (
     load_engine,
     read_seed,
 )
+from .calibration_setup import Setup
 
 _REASONER = "hf-stepflow/reasoner"
 # The way out for each part of a preset's identity.
@@ -38,21 +40,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Searches for StepFlow settings that beat the base model, and judges them on problems that the search did\n"
         "not use. Reports it when errors do not rise with length, or when nothing helps.\n\n"
         "MODEL is a folder or Hub id, or `reasoner`: the model that comes with this package.\n"
-        "PROBLEMS is a JSONL file (id, question, answer, and trace where a right response is known), a benchmark,\n"
-        "reasoner:LEVEL, reasoning-gym:NAME[,KEY=VALUE...] or stepflow-suite:TASK@LENGTH, as `eval --list-problems`\n"
-        "shows them; repeat it for several. Half of the problems are kept for the verdict.\n"
-        "The budget is a number of candidates (40) or a time for everything (90s, 20m, 1.5h).\n"
-        "A run that was stopped resumes where it was. `accelerate launch -m hf_stepflow.cli` shares the work.\n"
-        "Exit status: 0 a measured gain, 3 none, 2 an error."
+        "Without --problems it looks for some that the model solves 20 to 80 % of the time: levels of the reasoner,\n"
+        "or tasks of stepflow-suite. PROBLEMS is a JSONL file (id, question, answer, and trace if a right answer\n"
+        "is known), a benchmark, reasoner:LEVEL, reasoning-gym:NAME[,KEY=VALUE...] or stepflow-suite:TASK@LENGTH, as\n"
+        "`eval --list-problems` shows them; repeat it for several. Half of the problems are kept for the verdict.\n"
+        "The budget is a number of candidates (40) or a time for everything (90s, 20m, 1.5h). The time of each stage\n"
+        "is forecast. A run that was stopped, by Ctrl-C too, resumes where it was.\n"
+        "`accelerate launch -m hf_stepflow.cli` shares the work.\n"
+        "Exit status: 0 a measured gain, 3 none, 2 an error, 130 stopped by Ctrl-C."
     )
     parser.epilog = (
-        "example: hf-stepflow calibrate reasoner --problems reasoner:errands-30 --budget 10m \\\n"
-        "             --out my-reasoner.json --report my-reasoner.html"
+        "examples: hf-stepflow calibrate reasoner\n"
+        "          hf-stepflow calibrate reasoner --problems reasoner:errands-30 --budget 10m \\\n"
+        "              --out my-reasoner.json --report my-reasoner.html"
     )
     add_model_arguments(parser, positional=True)
     add_engine_arguments(parser)
-    parser.add_argument("--problems", required=True, action="append", help="JSONL file, benchmark, generator or level")
-    add_run_arguments(parser)
+    parser.add_argument("--problems", action="append", help="JSONL file, benchmark, generator or level")
+    add_run_arguments(parser, batch_size=None)
     parser.add_argument("--budget", default="40", help="candidates, or a time (default: 40)")
     parser.add_argument("--out", type=Path, help="file of the preset, NAME.json")
     parser.add_argument("--work", type=Path, help="folder of the run, to resume it (default: NAME-calibration)")
@@ -66,7 +71,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="points that no kind of problems may lose, shown at 95 %% (default: 1)",
     )
     parser.add_argument("--temperature", type=float, default=0.7, help="temperature of samples (default: 0.7)")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="tokens of a response (default: 2048)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="tokens of a response (default: 1.25 times the longest trace, else 2048)"
+    )
     parser.add_argument("--scored", type=int, default=96, help="problems scored for each candidate (default: 96)")
     parser.add_argument("--seed", type=read_seed, default=0, help="seed of splits, sampling and search (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -74,21 +81,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the files that were asked for, and prints the result."""
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        if not int(os.environ.get("RANK", "0")):
+            command = shlex.join(["hf-stepflow", *sys.argv[1:]])
+            print("\nStopped. What was found is kept; the same command goes on from there:", file=sys.stderr)
+            print(f"  {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
     from hf_stepflow.calibration.result import write_preset
+    from hf_stepflow.calibration.run import parse_budget
     from hf_stepflow.calibration.stages import calibrate
 
+    parse_budget(args.budget)
     demand_folders(args.out, args.report)
     demand_no_engine_args(args)
     base_model = _base_model(args)
     name = base_model.rpartition("/")[2].lower() if args.out is None else args.out.stem
     _check_identity(args.out, name, base_model, args.revision)
     work = args.work or (args.out or Path(name)).with_name(f"{name}-calibration")
-    problems, sources = _problems(args.problems, args.limit, args.seed)
+    loaded = None if args.problems is None else _problems(args.problems, args.limit, args.seed)
     settings = find_stepflow(args.stepflow)
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of `accelerate launch` has its own GPU
     model, tokenizer = load(args)
     architecture = _architecture(model)
+    setup = Setup(args, model, tokenizer, settings, work)
+    names = args.problems or setup.problems()
+    problems, sources = loaded or _problems(names, args.limit, args.seed)
+    max_new_tokens = args.max_new_tokens or setup.max_new_tokens(problems)
+    batch_size = args.batch_size or setup.batch_size(problems, max_new_tokens)
     engine = None if args.engine == "transformers" else load_engine(args, settings)
     result = calibrate(
         model,
@@ -101,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
         stepflow=settings,
         samples=args.samples,
         temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
         scored=args.scored,
         run_code=args.run_code,
         engine=engine,
@@ -113,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")):
         return 0  # the first process reports; a launcher would end it if another one returned a failure
     command = shlex.join(["hf-stepflow", *sys.argv[1:]])
-    dataset = ", ".join(args.problems)
+    dataset = ", ".join(names)
     preset = result.preset(name, base_model, architecture, command=command, dataset=dataset, revision=args.revision)
     if args.out is not None:
         write_preset(preset, args.out)

@@ -110,7 +110,7 @@ def result_of(processes: list[subprocess.Popen]) -> dict:
     assert [process.returncode for process in processes] == [NOTHING_FOUND, 0][: len(processes)], printed
     assert all(not out for out, _ in printed[1:])
     data = json.loads(printed[0][0])
-    for name in ("seconds", "about", "preset"):
+    for name in ("seconds", "about", "preset", "timing"):
         del data[name]
     return json.loads(re.sub(r'"seconds_ratio": (\{[^{}]*\}|null)', '"seconds_ratio": 0', json.dumps(data)))
 
