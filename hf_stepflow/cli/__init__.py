@@ -6,6 +6,7 @@ status. `arguments` holds the arguments that subcommands share, and `terminal` t
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -28,24 +29,6 @@ SUBCOMMANDS = {
 }
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # the status that shells use
-
-# The extra that installs a module.
-_EXTRAS = {
-    "datasets": "eval",
-    "fastapi": "serve",
-    "matplotlib": "saliency",
-    "optuna": "calibrate",
-    "math_verify": "eval",
-    "openai": "serve",
-    "pydantic": "serve",
-    "reasoning_gym": "eval",
-    "rich": "demo",
-    "scipy": "eval",
-    "statsmodels": "eval",
-    "tqdm": "eval",
-    "uvicorn": "serve",
-    "vllm": "vllm",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,9 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nhf-stepflow: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        extra = _extra_with(error.name, args.subcommand)
+        if extra is None:
             raise
-        return _refuse(f"{error.name} is not installed", f"pip install 'hf-stepflow[{_EXTRAS[error.name]}]'")
+        return _refuse(f"{error.name} is not installed", f"pip install 'hf-stepflow[{extra}]'")
+
+
+def _extra_with(module: str | None, subcommand: str) -> str | None:
+    """The extra that installs a module, that of the subcommand's own name if several do; None if none does."""
+    extras = []
+    for requirement in metadata.requires("hf-stepflow") or []:
+        found = re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", requirement)
+        if found and found[1].replace("-", "_") == module and found[2] not in ("all", "test"):
+            extras.append(found[2])
+    return subcommand if subcommand in extras else next(iter(extras), None)
 
 
 def _refuse(message: str, hint: str | None) -> int:

@@ -3,9 +3,12 @@
 import argparse
 import io
 import json
+import math
 import random
 import re
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 1000  # tokens of an answer to the user's own question
 _ROWS = 40
+_BATCH = 50  # problems that are answered together in the comparison
+_TRIED = 16  # tokens of each by which its time is told beforehand
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +92,13 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[bold]What StepFlow did[/]\n{effect_of(report)}\n")
     result = None
     if others:
-        result = evaluate(model, others, batch_size=50, max_new_tokens=limit, seed=seed, progress=not args.json)
+        if not args.json:
+            steps = max(len(encode_response(tokenizer, str(one.trace))) for one in others)
+            seconds = _expected_seconds(sampler, others, steps)
+            print(
+                f"Both answer {len(others)} more problems now, which takes some {_duration(seconds)}.", file=sys.stderr
+            )
+        result = evaluate(model, others, batch_size=_BATCH, max_new_tokens=limit, seed=seed, progress=not args.json)
     if console is not None:
         if result is not None:
             title = f"[bold]Both on {args.problems} more problems[/]"
@@ -110,6 +121,28 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(data, indent=2))
     return 0
+
+
+def _expected_seconds(sampler: Any, problems: Sequence[Any], steps: int) -> float:
+    """The time of the comparison, by the first tokens of its first batch.
+
+    Args:
+        sampler: The sampler of the demo.
+        problems: The problems to compare on.
+        steps: The number of tokens of the longest right answer, for which a batch waits.
+    """
+    from hf_stepflow.evaluation.arms import Arm
+
+    prompts = [sampler.encode(problem) for problem in problems[:_BATCH]]
+    reading, writing = (
+        replace(sampler, max_new_tokens=number).respond(Arm(), prompts, 0)[1] for number in (1, 1 + _TRIED)
+    )
+    batches = math.ceil(len(problems) / _BATCH)
+    return 2 * batches * (reading + steps * (writing - reading) / _TRIED)
+
+
+def _duration(seconds: float) -> str:
+    return f"{max(5, 5 * round(seconds / 5))} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def _console(args: argparse.Namespace) -> Any:

@@ -42,11 +42,16 @@ def strong_preset(folder: Path, name: str = "tiny") -> Path:
     return tiny_preset(folder, name=name, provenance=MEASURED, **changes)
 
 
-def bare_environment(folder: Path) -> Path:
-    """The interpreter of a virtual environment with torch, transformers and what they require, as installed here."""
+def bare_environment(folder: Path, *names: str) -> Path:
+    """The interpreter of a virtual environment with torch, transformers and what they require, as installed here.
+
+    Args:
+        folder: The folder to make it in.
+        *names: Further distributions that it gets, with what they require.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = next((folder / "lib").glob("python*/site-packages"))
-    for name in _required("torch", "transformers"):
+    for name in _required("torch", "transformers", *names):
         distribution = metadata.distribution(name)
         for part in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             source = Path(str(distribution.locate_file(part)))
