@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hf_stepflow.calibration.reproduce import NAME as REPRODUCE
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, proportion
 from hf_stepflow.evaluation.store import machine
@@ -50,14 +51,14 @@ def calibrate(part: str, budget: str, work: Path) -> int:
 
 
 def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Path, *others: Path) -> int:
-    """Runs the command in the work folder and keeps the preset, the result and the report.
+    """Runs the command in the work folder and keeps the preset, the result, the report and the record.
 
     Args:
         words: The arguments of `hf-stepflow calibrate`, except those that name output files.
         name: The name of the preset.
         notes: The text that begins the notes of the preset.
         work: The folder to work in.
-        folder: The folder for the three files.
+        folder: The folder for the four files.
         others: Further folders for the preset.
 
     Returns:
@@ -71,6 +72,7 @@ def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
         shutil.copy(work / "report.html", folder / "report.html")
+        shutil.copy(work / f"{name}-calibration" / REPRODUCE, folder / REPRODUCE)
         preset = json.loads((work / f"{name}.json").read_text())
         preset["notes"] = f"{notes} {preset['notes']}"[:2000]
         for kept in (folder, *others):

@@ -57,6 +57,7 @@ def write_report(result: Calibration, path: str | Path, preset: Preset) -> None:
         ("Heads: what each gains alone", _heads(result) if result.heads else not_reached),
         ("Search: the proxy over tau_max and alpha", _search(result) if result.trials else not_reached),
         ("Proxy against generation", _proxy(result) if result.points else not_reached),
+        ("Candidates that no other beats", _front(result) if result.front else not_reached),
         ("Verdict on the held-out problems", _measured(result)),
         ("Every kind of problems", _strata(result) if result.strata else not_reached),
         ("Ablations on the held-out problems", _ablations(result) if result.measured else not_reached),
@@ -222,6 +223,37 @@ def _proxy(result: Calibration) -> str:
         for row in alive
     ]
     return chart + table("rung,trial,problems,points against the base,worst stratum plus its error,".split(","), rows)
+
+
+def _front(result: Calibration) -> str:
+    x = Axis.over([100 * one.damage for one in result.front], *PLOT_X)
+    y = Axis.over([100 * one.gain for one in result.front], *PLOT_Y)
+    marks = [element("circle", class_="grid", cx=x(0.0), cy=y(0.0), r=5, title="the base")]
+    for one in result.front:
+        place: dict[str, Any] = {"cx": x(100 * one.damage), "cy": y(100 * one.gain)}
+        title = f"candidate {one.trial}: {one.words}"
+        marks.append(element("circle", class_="bad" if one.harmed else "good", **place, r=6, title=title))
+        if one.trial == result.chosen:
+            marks.append(element("circle", class_="ring", **place, r=10))
+        text = f"#{one.trial}, tokens x{one.cost:.2f}"
+        marks.append(element("text", class_="small", x=place["cx"] + 12, y=place["cy"] + 4, text=text))
+    chart = svg("gain over damage", frame(x, y, "broken, % of what the base solves", "points gained"), *marks)
+    rows = [
+        [
+            f"#{one.trial}",
+            str(one.problems),
+            f"{100 * one.gain:+.1f}",
+            f"{100 * one.damage:.1f}",
+            f"{one.cost:.2f}",
+            "judged" if one.trial == result.chosen else "",
+            "the rule's" if one.trial == result.default else "",
+        ]
+        for one in result.front
+    ]
+    below = [escape(one.words) for one in result.front]
+    caption = _soft("On the calibration split. Nobody is better in gain, damage and tokens at once. Ring: judged.")
+    heads = "candidate,problems,points,broken (%),tokens (ratio),,".split(",")
+    return caption + element("div", chart, class_="wide") + table(heads, rows, below)
 
 
 def _measured(result: Calibration) -> str:

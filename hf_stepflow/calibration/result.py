@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from .bands import Bands
 from .candidates import EMPTY, OFF, Settings
 from .gate import Gate
 from .heads import MOST, Heads
+from .pareto import Outcome
 from .search import Halving, Trial
 from .verdict import GAIN, HARM, Measured, Stratum, overall
 
@@ -66,13 +68,16 @@ class Calibration:
         halving: The results of those that answered problems.
         correlation: Spearman's correlation of proxy and generated accuracy over these, and their number.
         points: The number, the proxy and the difference in accuracy on the first rung of each of these.
-        winner: The winning trial, or None.
+        front: The candidates that no other beats in gain, damage and cost at once.
+        default: The number of the candidate that the rule picks, or None.
+        winner: The trial that was judged, or None: the default, unless another one was chosen before.
         measured: The comparison on the held-out split, or None.
         strata: The same in every stratum.
         ablations: The winner's ablations by name.
         left_out: The reason for each ablation that was not run.
         held_out: The number of problems in the held-out split.
         seconds: The time spent.
+        answers: Hashes of the held-out answers of the base and of the winner.
         timing: {stage: (seconds forecast before it, or None; seconds that it took)}, of the last start of the run.
     """
 
@@ -86,6 +91,8 @@ class Calibration:
     halving: Halving | None = None
     correlation: tuple[Estimate | None, int] = (None, 0)
     points: list[tuple[int, float, float]] = field(default_factory=list)
+    front: list[Outcome] = field(default_factory=list)
+    default: int | None = None
     winner: Trial | None = None
     measured: Measured | None = None
     strata: list[Stratum] = field(default_factory=list)
@@ -93,12 +100,18 @@ class Calibration:
     left_out: dict[str, str] = field(default_factory=dict)
     held_out: int = 0
     seconds: float = 0.0
+    answers: dict[str, str] = field(default_factory=dict)
     timing: dict[str, tuple[float | None, float]] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
         """The winner's settings; without a winner, settings that leave the base as it is."""
         return dict(EMPTY) if self.winner is None else self.winner.settings
+
+    @property
+    def chosen(self) -> int | None:
+        """The number of the candidate that was judged, or None."""
+        return None if self.winner is None else self.winner.number
 
     @property
     def verdict(self) -> str:
@@ -141,12 +154,15 @@ class Calibration:
                 "candidates": number,
                 "points": [list(one) for one in self.points],
             },
+            "front": [asdict(one) for one in self.front],
+            "default": self.default,
             "winner": None if self.winner is None else self.winner.to_dict(),
             "measured": None if self.measured is None else self.measured.to_dict(),
             "strata": [one.to_dict() for one in self.strata],
             "ablations": {name: one.to_dict() for name, one in self.ablations.items()},
             "left_out": self.left_out,
             "held_out": self.held_out,
+            "answers": self.answers,
             "seconds": round(self.seconds, 1),
             "timing": {
                 name: [before and round(before, 1), round(took, 1)] for name, (before, took) in self.timing.items()
@@ -167,6 +183,9 @@ class Calibration:
             correlation, number = self.correlation
             rho = "" if correlation is None else f"; rank correlation of proxy and generation {amount(correlation, 2)}"
             found.append(f"Selection: {self.halving.reason} ({number} candidates answered problems{rho}).")
+        if self.chosen != self.default:
+            rule = "none" if self.default is None else f"#{self.default}"
+            found.append(f"Chosen by hand before the held-out split was opened: #{self.chosen}; by the rule {rule}.")
         if self.measured is None:
             found.append("The empty preset stays: the base model, bit for bit.")
         else:
@@ -257,6 +276,19 @@ class Calibration:
                 shown = f"{row.problems:>5} {100 * row.base:>8.1f} {percent(row.delta, '+'):>22}  {row.verdict}"
                 lines.append(f"{row.name:<28} {shown}")
         return "\n".join([*lines, "", f"Verdict: {self.verdict}"])
+
+
+def front_table(front: Sequence[Outcome], default: int | None) -> str:
+    """Returns the candidates to choose from as lines of text; a star marks the one that the rule picks."""
+    if not front:
+        return "No candidate is better than the base in gain, damage or cost."
+    lines = [f"{'candidate':>10} {'n':>6} {'gain, points':>13} {'breaks, %':>10} {'tokens':>7}  settings"]
+    for one in front:
+        name = f"{'*' * (one.trial == default)}#{one.trial}"
+        figures = f"{one.problems:>6} {100 * one.gain:>+13.1f} {100 * one.damage:>10.1f} {f'x{one.cost:.2f}':>7}"
+        harm = f"; harms {', '.join(one.harmed)}" * bool(one.harmed)
+        lines.append(f"{name:>10} {figures}  {one.words}{harm}")
+    return "\n".join(lines)
 
 
 def acting(settings: Settings) -> Settings:

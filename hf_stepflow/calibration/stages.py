@@ -36,6 +36,7 @@ from .forecast import Stage
 from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .non_inferiority import BOUND
+from .pareto import Outcome, front
 from .probe import HIGH, LOW
 from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score
 from .result import Ablation, Calibration
@@ -47,6 +48,9 @@ from .verdict import BASE, RANDOM_STEPS, ablations, judge_strata, measure, rando
 from .work_folder import Workers, WorkFolder
 
 STEPFLOW = "stepflow"
+
+# Takes the candidates that no other beats and the number that the rule picks; returns the number to judge.
+Choose = Callable[[Sequence[Outcome], int | None], int | None]
 
 # The trial that every search begins with: the paper's settings, which answer problems whatever their proxy.
 _PAPER = 0
@@ -76,6 +80,7 @@ def calibrate(
     engine: Engine | None = None,
     bound: float = 100 * BOUND,
     sources: Mapping[str, str] | None = None,
+    choose: "int | Choose | None" = None,
 ) -> Calibration:
     """Looks for settings that are better than the base on problems that played no part in choosing them.
 
@@ -105,6 +110,9 @@ def calibrate(
         bound: The loss of accuracy, in points, that has to be excluded in every stratum before a preset is a gain.
         sources: {id: source} of the problems, for strata and gate; None takes the part of the id before the first
             slash, without a level of difficulty.
+        choose: The number of the candidate to judge in place of the one that the rule picks, or a function that takes
+            the candidates that no other beats and the rule's number, and returns a number. The choice is made before
+            the held-out split is opened, and once in a run.
 
     Returns:
         The findings of every stage, with the winning settings and their verdict.
@@ -177,7 +185,7 @@ def calibrate(
         if workers.is_first:
             workers.wait()
         run = CalibrationRun(model, tokenizer, sampling, folder, workers, spend, progress, engine)
-        return _run_stages(run, *splits, sources, header, about, force)
+        return _run_stages(run, *splits, sources, header, about, force, choose)
 
 
 def _check_packages(problems: Sequence[EvalProblem]) -> None:
@@ -214,6 +222,7 @@ def _run_stages(
     header: dict[str, Any],
     about: dict[str, Any],
     force: bool,
+    choose: "int | Choose | None",
 ) -> Calibration:
     """Runs all stages, or those up to the gate if it is closed."""
     seed, size = run.sampling.seed, run.sampling.batch_size
@@ -237,7 +246,7 @@ def _run_stages(
         found.heads = _try_all_heads(scoring, lengths[0])
         tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
         found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
-        _select(found, run, batches, names)
+        _select(found, run, batches, names, choose)
         if found.winner is not None:
             _judge(found, found.winner, run, held_batches, lengths[0], rows, names)
     found.seconds, found.timing = run.work.spent(), dict(run.forecast.kept)
@@ -438,7 +447,13 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
         )
 
 
-def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], strata: Mapping[str, str]) -> None:
+def _select(
+    found: Calibration,
+    run: CalibrationRun,
+    batches: Sequence[Batch],
+    strata: Mapping[str, str],
+    choose: "int | Choose | None",
+) -> None:
     """Generation: the best candidates answer problems, which also shows how well the proxy ranks them."""
     candidates = to_run([one for one in found.trials if mechanisms(one.settings)], anchor=_PAPER)
     if not candidates:
@@ -447,6 +462,7 @@ def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], s
     ends = rung_ends(len(batches))
     done = 0
     spent: dict[int, tuple[float, float]] = {}  # by candidate: seconds, and tokens relative to the base's
+    solved: dict[int, int] = {}  # by number of problems: those that the base solves, at least once
 
     def answer(alive: Sequence[Trial], rung: int) -> tuple[Results, dict[int, Results]]:
         nonlocal done
@@ -460,7 +476,9 @@ def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], s
         for one in alive:
             seconds = sum(result["seconds"] for result in results[str(one.number)])
             spent[one.number] = seconds, tokens[str(one.number)] / max(tokens[BASE], 1)
-        return _shares(results[BASE]), {one.number: _shares(results[str(one.number)]) for one in alive}
+        shares = _shares(results[BASE])
+        solved[len(shares)] = sum(max(own) > 0 for own in shares.values())
+        return shares, {one.number: _shares(results[str(one.number)]) for one in alive}
 
     by_number = {one.number: one for one in candidates}
 
@@ -478,7 +496,44 @@ def _select(found: Calibration, run: CalibrationRun, batches: Sequence[Batch], s
         proxy = {one.number: one.score.value for one in candidates}
         found.points = [(one.trial, proxy[one.trial], one.delta) for one in found.halving.rungs[0]]
         found.correlation = rank_correlation([one[1] for one in found.points], [one[2] for one in found.points])
-    found.winner = next((one for one in candidates if one.number == found.halving.winner), None)
+    last = {row.trial: row for rung in found.halving.rungs for row in rung}
+    found.front = front(
+        [
+            Outcome(
+                number,
+                row.problems,
+                row.delta,
+                row.lost / max(solved[row.problems], 1),
+                round(spent[number][1], 2),
+                row.harmed,
+                in_words(by_number[number].settings),
+            )
+            for number, row in last.items()
+        ]
+    )
+    found.default = found.halving.winner
+    found.winner = by_number.get(_choose(found, run, choose, list(last)))
+
+
+def _choose(found: Calibration, run: CalibrationRun, choose: "int | Choose | None", known: list[int]) -> Any:
+    """The number of the candidate to judge, or None: decided once, before the held-out split is opened."""
+
+    def decided() -> int | None:
+        number = choose if choose is None or isinstance(choose, int) else choose(found.front, found.default)
+        if number is not None and number not in known:
+            raise StepFlowInputError(
+                f"candidate #{number} has answered no problems", hint=f"choose one of {', '.join(map(str, known))}"
+            )
+        return found.default if number is None else number
+
+    number = run.decide("chosen", decided)
+    if isinstance(choose, int) and choose != number:
+        raise StepFlowInputError(
+            f"candidate {'none' if number is None else f'#{number}'} was chosen in this run, and #{choose} is asked "
+            "for now that the held-out split may have been seen",
+            hint="leave the choice out, or calibrate anew on other problems",
+        )
+    return number
 
 
 def _shares(results: Sequence[Mapping[str, Any]]) -> Results:
@@ -505,6 +560,10 @@ def _judge(
     run.answers(arms, batches[:1], "verdict")  # whatever the time
     results, done = run.answers(arms, batches, "verdict", end=run.budget.end_of("verdict"))
     found.measured = compare(results, STEPFLOW)
+    found.answers = {
+        name: digest([[one["problem"], one["sample"], one["right"], one["tokens"]] for one in own])
+        for name, own in results.items()
+    }
     found.strata = judge_strata(results, STEPFLOW, strata, found.run["bound"] / 100, seed)
     variants, found.left_out = ablations(winner.settings, run.model.stepflow_runtime.heads, base_length, seed)
     run.forecast.plan([Stage(name, ANSWERS, done) for name in variants])

@@ -12,16 +12,17 @@ from hf_stepflow.runtime.errors import StepFlowError, StepFlowInputError
 _TEMPERATURE = 0.7  # where sampling is asked for without a temperature
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = False, is_needed: bool = True) -> None:
     """Adds the arguments that choose the model.
 
     Args:
         parser: The parser of a subcommand.
         positional: Whether the model is a positional argument rather than the option `--model`.
+        is_needed: Whether a positional model must be given.
     """
     text = "folder or Hub id of the base model, or `reasoner`"
     if positional:
-        parser.add_argument("model", metavar="MODEL", help=text)
+        parser.add_argument("model", metavar="MODEL", help=text, nargs=None if is_needed else "?")
     else:
         parser.add_argument("--model", required=True, help=text)
     parser.add_argument("--revision", help="revision of the model on the Hub")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 from . import EXIT_INTERRUPTED
 from .arguments import (
@@ -23,6 +23,7 @@ from .arguments import (
     load_engine,
     read_seed,
 )
+from .calibration_end import ask_for_candidate, is_terminal, offer
 from .calibration_setup import Setup
 
 _REASONER = "hf-stepflow/reasoner"
@@ -47,14 +48,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "The budget is a number of candidates (40) or a time for everything (90s, 20m, 1.5h). The time of each stage\n"
         "is forecast. A run that was stopped, by Ctrl-C too, resumes where it was.\n"
         "`accelerate launch -m hf_stepflow.cli` shares the work.\n"
-        "Exit status: 0 a measured gain, 3 none, 2 an error, 130 stopped by Ctrl-C."
+        "On a terminal it asks which candidate to judge, and at the end whether to save, push or compare.\n"
+        "Exit status: 0 a measured gain, 3 none, 2 an error, 130 stopped by Ctrl-C; with --reproduce: 0 found the\n"
+        "same, 1 found something else."
     )
     parser.epilog = (
         "examples: hf-stepflow calibrate reasoner\n"
         "          hf-stepflow calibrate reasoner --problems reasoner:errands-30 --budget 10m \\\n"
         "              --out my-reasoner.json --report my-reasoner.html"
     )
-    add_model_arguments(parser, positional=True)
+    add_model_arguments(parser, positional=True, is_needed=False)
     add_engine_arguments(parser)
     parser.add_argument("--problems", action="append", help="JSONL file, benchmark, generator or level")
     add_run_arguments(parser, batch_size=None)
@@ -76,13 +79,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scored", type=int, default=96, help="problems scored for each candidate (default: 96)")
     parser.add_argument("--seed", type=read_seed, default=0, help="seed of splits, sampling and search (default: 0)")
+    parser.add_argument(
+        "--choose", type=int, metavar="N", help="judge candidate N instead of the one that the rule picks"
+    )
+    parser.add_argument(
+        "--reproduce", type=Path, metavar="FILE", help="replay the calibration of a reproduce.json, and compare"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the files that were asked for, and prints the result."""
     try:
-        return _run(args)
+        return _run(args) if args.reproduce is None else _reproduce(args)
     except KeyboardInterrupt:
         if not int(os.environ.get("RANK", "0")):
             command = shlex.join(["hf-stepflow", *sys.argv[1:]])
@@ -92,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.model is None:
+        raise StepFlowInputError("calibrate needs a model", hint="hf-stepflow calibrate MODEL, or --reproduce FILE")
+    from hf_stepflow.calibration.reproduce import NAME, record_of
     from hf_stepflow.calibration.result import write_preset
     from hf_stepflow.calibration.run import parse_budget
     from hf_stepflow.calibration.stages import calibrate
@@ -133,6 +145,7 @@ def _run(args: argparse.Namespace) -> int:
         engine=engine,
         bound=args.bound,
         sources=sources,
+        choose=_choice(args),
     )
     result.about["model"] = base_model  # rather than a path of this machine
     if int(os.environ.get("RANK", "0")):
@@ -140,6 +153,10 @@ def _run(args: argparse.Namespace) -> int:
     command = shlex.join(["hf-stepflow", *sys.argv[1:]])
     dataset = ", ".join(names)
     preset = result.preset(name, base_model, architecture, command=command, dataset=dataset, revision=args.revision)
+    origin = {"model": args.model, "base_model": base_model, "revision": args.revision, "dtype": args.dtype}
+    origin |= {"problems": names, "limit": args.limit, "device": args.device}
+    record = record_of(result, model, problems, origin)
+    _write_json(work / NAME, record)
     if args.out is not None:
         write_preset(preset, args.out)
     if args.report is not None:
@@ -150,8 +167,53 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(result.to_dict() | {"preset": preset.to_dict()}, indent=2))
     else:
         print(result)
-        print(f"Preset: {args.out}" if args.out is not None else json.dumps(preset.to_dict()["settings"]))
+        print(f"Preset: {args.out}" if args.out is not None else "Preset: not written, as there is no --out")
+        print(f"To replay it: hf-stepflow calibrate --reproduce {work / NAME}")
+        if is_terminal():
+            offer(model, tokenizer, result, preset, problems, max_new_tokens)
     return result.exit_status
+
+
+def _choice(args: argparse.Namespace) -> Any:
+    """The candidate to judge: the one asked for, a question on a terminal, or None for the rule's."""
+    if args.choose is not None or args.json or not is_terminal():
+        return args.choose
+    return ask_for_candidate
+
+
+def _write_json(path: Path, data: Any) -> None:
+    try:
+        path.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StepFlowFileError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    """Replays a calibration; the exit status is 0 if it finds the same, else 1."""
+    from hf_stepflow.calibration.reproduce import read_record, reproduce
+
+    record = read_record(args.reproduce)
+    origin = record["origin"]
+    args.model = args.model or origin.get("model")
+    if not isinstance(args.model, str):
+        raise StepFlowInputError("the record names no model", hint="give it: calibrate MODEL --reproduce FILE")
+    args.revision, args.dtype = args.revision or origin.get("revision"), str(origin.get("dtype") or args.dtype)
+    names = args.problems or origin.get("problems")
+    if not isinstance(names, list) or not names:
+        raise StepFlowInputError("the record names no problems", hint="give them with --problems")
+    problems, sources = _problems(
+        list(map(str, names)), args.limit or origin.get("limit"), record["arguments"]["seed"]
+    )
+    model, tokenizer = load(args)
+    work = args.work or args.reproduce.with_name(f"{args.reproduce.resolve().parent.name}-replay")
+    found = reproduce(record, model, tokenizer, problems, sources=sources, work=work, run_code=args.run_code)
+    if args.json:
+        data = {"same": found.is_same, "differences": found.findings, "circumstances": found.circumstances}
+        print(json.dumps(data | {"result": found.result.to_dict()}, indent=2))
+    else:
+        print(found.result)
+        print(found)
+    return 0 if found.is_same else 1
 
 
 def _base_model(args: argparse.Namespace) -> str:

@@ -74,6 +74,8 @@ def test_every_stage_runs(reasoner, whole) -> None:
     assert 8 <= len(whole.trials) <= 9
     assert whole.halving.rungs
     assert len(whole.points) == 8
+    assert (whole.default, whole.chosen) == (0, 0)
+    assert len(whole.answers) == 2
     assert whole.measured.problems == whole.held_out
     assert whole.measured.p_value > 0.01  # the paper's settings do nothing to speak of to so easy problems
     assert list(whole.ablations) == [
@@ -182,6 +184,26 @@ def test_the_report_is_one_page(reasoner, whole, tmp_path: Path) -> None:
     assert page.count("<svg") >= 5
     assert page.count('<rect class="good grid"') + page.count('<rect class="bad grid"') == 4 * 4 + 8 * 4
     assert page.count("</svg>") == page.count("<svg")
+
+
+def test_another_candidate_is_chosen_before_the_held_out_split_is_opened(reasoner, tmp_path: Path, capsys) -> None:
+    options = {"budget": 2, "scored": 2, "work": tmp_path / "work"}
+    asked = []
+
+    def choose(front, default):
+        asked.append(default)
+        assert not any("held-out" in path.read_text() for path in (tmp_path / "work").rglob("*.json"))
+        return 1
+
+    with pytest.raises(StepFlowInputError, match="#77 has answered no problems"):
+        run(reasoner, choose=77, **options)
+    found = run(reasoner, choose=choose, **options)
+    assert (asked, found.default, found.chosen, found.measured.problems) == ([0], 0, 1, found.held_out)
+    assert "Chosen by hand before the held-out split was opened: #1; by the rule #0." in found.sentences()
+    for again in (None, 1):
+        assert findings(run(reasoner, choose=again, **options)) == findings(found)
+    with pytest.raises(StepFlowInputError, match="#1 was chosen in this run, and #0 is asked for"):
+        run(reasoner, choose=0, **options)
 
 
 def test_sampled_responses(reasoner) -> None:
