@@ -64,7 +64,7 @@ def test_each_offer_may_fail_without_losing_the_result(types, capsys, tmp_path, 
     types(
         "what",
         "save",
-        str(tmp_path / good / "x.json"),
+        str(tmp_path),
         "s",
         str(good),
         "save",
