@@ -69,6 +69,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("decided",),
         help="stop once every arm is measurably better or worse than the first, by a test that holds at any time",
     )
+    parser.add_argument(
+        "--no-kl", action="store_true", help="do not measure how far arms move predictions on text without a task"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--no-check",
@@ -115,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         run_code=args.run_code,
         check=not args.no_check,
         until=args.until,
+        kl=not args.no_kl,
         **sampling,
     )
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)

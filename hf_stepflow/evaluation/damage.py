@@ -13,6 +13,25 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class NextTokenKL:
+    """The divergence of one arm, over the tokens of all texts.
+
+    Attributes:
+        median: Nats a token.
+        high: The 95th percentile.
+        mean: The mean.
+        tokens: The number of tokens.
+        is_thinking: Whether the text stands in thinking: not if the model marks it by nothing that is known.
+    """
+
+    median: float
+    high: float
+    mean: float
+    tokens: int
+    is_thinking: bool
+
+
+@dataclass(frozen=True)
 class ArmDamage:
     """One arm and its damage, compared with the first arm. All intervals keep the samples of a problem together.
 
@@ -28,6 +47,8 @@ class ArmDamage:
         unfinished: The share of responses that were cut off. Each sample of a vote counts.
         tokens: The mean tokens of an answer, all samples of a vote together.
         seconds: The time of all batches.
+        kl: The divergence of its next-token predictions from those of the model without an intervention, on text
+            without a task (`kl_to_base`); None if it was not measured.
     """
 
     name: str
@@ -38,10 +59,17 @@ class ArmDamage:
     unfinished: Estimate
     tokens: float
     seconds: float
+    kl: NextTokenKL | None = None
 
 
 def damage_of(
-    name: str, accuracy: Estimate, length: Estimate | None, own: Results, first: Results, seed: int
+    name: str,
+    accuracy: Estimate,
+    length: Estimate | None,
+    own: Results,
+    first: Results,
+    seed: int,
+    kl: NextTokenKL | None = None,
 ) -> ArmDamage:
     """Measures the damage of one arm.
 
@@ -52,6 +80,7 @@ def damage_of(
         own: Its results.
         first: The results of the first arm on the same problems and samples; `own` itself for the first arm.
         seed: The seed of the resampling.
+        kl: The divergence of its predictions, if it was measured.
     """
     by_problem, right_first = _by_problem(own), _right(first)
     answers = [[one.get("votes", [one]) for one in rows] for rows in by_problem.values()]
@@ -70,6 +99,7 @@ def damage_of(
         clustered_share(cut, samples, seed),
         sum(one["tokens"] for one in own.values()) / len(own),
         sum(one["seconds"] for one in own.values()),
+        kl,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import transformers
@@ -12,6 +13,9 @@ from hf_stepflow.runtime.settings import StepFlowSettings
 from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .arms import Arm
+from .kl import kl_to_base
+from .neutral import neutral_texts
+from .problem import EvalProblem
 from .responses import ResponseMaker
 from .rivals import check_rival
 from .sampler import Sampler, prepared
@@ -59,6 +63,21 @@ class Engine:
         """
         raise NotImplementedError
 
+    def next_token_kl(
+        self, arms: dict[str, Arm], problems: list[EvalProblem], template: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Measures how far the arms move predictions on text without a task, JSON-ready.
+
+        Args:
+            arms: The arms.
+            problems: The problems of the run.
+            template: Further arguments of the chat template.
+
+        Returns:
+            `texts`, what was read, and `arms`, the fields of `NextTokenKL` by arm; or no arms, and the `reason`.
+        """
+        return {"arms": {}, "reason": f"{type(self).__name__} gives no predictions on given texts"}
+
     def identity(self) -> dict[str, Any]:
         """Returns the inputs that results depend on, JSON-ready: model, tokenizer and way of running."""
         raise NotImplementedError
@@ -96,6 +115,16 @@ class TransformersEngine(Engine):
             if rival is not None:
                 check_rival(self._model, rival)
         return Sampler(self._model, self.tokenizer, self.vocabulary, *args)
+
+    def next_token_kl(
+        self, arms: dict[str, Arm], problems: list[EvalProblem], template: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As `Engine`."""
+        kind, texts = neutral_texts(self.tokenizer, problems)
+        rules = {name: self.rules_of(arm) for name, arm in arms.items()}
+        vocabularies = {name: self.vocabulary if own is None else own.vocabulary for name, own in rules.items()}
+        found = kl_to_base(self._model, self.tokenizer, arms, texts, vocabularies, self.positions, **template)
+        return {"texts": kind, "arms": {name: asdict(one) for name, one in found.items()}}
 
     def identity(self) -> dict[str, Any]:
         """As `Engine`."""

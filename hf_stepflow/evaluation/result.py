@@ -8,7 +8,7 @@ from typing import Any
 
 from .answers import NO_ANSWER
 from .arms import Arm
-from .damage import ArmDamage, damage_of
+from .damage import ArmDamage, NextTokenKL, damage_of
 from .matched_tokens import ArmCompute, CurvePoint, compute_of
 from .statistics import (
     CONFIDENCE,
@@ -174,8 +174,11 @@ class EvaluationResult:
         """The damage of every arm, the first included."""
         first, seed = self._by_arm[self.reference], self.run["seed"]
         length = {one.name: one.tokens_ratio for one in self.comparisons}
+        kl = {name: NextTokenKL(**one) for name, one in self.about.get("kl", {}).get("arms", {}).items()}
         return [
-            damage_of(one.name, one.accuracy, length.get(one.name), self._by_arm[one.name], first, seed)
+            damage_of(
+                one.name, one.accuracy, length.get(one.name), self._by_arm[one.name], first, seed, kl.get(one.name)
+            )
             for one in self.arms()
         ]
 
@@ -230,6 +233,7 @@ class EvaluationResult:
             lines.append(f"Not finished: {shared} of {asked} responses are there for every arm.")
         width = max(20, *map(len, self.run["arms"]))
         lines += _arm_lines(self.arms(), self.damage, self.reference, width)
+        lines += describe_kl(self)
         if self.compute is not None:
             lines += ["", *_compute_lines(*self.compute, self.reference, width)]
         return "\n".join([*lines, "", *self.verdicts()])
@@ -256,6 +260,8 @@ def _arm_lines(arms: list[ArmSummary], damage: list[ArmDamage], reference: str, 
     """Every arm with its damage as a table."""
     head = f"{'arm':<{width}} {'right %':>19} {'breaks %':>19} {'length':>19} {'loops %':>7} {'unfin. %':>8} "
     head += f"{'no ans.':>7} {'tokens':>7} {'steps':>5} {'s':>7}"
+    has_kl = any(one.kl is not None for one in damage)
+    head += f" {'KL':>7} {'KL p95':>7}" if has_kl else ""
     lines = [head, "-" * len(head)]
     for one, its in zip(arms, damage, strict=True):
         lines.append(
@@ -265,6 +271,7 @@ def _arm_lines(arms: list[ArmSummary], damage: list[ArmDamage], reference: str, 
             f"{'' if its.loop_rate is None else f'{100 * its.loop_rate.value:.1f}':>7} "
             f"{100 * its.unfinished.value:>8.1f} {one.outcomes.get(NO_ANSWER, 0):>7} "
             f"{one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
+            + "".join(f" {text:>7}" for text in nats(its.kl) if has_kl)
         )
     chance = next((one.harm_rate for one in damage if one.name == reference), None)
     if chance is not None:
@@ -309,6 +316,26 @@ def amount(one: Estimate, digits: int = 1) -> str:
     """Formats an amount or a ratio with its interval."""
     interval = "" if one.low is None or one.high is None else f" [{one.low:.{digits}f}, {one.high:.{digits}f}]"
     return f"{one.value:.{digits}f}{interval}"
+
+
+def nats(kl: NextTokenKL | None) -> tuple[str, str]:
+    """Formats the median and the 95th percentile of a divergence, if it was measured."""
+    return ("", "") if kl is None else (f"{kl.median:.2g}", f"{kl.high:.2g}")
+
+
+def describe_kl(result: EvaluationResult) -> list[str]:
+    """Says in one sentence how the divergence was measured, or why not; nothing if no arm could have any."""
+    about = result.about.get("kl", {})
+    if "reason" in about:
+        return [f"KL was not measured: {about['reason']}."]
+    found = [NextTokenKL(**one) for one in about.get("arms", {}).values()]
+    if not found:
+        return []
+    where = "as thinking" if all(one.is_thinking for one in found) else "not in every arm as thinking"
+    return [
+        "KL: nats a token, median and 95th percentile, of the next token to the model without an intervention, on "
+        f"{found[0].tokens} tokens of {about['texts']}, {where}."
+    ]
 
 
 def percent(one: Estimate, sign: str = "") -> str:

@@ -44,6 +44,7 @@ def evaluate(
     keep_ids: bool = False,
     check: bool = True,
     until: str | None = None,
+    kl: bool = True,
     **generation: Any,
 ) -> EvaluationResult:
     """Runs every arm on the same problems and compares it with the first.
@@ -69,6 +70,8 @@ def evaluate(
             answer, or StepFlow was on and did nothing. Otherwise there is a warning at the end.
         until: "decided" stops as soon as every arm is measurably better or worse than the first, by a test that holds
             whenever one looks; batches then come in random order. None answers every problem.
+        kl: Whether to measure first, on a few hundred tokens of text without a task, how far each arm moves the
+            next-token predictions of the model.
         **generation: Further arguments of `generate`, such as `do_sample`, `temperature`, `top_p`.
 
     Raises:
@@ -143,8 +146,8 @@ def evaluate(
             raise StepFlowInputError(
                 f"arguments of generate must be JSON-ready here, because they identify the run: {error}"
             ) from error
-        about = engine.about()
-        store = ResultStore(out, header, about)
+        measured = (lambda: {"kl": engine.next_token_kl(chosen, asked, template or {})}) if kl else dict
+        store = ResultStore(out, header, lambda: engine.about() | measured())
         by_markers: dict[str, list[str]] = {}
         for name, one in first_responses.items():
             by_markers.setdefault(describe_markers(one.settings), []).append(name)
@@ -152,7 +155,7 @@ def evaluate(
             announce(f"Judging {', '.join(names)}: {text}.", progress)
         _answer(sampler, chosen, asked, prompts, store, progress, first_responses, check)
         _warn_of_idle_budgets(chosen, store.results)
-    return EvaluationResult(header, about, store.results)
+    return EvaluationResult(header, store.about, store.results)
 
 
 def _answer(

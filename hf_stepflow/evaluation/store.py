@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ class ResultStore:
     Args:
         path: The file, or None.
         header: Everything that was asked for, JSON-ready; two runs may share a file only if these are equal.
-        about: Versions and the machine, which may differ.
+        about: Versions, the machine, and measurements beside the results, which may differ; or a function that makes
+            them, which is called if no file is continued.
 
     Attributes:
         header: Everything that was asked for.
+        about: Versions, the machine and measurements; those of the file if one is continued.
         results: The results stored so far, oldest first.
 
     Raises:
@@ -35,22 +38,29 @@ class ResultStore:
         StepFlowFileError: The file is not a results file.
     """
 
-    def __init__(self, path: str | Path | None, header: dict[str, Any], about: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        path: str | Path | None,
+        header: dict[str, Any],
+        about: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
+    ):
         self.path = None if path is None else Path(path)
         self.header = header
         self.results: list[dict[str, Any]] = []
-        if self.path is None:
-            return
-        if self.path.exists() and self.path.stat().st_size:
+        self.about: dict[str, Any]
+        if self.path is not None and self.path.exists() and self.path.stat().st_size:
             known, self.results, end = read_results(self.path)
             changes = changes_of_run(known["run"], header)
             if changes or list(known["run"]["arms"]) != list(header["arms"]):
                 raise another_run(self.path, changes or ["arms in another order"])
             with open(self.path, "r+b") as file:
                 file.truncate(end)
-        else:
+            self.about = known.get("about", {})
+            return
+        self.about = about() if callable(about) else about or {}
+        if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([{"format": FORMAT, "run": header, "about": about or {}}])
+        self._write([{"format": FORMAT, "run": header, "about": self.about}])
 
     def append(self, results: list[dict[str, Any]]) -> None:
         """Stores the results of one batch."""
