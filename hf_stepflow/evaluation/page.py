@@ -10,16 +10,15 @@ from hf_stepflow.report import Axis, element, forest, frame, page, svg, table, w
 
 from .answers import NO_ANSWER
 from .arms import Arm
+from .charts import colours_of, legend, mark, short, side_by_side
+from .damage_chart import damage_chart
 from .matched_tokens import CurvePoint
 from .problem import EvalProblem
-from .result import EvaluationResult, amount, percent
+from .result import EvaluationResult, amount, describe_kl, nats, percent
 from .statistics import Estimate
 
 _SHOWN = 30  # problems that each arm gained, and that it lost
 _WIDTH, _HEIGHT, _LEFT, _TOP, _COLUMNS = 360, 230, 44, 26, 3  # of the panels of the chart
-_APART = 9  # pixels between points that would cover each other
-# One for each StepFlow setting, in their order; readable on white and on black.
-_COLOURS = ("#1098ad", "#e8590c", "#845ef7", "#2f9e44", "#e64980", "#a07c00")
 
 
 def write_report(result: EvaluationResult, problems: Sequence[EvalProblem], path: str | Path) -> None:
@@ -47,7 +46,7 @@ def write_report(result: EvaluationResult, problems: Sequence[EvalProblem], path
     sections = [(f"Difference from {result.reference}", _differences(result))]
     if result.compute is not None:
         sections.append(("Accuracy against generated tokens", _tokens(result)))
-    sections.append(("Arms", _arms(result)))
+    sections.append(("Accuracy and damage", _damage(result)))
     sections.append(("What changed", "".join(_changes(result, one.name, problems) for one in result.comparisons)))
     verdicts = "".join(element("p", text=text) for text in result.verdicts())
     write_page(path, page("StepFlow evaluation", facts, sections, verdicts))
@@ -61,11 +60,15 @@ def _differences(result: EvaluationResult) -> str:
     return element("p", class_="soft", text=note) + element("div", forest(rows), class_="wide")
 
 
-def _arms(result: EvaluationResult) -> str:
+def _damage(result: EvaluationResult) -> str:
+    """Accuracy against damage: a chart, and a table of everything."""
     compared = {one.name: one for one in result.comparisons}
-    heads = "arm,right %,breaks %,tokens ratio,loops %,unfinished %,no answer,tokens,steps,time ratio,texts changed %"
+    damage = result.damage
+    has_kl = any(one.kl is not None for one in damage)
+    heads = "arm,right %,breaks %,tokens ratio,loops %,unfinished %" + ",KL,KL p95" * has_kl
+    heads += ",no answer,tokens,steps,time ratio,texts changed %"
     rows = []
-    for arm, its in zip(result.arms(), result.damage, strict=True):
+    for arm, its in zip(result.arms(), damage, strict=True):
         one = compared.get(arm.name)
         rows.append(
             [
@@ -75,6 +78,7 @@ def _arms(result: EvaluationResult) -> str:
                 "" if its.length is None else amount(its.length, 2),
                 "" if its.loop_rate is None else percent(its.loop_rate),
                 percent(its.unfinished),
+                *(nats(its.kl) if has_kl else ()),
                 str(arm.outcomes.get(NO_ANSWER, 0)),
                 f"{arm.tokens:.1f}",
                 f"{arm.steps:.1f}",
@@ -82,7 +86,13 @@ def _arms(result: EvaluationResult) -> str:
                 "" if one is None else f"{100 * one.changed:.1f}",
             ]
         )
-    return table(heads.split(","), rows)
+    below = [
+        f"Breaks: of what {result.reference} has right, the share that an arm has wrong. The dashed lines are "
+        f"the accuracy of {result.reference}. Intervals are at 95 %; the samples of a problem count as one.",
+        *describe_kl(result),
+    ]
+    chart = element("div", damage_chart(damage), class_="wide") if len(damage) > 1 else ""
+    return element("p", class_="soft", text=" ".join(below)) + chart + table(heads.split(","), rows)
 
 
 def _tokens(result: EvaluationResult) -> str:
@@ -138,35 +148,39 @@ def tokens_chart(points: Sequence[ChartPoint], curve: Sequence[CurvePoint]) -> s
     """Renders accuracy against tokens: one panel for each method, the first arm's curve in all of them."""
     x, y = _axes([*points, *curve])
     y_ticks = [(tick, f"{100 * tick:.4g} %") for tick in y.ticks()]
-    settings = list(dict.fromkeys(point.setting for point in points))
-    colour = {setting: _COLOURS[index % len(_COLOURS)] for index, setting in enumerate(settings)}
+    colour = colours_of(point.setting for point in points)
     panels = list(dict.fromkeys(point.panel for point in points))
     width, height = _WIDTH + _LEFT, _HEIGHT + _TOP + 40
     parts = []
     for index, panel in enumerate(panels):
         own = [point for point in points if point.panel == panel]
-        columns = _side_by_side([x(point.tokens.value) for point in own])
+        columns = side_by_side([x(point.tokens.value) for point in own])
         row, column = divmod(index, _COLUMNS)
         parts.append(
             element(
                 "g",
-                element("text", class_="strong", x=0, y=-9, text=_short(panel)),
+                element("text", class_="strong", x=0, y=-9, text=short(panel)),
                 frame(x, y, "tokens a problem", y_ticks=y_ticks),
                 *_curve(x, y, curve),
-                *(_mark(x, y, at, point, colour[point.setting]) for at, point in zip(columns, own, strict=True)),
+                *(
+                    mark(x, y, at, point.tokens, point.accuracy, colour[point.setting], _title(point))
+                    for at, point in zip(columns, own, strict=True)
+                ),
                 transform=f"translate({column * width + _LEFT} {row * height + _TOP})",
             )
         )
-    bottom, place = math.ceil(len(panels) / _COLUMNS) * height, float(_LEFT)
-    for setting in settings:
-        parts.append(element("circle", cx=place, cy=bottom + 10, r=5, style=f"fill:{colour[setting]}"))
-        parts.append(element("text", x=place + 10, y=bottom + 14, text=_short(setting)))
-        place += 40 + 7.5 * len(_short(setting))
+    bottom = math.ceil(len(panels) / _COLUMNS) * height
+    keys, place, _ = legend(colour, float(_LEFT), bottom)
+    parts.append(keys)
     if len(curve) > 1:
         parts.append(element("line", class_="dashed", x1=place, x2=place + 30, y1=bottom + 10, y2=bottom + 10))
         parts.append(element("text", x=place + 38, y=bottom + 14, text="the first arm with more samples"))
     label = "accuracy against generated tokens"
     return svg(label, *parts, width=min(len(panels), _COLUMNS) * width, height=bottom + 24, kind="panels")
+
+
+def _title(point: ChartPoint) -> str:
+    return f"{point.setting}: {100 * point.accuracy.value:.1f} % at {point.tokens.value:.1f} tokens"
 
 
 def _axes(points: Sequence[ChartPoint | CurvePoint]) -> tuple[Axis, Axis]:
@@ -184,42 +198,6 @@ def _curve(x: Axis, y: Axis, curve: Sequence[CurvePoint]) -> list[str]:
     line = " ".join(f"{left:.1f},{top:.1f}" for left, top in places)
     parts = [element("polyline", class_="dashed", points=line)] if len(places) > 1 else []
     return parts + [element("circle", class_="knot", cx=left, cy=top, r=3) for left, top in places]
-
-
-def _side_by_side(places: list[float]) -> list[float]:
-    """Moves places apart that are closer than `_APART`, each group of them around its mean."""
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    groups: list[list[int]] = []
-    for index in order:
-        if groups and places[index] - places[groups[-1][-1]] < _APART:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    moved = list(places)
-    for group in groups:
-        middle = sum(places[index] for index in group) / len(group)
-        for number, index in enumerate(sorted(group)):
-            moved[index] = middle + _APART * (number - (len(group) - 1) / 2)
-    return moved
-
-
-def _mark(x: Axis, y: Axis, place: float, point: ChartPoint, colour: str) -> str:
-    """A point and its two intervals, at a place that may be beside its own."""
-    share, tokens = point.accuracy, point.tokens
-    top = y(share.value)
-    parts = []
-    if share.low is not None and share.high is not None:
-        parts.append(element("line", x1=place, x2=place, y1=y(share.low), y2=y(share.high)))
-    if tokens.low is not None and tokens.high is not None:
-        shift = place - x(tokens.value)
-        parts.append(element("line", x1=x(tokens.low) + shift, x2=x(tokens.high) + shift, y1=top, y2=top))
-    parts.append(element("circle", cx=place, cy=top, r=4, style=f"fill:{colour}"))
-    title = f"{point.setting}: {100 * share.value:.1f} % at {tokens.value:.1f} tokens"
-    return element("g", *parts, title=title, style=f"stroke:{colour};fill:{colour};stroke-width:2")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 46 else text[:45] + "…"
 
 
 def _changes(result: EvaluationResult, name: str, problems: Sequence[EvalProblem]) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_stepflow.evaluation.damage import damage_of
+from hf_stepflow.evaluation.charts import apart
+from hf_stepflow.evaluation.damage import ArmDamage, NextTokenKL, damage_of
+from hf_stepflow.evaluation.damage_chart import damage_chart
+from hf_stepflow.evaluation.page import write_report
 from hf_stepflow.evaluation.result import EvaluationResult
 from hf_stepflow.evaluation.statistics import Estimate, clustered_share, proportion
 
@@ -166,3 +171,58 @@ def test_samples_break_by_chance_and_the_table_says_so() -> None:
     assert "what chance alone breaks" in str(result)
     assert result.comparisons[0].paired.harm_rate is None
     assert "chance" not in str(make())
+
+
+def arm(name: str, right: float, breaks: float | None, kl: float | None) -> ArmDamage:
+    share = Estimate(right, right - 0.1, right + 0.1)
+    harm = None if breaks is None else Estimate(breaks, breaks, breaks + 0.1)
+    found = None if kl is None else NextTokenKL(kl / 10, kl, kl, 300, True)
+    length = None if breaks is None else Estimate(1 + breaks, 1.0, 2.0)
+    return ArmDamage(name, share, harm, length, None, Estimate(0.1, 0.0, 0.2), 100.0, 9.0, found)
+
+
+def test_the_chart_places_arms_by_their_damage() -> None:
+    arms = [arm("base", 0.6, None, None), arm("a <b>", 0.7, 0.1, 1e-6), arm("worse", 0.3, 0.6, 2.0)]
+    panels = list(ET.fromstring(damage_chart(arms)).findall("g"))
+    titles = [panel.findtext("text") for panel in panels]
+    assert titles == ["breaks", "tokens, relative", "unfinished", "KL, 95th percentile, nats"]
+    points = [[one for one in panel.iter("circle") if one.get("r") == "4"] for panel in panels]
+    assert list(map(len, points)) == [3, 3, 3, 2]
+    for own in (points[0], points[1], points[3]):  # more damage is to the right
+        assert float(own[-2].get("cx")) < float(own[-1].get("cx"))
+    base, better, worse = (float(one.get("cy")) for one in points[0])
+    assert better < base < worse  # more right answers are above
+    dashed = [line for line in panels[0].iter("line") if line.get("class") == "dashed"]
+    assert float(dashed[0].get("y1")) == pytest.approx(base, abs=0.1)
+    assert [one.text for one in panels[0].iter("title")][1] == "a <b>: 70.0 % right, breaks 10 %"
+    alone = damage_chart([arm("base", 0.6, None, None), arm("same", 0.6, 0.0, None)])
+    assert "KL" not in alone
+
+
+def test_points_move_only_where_they_would_cover_each_other() -> None:
+    assert apart([(10.0, 50.0), (10.0, 90.0), (40.0, 50.0)]) == [10.0, 10.0, 40.0]
+    first, second = apart([(10.0, 50.0), (12.0, 53.0)])
+    assert second - first == pytest.approx(9.0)
+
+
+def test_the_page_has_the_chart_and_the_whole_table(tmp_path: Path) -> None:
+    result = make()
+    kl = {"median": 1e-5, "high": 0.25, "mean": 0.1, "tokens": 321, "is_thinking": True}
+    result.about["kl"] = {"texts": "prose", "arms": {"arm": kl}}
+    result.run.update({"n_samples": 1})
+    write_report(result, [], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "accuracy against damage" in page
+    for head in (
+        "right %",
+        "breaks %",
+        "tokens ratio",
+        "loops %",
+        "unfinished %",
+        "KL p95",
+        "no answer",
+        "time ratio",
+    ):
+        assert f"<th>{head}</th>" in page
+    assert "<td>1e-05</td><td>0.25</td>" in page
+    assert "on 321 tokens of prose, as thinking." in page
