@@ -88,12 +88,12 @@ def kl_to_base(
         >>> text = NeutralText("How many points does Ann have?", " Ann has 3 points. Ben has 4 points.")
         >>> rules = {"flow": model.stepflow_runtime.rules.vocabulary}
         >>> kl_to_base(model, tokenizer, {"flow": Arm(stepflow={"tau_max": 0.3})}, [text], rules)["flow"].tokens
-        10
+        6
     """
     acting = {name: arm for name, arm in arms.items() if arm.stepflow is not False or arm.rival is not None}
     found: dict[str, list[torch.Tensor]] = {name: [] for name in acting}
     is_thinking = dict.fromkeys(acting, True)
-    with torch.no_grad(), prepared(model):
+    with torch.no_grad(), prepared(model), _report_kept(model):
         for text in texts:
             places: list[int] = []
             if any(arm.rival is not None for arm in acting.values()):
@@ -138,6 +138,20 @@ def make_row(
     body = range(start, len(ids))
     thinking = [place for place in body if records[place][Field.LABEL] % 3 == THINKING]
     return Row(ids, len(prompt), thinking or list(body), bool(thinking))
+
+
+@contextmanager
+def _report_kept(model: Any) -> Iterator[None]:
+    """Keeps StepFlow's report of the last `generate`."""
+    runtime = getattr(model, "stepflow_runtime", None)
+    if runtime is None:
+        yield
+        return
+    before = runtime.last, runtime.hands_down
+    try:
+        yield
+    finally:
+        runtime.last, runtime.hands_down = before
 
 
 @contextmanager

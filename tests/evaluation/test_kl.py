@@ -67,7 +67,9 @@ def test_stepflow_equals_the_oracle(variant: str) -> None:
     model = attach(tiny_model("llama", dtype=torch.float64), settings)
     rules = model.stepflow_runtime.rules.vocabulary
     arms = {"base": Arm(), "flow": Arm(stepflow=True), "vote": Arm(stepflow=True, samples=4)}
+    before = model.stepflow_runtime.last
     found = kl_to_base(model, byte_tokenizer(), arms, SHORT, dict.fromkeys(arms, rules))
+    assert model.stepflow_runtime.last is before  # the report is of what the user ran
     check(found["flow"], expected)
     assert found.keys() == {"flow", "vote"}  # the base moves nothing
     assert found["vote"] == found["flow"]
