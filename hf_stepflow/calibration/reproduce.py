@@ -16,13 +16,13 @@ import torch
 import hf_stepflow.calibration
 from hf_stepflow.evaluation.problem import as_problems
 from hf_stepflow.evaluation.store import digest
+from hf_stepflow.presets.preset import RECORD
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 from .result import Calibration
 from .run import Budget
 
 FORMAT = "hf-stepflow-reproduce/1"
-NAME = "reproduce.json"
 
 # A record is small; nothing larger is read.
 _MOST_BYTES = 1 << 20
@@ -145,6 +145,18 @@ def code_digest() -> str:
     return found.hexdigest()[:16]
 
 
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """Writes a record to a file.
+
+    Raises:
+        StepFlowFileError: The file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StepFlowFileError(f"{str(path)!r} cannot be written: {error}", hint="choose another path") from error
+
+
 def read_record(path: str | Path) -> dict[str, Any]:
     """Reads a record and checks its parts.
 
@@ -158,12 +170,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StepFlowFileError(
-            f"{str(file)!r} cannot be read: {error}", hint=f"give the {NAME} of a calibration"
+            f"{str(file)!r} cannot be read: {error}", hint=f"give the {RECORD} of a calibration"
         ) from error
     known = record.get("format") if isinstance(record, dict) else None
     if known != FORMAT:
         raise StepFlowFileError(
-            f"{str(file)!r} has the format {known!r}, expected {FORMAT!r}", hint=f"give the {NAME} of a calibration"
+            f"{str(file)!r} has the format {known!r}, expected {FORMAT!r}", hint=f"give the {RECORD} of a calibration"
         )
     for name in ("origin", "arguments", "hashes", "versions", "machine", "found"):
         if not isinstance(record.get(name), dict):

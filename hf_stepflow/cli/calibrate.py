@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowInputError
 
 from . import EXIT_INTERRUPTED
 from .arguments import (
@@ -103,10 +103,11 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise StepFlowInputError("calibrate needs a model", hint="hf-stepflow calibrate MODEL, or --reproduce FILE")
-    from hf_stepflow.calibration.reproduce import NAME, record_of
+    from hf_stepflow.calibration.reproduce import record_of, write_record
     from hf_stepflow.calibration.result import write_preset
     from hf_stepflow.calibration.run import parse_budget
     from hf_stepflow.calibration.stages import calibrate
+    from hf_stepflow.presets.preset import RECORD, record_beside
 
     parse_budget(args.budget)
     demand_folders(args.out, args.report)
@@ -115,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     name = base_model.rpartition("/")[2].lower() if args.out is None else args.out.stem
     _check_identity(args.out, name, base_model, args.revision)
     work = args.work or (args.out or Path(name)).with_name(f"{name}-calibration")
-    loaded = None if args.problems is None else _problems(args.problems, args.limit, args.seed)
+    loaded = None if args.problems is None else load_sources(args.problems, args.limit, args.seed)
     settings = find_stepflow(args.stepflow)
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of `accelerate launch` has its own GPU
@@ -123,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     architecture = _architecture(model)
     setup = Setup(args, model, tokenizer, settings, work)
     names = args.problems or setup.problems()
-    problems, sources = loaded or _problems(names, args.limit, args.seed)
+    problems, sources = loaded or load_sources(names, args.limit, args.seed)
     max_new_tokens = args.max_new_tokens or setup.max_new_tokens(problems)
     batch_size = args.batch_size or setup.batch_size(problems, max_new_tokens)
     engine = None if args.engine == "transformers" else load_engine(args, settings)
@@ -153,12 +154,16 @@ def _run(args: argparse.Namespace) -> int:
     command = shlex.join(["hf-stepflow", *sys.argv[1:]])
     dataset = ", ".join(names)
     preset = result.preset(name, base_model, architecture, command=command, dataset=dataset, revision=args.revision)
-    origin = {"model": args.model, "base_model": base_model, "revision": args.revision, "dtype": args.dtype}
-    origin |= {"problems": names, "limit": args.limit, "device": args.device}
+    # The record may be published with the preset: no path of this machine.
+    own_model = base_model if Path(args.model).exists() else args.model
+    own_problems = [Path(one).name if Path(one).is_absolute() else one for one in names]
+    origin = {"model": own_model, "base_model": base_model, "revision": args.revision, "dtype": args.dtype}
+    origin |= {"problems": own_problems, "limit": args.limit, "device": args.device}
     record = record_of(result, model, problems, origin)
-    _write_json(work / NAME, record)
+    write_record(record, work / RECORD)
     if args.out is not None:
         write_preset(preset, args.out)
+        write_record(record, record_beside(args.out))
     if args.report is not None:
         from hf_stepflow.calibration.page import write_report
 
@@ -168,9 +173,9 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print(result)
         print(f"Preset: {args.out}" if args.out is not None else "Preset: not written, as there is no --out")
-        print(f"To replay it: hf-stepflow calibrate --reproduce {work / NAME}")
+        print(f"To replay it: hf-stepflow calibrate --reproduce {work / RECORD}")
         if is_terminal():
-            offer(model, tokenizer, result, preset, problems, max_new_tokens)
+            offer(model, tokenizer, result, preset, record, problems, max_new_tokens)
     return result.exit_status
 
 
@@ -179,13 +184,6 @@ def _choice(args: argparse.Namespace) -> Any:
     if args.choose is not None or args.json or not is_terminal():
         return args.choose
     return ask_for_candidate
-
-
-def _write_json(path: Path, data: Any) -> None:
-    try:
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StepFlowFileError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def _reproduce(args: argparse.Namespace) -> int:
@@ -201,7 +199,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     names = args.problems or origin.get("problems")
     if not isinstance(names, list) or not names:
         raise StepFlowInputError("the record names no problems", hint="give them with --problems")
-    problems, sources = _problems(
+    problems, sources = load_sources(
         list(map(str, names)), args.limit or origin.get("limit"), record["arguments"]["seed"]
     )
     model, tokenizer = load(args)
@@ -236,7 +234,7 @@ def _check_identity(out: Path | None, name: str, base_model: str, revision: str 
         raise StepFlowInputError(f"the new preset: {problems[0]}", hint=_WAYS_OUT[problems[0].field])
 
 
-def _problems(sources: list[str], limit: int | None, seed: int) -> tuple[list[Any], dict[str, str]]:
+def load_sources(sources: list[str], limit: int | None, seed: int) -> tuple[list[Any], dict[str, str]]:
     """Loads the problems of all sources, and says which source each is of.
 
     With several sources, prefixes each id with its source to keep ids unique.

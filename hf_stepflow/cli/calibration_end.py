@@ -1,14 +1,16 @@
 """The end of `hf-stepflow calibrate` on a terminal: which candidate to judge, then save, push or compare."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_stepflow.calibration.pareto import Outcome
+from hf_stepflow.calibration.reproduce import write_record
 from hf_stepflow.calibration.result import Calibration, front_table, write_preset
 from hf_stepflow.evaluation.sampler import Sampler, prepared
-from hf_stepflow.presets.preset import Preset
+from hf_stepflow.presets.preset import Preset, record_beside
 from hf_stepflow.runtime.errors import StepFlowError
 
 from .terminal import StepPrinter, answer, first_difference
@@ -45,7 +47,13 @@ def ask_for_candidate(front: Sequence[Outcome], default: int | None) -> int | No
 
 
 def offer(
-    model: Any, tokenizer: Any, result: Calibration, preset: Preset, problems: Sequence[Any], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    result: Calibration,
+    preset: Preset,
+    record: Mapping[str, Any],
+    problems: Sequence[Any],
+    max_new_tokens: int,
 ) -> None:
     """Offers to save the preset, to push it, and to compare answers, until an empty line.
 
@@ -54,15 +62,18 @@ def offer(
 
     def save() -> None:
         path = Path(_ask(f"File [{preset.name}.json]: ") or f"{preset.name}.json")
-        write_preset(preset, path)
-        print(f"Saved: {path}")
+        _write_both(preset, record, path)
+        print(f"Saved: {path}, and its record {record_beside(path)}")
 
     def push() -> None:
         from hf_stepflow.hub.push import push_preset
 
         repo_id = _ask("Repository (YOUR-NAME/NAME, empty for none): ")
         if repo_id:
-            pushed = push_preset(preset, repo_id)
+            with TemporaryDirectory() as folder:
+                file = Path(folder) / f"{preset.name}.json"
+                _write_both(preset, record, file)
+                pushed = push_preset(file, repo_id)
             print(f"Pushed to {pushed.url}, commit {pushed.commit}")
 
     def compare() -> None:
@@ -85,6 +96,12 @@ def offer(
                 print(f"hint: {error.hint}", file=sys.stderr)
         except OSError as error:
             print(f"That failed: {error}", file=sys.stderr)
+
+
+def _write_both(preset: Preset, record: Mapping[str, Any], path: Path) -> None:
+    """Writes a preset, and its record beside it."""
+    write_preset(preset, path)
+    write_record(record, record_beside(path))
 
 
 def _compare(model: Any, tokenizer: Any, result: Calibration, problem: Any, max_new_tokens: int) -> None:

@@ -46,6 +46,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     lock.add_argument("--out", metavar="FILE", type=Path, required=True, help="the lock file to write")
     lock.add_argument("--revision", help="revision of the preset repository (default: its main branch)")
     lock.add_argument("--base-revision", help="revision of the base model (default: the preset's, or the main branch)")
+    example = "hf-stepflow presets replay your-name/qwen3-8b-stepflow --limit 50"
+    summary = "compare a measured preset with its base model again, and say whether its verdict holds"
+    replay = _action(actions, "replay", summary, example)
+    replay.description = (
+        f"{summary[0].upper()}{summary[1:]}. It asks problems of the record (reproduce.json) that the calibration did "
+        "not choose by. `hf-stepflow calibrate --reproduce` repeats the search too. Exit status: 1 if the verdict "
+        "does not hold."
+    )
+    replay.add_argument("name", metavar="NAME", help="preset file, or folder or Hub id of a preset repository")
+    replay.add_argument("--limit", type=int, help="problems to ask (default: all)")
+    replay.add_argument("--model", help="folder or Hub id of the base model (default: the record's)")
+    replay.add_argument("--revision", help="revision of the base model (default: the record's)")
+    replay.add_argument("--problems", nargs="+", help="the problems, where the record names files of another machine")
+    replay.add_argument("--run-code", action="store_true", help="run programs that the model writes, to judge them")
     card = _action(actions, "card", "write a preset's model card", "hf-stepflow presets card qwen3-8b")
     choice = card.add_mutually_exclusive_group(required=True)
     choice.add_argument("name", metavar="NAME", nargs="?", help="as for `show`")
@@ -73,10 +87,15 @@ def _action(actions: Any, name: str, summary: str, example: str) -> argparse.Arg
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the action; `validate` and `verify-code` return 2 if a file is wrong, `diff` 1 if presets differ."""
+    """Runs the action.
+
+    Returns:
+        2 if `validate` or `verify-code` finds a file wrong, 1 if `diff` finds a difference or a verdict does not hold
+        in `replay`, else 0.
+    """
     actions = {
-        "list": _list, "show": _show, "diff": _diff, "search": _search, "lock": _lock, "card": _card,
-        "validate": _validate, "settings": _settings, "verify-code": _verify_code,
+        "list": _list, "show": _show, "diff": _diff, "search": _search, "lock": _lock, "replay": _replay,
+        "card": _card, "validate": _validate, "settings": _settings, "verify-code": _verify_code,
     }  # fmt: skip
     return actions[args.action](args)
 
@@ -167,6 +186,30 @@ def _lock(args: argparse.Namespace) -> int:
     print(f"wrote {args.out}: {lock.source}{at},")
     print(f"the code of hf-stepflow {lock.code_version}, and {lock.base_model} at {lock.base_revision}")
     return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from hf_stepflow.hub.replay import find_record, replay_preset
+    from hf_stepflow.presets.preset import load_preset
+
+    from .arguments import load
+    from .calibrate import load_sources
+
+    preset, record = load_preset(args.name), find_record(args.name)
+    origin = record["origin"]
+    args.model = args.model or origin.get("model")
+    args.revision = args.revision or origin.get("revision")
+    args.dtype, args.device = str(origin.get("dtype") or "float32"), str(origin.get("device") or "cpu")
+    names = args.problems or origin.get("problems")
+    if not isinstance(args.model, str) or not isinstance(names, list) or not names:
+        raise StepFlowInputError("the record names no model or no problems", hint="give them: --model, --problems")
+    problems, _ = load_sources(list(map(str, names)), origin.get("limit"), record["arguments"]["seed"])
+    model, tokenizer = load(args)
+    found = replay_preset(
+        preset, record, model, tokenizer, problems, limit=args.limit, run_code=args.run_code, progress=not args.json
+    )
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 1 if found.holds is False else 0
 
 
 def _settings(args: argparse.Namespace) -> int:

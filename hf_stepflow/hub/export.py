@@ -1,5 +1,6 @@
 """Exports a preset as a repository: a folder that transformers loads with trust_remote_code=True."""
 
+import json
 import os
 import re
 import secrets
@@ -14,7 +15,8 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from hf_stepflow.presets.preset import HUB_ID, Preset, load_preset
+from hf_stepflow.presets.preset import HUB_ID, RECORD, Preset, load_preset, record_beside
+from hf_stepflow.presets.strict_json import read_json_object
 from hf_stepflow.runtime.configuration_stepflow import read_json
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowFileError, StepFlowInputError
 from hf_stepflow.runtime.repository import CUSTOM_GENERATE, PRESET_CODE, RepositoryFiles, write_custom_generate
@@ -25,7 +27,7 @@ from .cards import Kind, code_card, custom_generate_card, preset_card
 logger = logging.get_logger(__name__)
 
 # The files of an export that are not code.
-_DATA = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json")
+_DATA = ("README.md", "config.json", "generation_config.json", "tokenizer_config.json", RECORD)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -78,7 +80,7 @@ def export_preset(
     repo_id: str | None = None,
     token: str | bool | None = None,
 ) -> Export:
-    """Writes the repository of a preset.
+    """Writes the repository of a preset; the record of its calibration comes along where it lies beside the preset.
 
     Args:
         preset: The preset, as for `load_preset`.
@@ -138,6 +140,9 @@ def export_preset(
             files.save_pretrained(new)
         if facts.config is not None:
             preset.check_model(facts.config)
+        if preset.kind == "measured" and preset.path is not None and record_beside(preset.path).is_file():
+            record = read_json_object(record_beside(preset.path))
+            (new / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         kind: Kind = "merged" if merge_weights else "preset"
         preset_card(preset, repo_id, kind=kind, code_repo=code, code_revision=code_revision).save(new / "README.md")
     for warning in warnings:

@@ -47,6 +47,8 @@ RULE_STATEMENT = (
 # Model types that write one format, which fixes their markers.
 _MARKERS = {"gpt_oss": ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")}
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+# The record of the calibration that measured a preset, in its repository; NAME.reproduce.json beside NAME.json.
+RECORD = "reproduce.json"
 _LIST_HINT = "`hf-stepflow presets list` shows the names; a path or the Hub id of a preset repository also works"
 
 
@@ -221,6 +223,16 @@ def load_preset(
     )
 
 
+def record_beside(preset: Path) -> Path:
+    """The place of the record of the calibration that measured a preset.
+
+    Args:
+        preset: The preset's file.
+    """
+    in_repository = preset.name in ("preset.json", "config.json")
+    return preset.with_name(RECORD if in_repository else f"{preset.stem}.{RECORD}")
+
+
 def find_problems(path: str | Path) -> list[StepFlowError]:
     """Lists everything that is wrong with a preset's file.
 
@@ -304,7 +316,8 @@ def preset_for(model: Any) -> Preset:
 
 
 def _preset_files() -> list[Path]:
-    return sorted(file for file in calibrations_folder().glob("*.json") if file.name != "schema.json")
+    files = calibrations_folder().glob("*.json")
+    return sorted(file for file in files if file.name != "schema.json" and not file.name.endswith(f".{RECORD}"))
 
 
 def _path_of(model: Any) -> str:

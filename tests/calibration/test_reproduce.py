@@ -17,6 +17,8 @@ from hf_stepflow.calibration.reproduce import (
     weights_digest,
 )
 from hf_stepflow.cli import main
+from hf_stepflow.hub.export import export_preset
+from hf_stepflow.reasoner import FOLDER
 from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 from tests.support.scripted import PLAIN_CHAT, scripted_model
 
@@ -116,6 +118,15 @@ def test_the_command_replays(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "calibrate --reproduce mine-calibration/reproduce.json" in capsys.readouterr().out
     assert main(["calibrate", "--reproduce", "mine-calibration/reproduce.json"]) == 0
     assert "Reproduced:" in capsys.readouterr().out
+    assert json.loads(Path("mine.reproduce.json").read_text())["origin"]["model"] == "reasoner"
+    assert main(["presets", "replay", "mine.json", "--limit", "4"]) == 0
+    assert "too few to confirm the verdict" in capsys.readouterr().out
+    export_preset("mine.json", "export", base=str(FOLDER))
+    assert main(["presets", "replay", "export", "--limit", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["n"], told["same_code"], told["verdict"]) == (4, True, "no measurable gain")
+    assert main(["presets", "replay", "qwen3-8b"]) == 2
+    assert "reproduce.json" in capsys.readouterr().err
     changed = json.loads(Path("mine-calibration/reproduce.json").read_text())
     changed["found"]["gate"] = "another"
     Path("changed.json").write_text(json.dumps(changed))
