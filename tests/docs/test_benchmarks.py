@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from benchmarks import (
     decode_launches,
     decode_overhead,
+    faithfulness,
     gpu,
     profile_generate,
     reasoner_calibration,
@@ -58,6 +59,34 @@ def test_p_values_of_the_levels_are_adjusted() -> None:
     lines = reasoner_calibration.difficulties_table(rows).splitlines()[-3:]
     assert [line.strip("| ").rpartition("| ")[2] for line in lines] == ["0.06", "0.5", "0.06"]
     assert lines[0].startswith("| a | 100 | 50.0 | +5.0 [+1.0, +9.0] | 6 | 1 |")
+
+
+def test_the_page_on_saliency_has_the_measured_tables() -> None:
+    found = json.loads((faithfulness.FOLDER / "reasoner.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "saliency.md").read_text(encoding="utf-8")
+    for table in faithfulness.table(found).split("\n\n"):
+        assert table in page
+    right = sum(one["right"] for one in found["traces"])
+    assert f"{len(found['traces'])} traces, {right} right and {len(found['traces']) - right} wrong" in page
+
+
+def test_faithfulness_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(faithfulness, "FOLDER", tmp_path / "kept")
+    monkeypatch.setattr(faithfulness, "RESPONSES", tmp_path / "build")
+    problems = "--problems reasoner:chains-4 --limit 3 --max-new-tokens 120"
+
+    def measured(traces: int, more: str = "") -> list[dict]:
+        monkeypatch.setattr(sys, "argv", f"faithfulness run --traces {traces} {problems} {more}".split())
+        faithfulness.main()
+        return json.loads((tmp_path / "kept" / "reasoner.json").read_text())["traces"]
+
+    first = measured(1)
+    assert len(first) == 1
+    assert -1 <= first[0]["thinking"]["saliency"][-1] <= 1
+    assert "| Step-Saliency |" in capsys.readouterr().out
+    assert measured(2)[:1] == first
+    with pytest.raises(SystemExit, match="holds another run"):
+        measured(2, "--max-new-tokens 121")
 
 
 def rows_of(path: Path) -> list[dict]:
