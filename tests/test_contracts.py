@@ -153,6 +153,10 @@ SETTINGS = {
 
 # The commands, as argparse prints their usage. Names of values, such as FILE, may change.
 USAGE = {
+    "app": (
+        "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--stepflow CONFIG] [--host HOST] [--port PORT] "
+        "[--open] [MODEL]"
+    ),
     "calibrate": (
         "[--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--problems PROBLEMS] [--limit LIMIT] "
         "[--budget BUDGET] [--out OUT] [--report REPORT] [--work WORK] [--base-model BASE_MODEL] "
@@ -178,7 +182,8 @@ USAGE = {
         "[--batch-size BATCH_SIZE] [--run-code] [--out OUT] [--report REPORT] [--json]"
     ),
     "export": (
-        "[--base BASE] [--base-revision REVISION] [--merge-weights] [--custom-generate DIR] [--json] [PRESET] [DIR]"
+        "[--base BASE] [--base-revision REVISION] [--merge-weights] [--custom-generate DIR] [--json] [--space DIR] "
+        "[--model ID] [PRESET] [DIR]"
     ),
     "generate": (
         "--model MODEL [--revision REVISION] [--dtype DTYPE] [--device DEVICE] [--prompt TEXT] [--prompt-file FILE] "

@@ -14,6 +14,7 @@ from importlib import import_module, metadata
 from hf_stepflow.runtime.errors import StepFlowError
 
 SUBCOMMANDS = {
+    "app": "open a page on which a model answers with and without StepFlow, in the browser",
     "calibrate": "find settings that beat the base model on your problems, and judge them on held-out ones",
     "demo": "watch a small model answer a problem with and without StepFlow",
     "diagnose": "show which steps of a trace draw on which (Step-Saliency)",

@@ -14,10 +14,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the description, the arguments and an example."""
     parser.description = (
         "Writes a preset as a folder: settings, the name of the base model, and code, without weights. Transformers\n"
-        "loads it with trust_remote_code=True, where nothing but torch and transformers is installed."
+        "loads it with trust_remote_code=True, where nothing but torch and transformers is installed.\n\n"
+        "--space writes the app (`hf-stepflow app`) as a Hugging Face Space instead, for the model that comes with\n"
+        "the package or another: upload the folder to a Space of the kind gradio."
     )
-    parser.epilog = "example: hf-stepflow export qwen3-8b my-preset"
+    parser.epilog = "examples:\n  hf-stepflow export qwen3-8b my-preset\n  hf-stepflow export --space my-space"
     add_preset_arguments(parser, "DIR", "the folder to write: a new one, or an earlier export")
+    parser.add_argument("--space", metavar="DIR", help="write the app as a Space instead")
+    parser.add_argument("--model", metavar="ID", help="the model of the Space (default: reasoner)")
 
 
 def add_preset_arguments(parser: argparse.ArgumentParser, target: str, text: str) -> None:
@@ -79,6 +83,8 @@ def preset_arguments(args: argparse.Namespace, names: str) -> dict[str, Any] | N
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder and lists its files."""
+    if args.space is not None or args.model is not None:
+        return _write_space(args)
     given = preset_arguments(args, "PRESET DIR")
     from hf_stepflow.hub.export import export_custom_generate, export_preset
 
@@ -93,6 +99,27 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{export.folder}: {contents_of(export)}")
     print(f"{'Use' if given is None else 'Load'} it: {call}")
+    return 0
+
+
+def _write_space(args: argparse.Namespace) -> int:
+    """Writes the Space and lists its files."""
+    given = (args.preset, args.target, args.base, args.base_revision, args.code_repo, args.custom_generate)
+    if args.space is None or args.merge_weights or any(one is not None for one in given):
+        raise StepFlowInputError(
+            "--space DIR stands for itself, with --model ID alone", hint="a Space starts from presets on its page"
+        )
+    from hf_stepflow.app.space import export_space
+
+    files = export_space(args.space, args.model or "reasoner")
+    if args.json:
+        print(
+            json.dumps({"folder": args.space, "kind": "space", "bytes": sum(files.values()), "files": files}, indent=2)
+        )
+        return 0
+    print(f"{args.space}: {', '.join(files)}")
+    print(f"Upload it: hf repos create NAME --type space --sdk gradio && hf upload NAME {args.space} --type space")
+    print(f"Try it here: cd {args.space} && python app.py")
     return 0
 
 

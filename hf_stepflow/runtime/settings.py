@@ -419,12 +419,12 @@ class FlowPlan:
         return cls(
             settings,
             tuple(layers),
-            _by_head("oeb_heads", settings, settings.tau_max, chosen("oeb_layers", settings.tau_max), heads),
+            _by_head("oeb_heads", settings, float(settings.tau_max), chosen("oeb_layers", settings.tau_max), heads),
             frozenset(chosen("smi_layers", settings.alpha)),
             _by_head(
                 "length_temperature_heads",
                 settings,
-                settings.length_temperature,
+                float(settings.length_temperature),
                 chosen("length_temperature_layers", settings.length_temperature),
                 heads,
             ),

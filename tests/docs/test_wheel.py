@@ -73,6 +73,7 @@ def test_it_works_without_the_checkout(wheel, tmp_path):
 # A short command of every verb, the extra that it needs, and its status where that extra is there; None: not run then.
 QUESTION = "Ben has 4 points. How many points does Ben have?"
 COMMANDS = {
+    "app": (["reasoner"], "app", None),
     "calibrate": (["MODEL", "--problems", "reasoner:chains-2"], "calibrate", None),
     "demo": (["--difficulty", "chains-2", "--problems", "2"], "demo", 0),
     "diagnose": (["--model", "reasoner", "--trace", "TRACE"], None, 0),
@@ -108,7 +109,7 @@ def test_every_verb_has_a_command_here():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [None, "saliency", "eval", "calibrate", "hub", "demo", "serve"])
+@pytest.mark.parametrize("extra", [None, "saliency", "eval", "calibrate", "hub", "demo", "serve", "app"])
 def test_each_extra_alone(wheel, extra, tmp_path):
     site = tmp_path / "site"
     wheel.extractall(site)

@@ -260,3 +260,10 @@ def test_every_command_refuses_a_seed_before_it_works(capsys, words, text):
         main([*words, "--seed", text])
     assert caught.value.code == EXIT_ERROR
     assert f"argument --seed: a seed is a whole number from 0 on, below 2^63, got '{text}'" in capsys.readouterr().err
+
+
+def test_a_whole_number_is_a_number():
+    model = StepFlowModelForCausalLM.attach(tiny_model("llama"), tokenizer=byte_tokenizer())
+    asked = {"attention_mask": torch.ones_like(PROMPT), "do_sample": False, "max_new_tokens": 4}
+    whole, same = ({"tau_max": number} for number in (1, 1.0))
+    assert torch.equal(*(model.generate(PROMPT, stepflow=settings, **asked) for settings in (whole, same)))
