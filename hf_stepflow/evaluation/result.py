@@ -27,6 +27,10 @@ from .store import read_results
 Results = dict[tuple[str, int], dict[str, Any]]
 
 
+# Arms beside each other in the table.
+_COLUMNS = 4
+
+
 @dataclass(frozen=True)
 class ArmSummary:
     """One arm by itself.
@@ -232,7 +236,7 @@ class EvaluationResult:
         elif not self.is_complete:
             lines.append(f"Not finished: {shared} of {asked} responses are there for every arm.")
         width = max(20, *map(len, self.run["arms"]))
-        lines += _arm_lines(self.arms(), self.damage, self.reference, width)
+        lines += _arm_lines(self.arms(), self.damage, self.reference)
         lines += describe_kl(self)
         if self.compute is not None:
             lines += ["", *_compute_lines(*self.compute, self.reference, width)]
@@ -256,28 +260,40 @@ def _summary(name: str, own: Results, run: dict[str, Any]) -> ArmSummary:
     )
 
 
-def _arm_lines(arms: list[ArmSummary], damage: list[ArmDamage], reference: str, width: int) -> list[str]:
-    """Every arm with its damage as a table."""
-    head = f"{'arm':<{width}} {'right %':>19} {'breaks %':>19} {'length':>19} {'loops %':>7} {'unfin. %':>8} "
-    head += f"{'no ans.':>7} {'tokens':>7} {'steps':>5} {'s':>7}"
+def _arm_lines(arms: list[ArmSummary], damage: list[ArmDamage], reference: str) -> list[str]:
+    """Every arm with its damage: a row for each measure, and a column for each arm, so that lines stay short."""
     has_kl = any(one.kl is not None for one in damage)
-    head += f" {'KL':>7} {'KL p95':>7}" if has_kl else ""
-    lines = [head, "-" * len(head)]
+    names = ["", "right %", "breaks %", "length", "loops %", "unfinished %", "no answer", "tokens", "steps", "seconds"]
+    names += ["KL median", "KL p95"] if has_kl else []
+    columns = []
     for one, its in zip(arms, damage, strict=True):
-        lines.append(
-            f"{one.name:<{width}} {percent(one.accuracy):>19} "
-            f"{'' if its.harm_rate is None else percent(its.harm_rate):>19} "
-            f"{'' if its.length is None else amount(its.length, 2):>19} "
-            f"{'' if its.loop_rate is None else f'{100 * its.loop_rate.value:.1f}':>7} "
-            f"{100 * its.unfinished.value:>8.1f} {one.outcomes.get(NO_ANSWER, 0):>7} "
-            f"{one.tokens:>7.1f} {one.steps:>5.1f} {one.seconds:>7.1f}"
-            + "".join(f" {text:>7}" for text in nats(its.kl) if has_kl)
-        )
+        cells = [
+            one.name,
+            percent(one.accuracy),
+            "" if its.harm_rate is None else percent(its.harm_rate),
+            "" if its.length is None else amount(its.length, 2),
+            "" if its.loop_rate is None else f"{100 * its.loop_rate.value:.1f}",
+            f"{100 * its.unfinished.value:.1f}",
+            str(one.outcomes.get(NO_ANSWER, 0)),
+            f"{one.tokens:.1f}",
+            f"{one.steps:.1f}",
+            f"{one.seconds:.1f}",
+        ]
+        columns.append(cells + (list(nats(its.kl)) if has_kl else []))
+    lines: list[str] = []
+    for start in range(0, len(columns), _COLUMNS):
+        widths = [max(map(len, column)) for column in columns[start : start + _COLUMNS]]
+        rows = zip(names, *columns[start : start + _COLUMNS], strict=True)
+        text = [
+            f"{name:<12}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            for name, *cells in rows
+        ]
+        lines += [*([""] if lines else []), text[0], "-" * len(text[0]), *(line.rstrip() for line in text[1:])]
     chance = next((one.harm_rate for one in damage if one.name == reference), None)
     if chance is not None:
         lines.append(
-            f"The row of {reference} has what chance alone breaks, between its own samples. An arm harms by what it "
-            "breaks beyond that."
+            f"The column of {reference} has what chance alone breaks, between its own samples. An arm harms by what "
+            "it breaks beyond that."
         )
     return lines
 

@@ -16,7 +16,7 @@ from hf_stepflow.evaluation.charts import apart
 from hf_stepflow.evaluation.damage import ArmDamage, NextTokenKL, damage_of
 from hf_stepflow.evaluation.damage_chart import damage_chart
 from hf_stepflow.evaluation.page import write_report
-from hf_stepflow.evaluation.result import EvaluationResult
+from hf_stepflow.evaluation.result import EvaluationResult, _arm_lines
 from hf_stepflow.evaluation.statistics import Estimate, clustered_share, proportion
 
 NONE = Estimate(0.0, None, None)
@@ -149,20 +149,32 @@ def test_one_table_has_it_all() -> None:
     assert second.length == result.comparisons[0].tokens_ratio
     assert second.harm_rate == result.comparisons[0].paired.harm_rate
     assert [one.accuracy for one in result.damage] == [one.accuracy for one in result.arms()]
-    head, _, base, arm = str(result).splitlines()[:4]
-    for word in ("right %", "breaks %", "length", "loops %", "unfin. %", "no ans.", "tokens", "steps", "s"):
-        assert word in head
-    assert len(head) == len(base) == len(arm)
-    assert f"{100 * second.harm_rate.value:.1f} [" in arm
-    assert "1.00 [1.00, 1.00]" in arm
+    lines = str(result).split("\n\n")[0].splitlines()
+    rows = {line[:12].rstrip(): line[12:] for line in lines}
+    assert list(rows)[2:] == [
+        "right %", "breaks %", "length", "loops %", "unfinished %", "no answer", "tokens", "steps", "seconds",
+    ]  # fmt: skip
+    assert rows[""].split() == [first.name, second.name]
+    assert len({len(line) for line in lines}) == 1  # the last column is full
+    assert f"{100 * second.harm_rate.value:.1f} [" in rows["breaks %"]
+    assert "1.00 [1.00, 1.00]" in rows["length"]
     data = json.loads(json.dumps(result.to_dict()))["damage"]
     assert [set(one) for one in data] == [{one.name for one in dataclasses.fields(first)}] * 2
+
+
+def test_many_arms_make_several_tables() -> None:
+    result = make()
+    arms, damage = result.arms() * 3, result.damage * 3
+    lines = _arm_lines(arms, damage, result.reference)
+    assert [line[:12].rstrip() for line in lines].count("right %") == 2
+    assert lines[0].count(arms[0].name) >= 2
+    assert max(map(len, lines)) < 120
 
 
 def test_results_of_earlier_releases_say_nothing_of_loops() -> None:
     result = make(loops=None)
     assert [one.loop_rate for one in result.damage] == [None, None]
-    assert "unfin. %" in str(result)
+    assert "unfinished %" in str(result)
 
 
 def test_samples_break_by_chance_and_the_table_says_so() -> None:
