@@ -1,12 +1,13 @@
 """Runs `hf-stepflow calibrate` on the embedded reasoner, and compares its preset with the base at every difficulty.
 
-The script runs the command as a user would type it: part "both" on both families of problems at once, part "chains" on
-chains alone. It keeps the output in benchmarks/reasoner_calibration/, and the preset of the chains also in
-calibrations/. A stopped run continues. Part "difficulties" compares that preset with the base on the test split, which
-calibration does not see: exact traces by teacher-forced scoring, in float32, on the same problems for both.
+The script runs the command as a user would type it, on both families of problems at once, once for each seed. It keeps
+the output of a seed in benchmarks/reasoner_calibration/seed-N/, and with `--publish N` the preset of that seed also in
+calibrations/. A stopped run continues. Part "difficulties" compares the preset in calibrations/ with the base on the
+test split, which calibration does not see: exact traces by teacher-forced scoring, in float32, on the same problems
+for both.
 
-Run: python -m benchmarks.reasoner_calibration [both] [chains] [difficulties] [--budget 100] [--problems 1000]
-    [--work FOLDER]
+Run: python -m benchmarks.reasoner_calibration [calibrate] [difficulties] [--seeds 0 1 2] [--publish N]
+    [--limit 640] [--budget 60] [--problems 1000] [--work FOLDER]
 """
 
 import argparse
@@ -32,22 +33,18 @@ from hf_stepflow.reasoner.prompts import encode_problem
 FOLDER = Path(__file__).with_suffix("")
 NAME = "stepflow-tiny-reasoner"
 NOTES = "The base model is the reasoner that ships with the package hf-stepflow (hf_stepflow.reasoner.load_reasoner)."
-# {part: (levels, problems of each level, largest number of tokens in a response)}. Each part has easy levels, and
-# levels with longer problems than those of the training.
-RUNS = {
-    "both": (["chains-4", "chains-7", "errands-30", "errands-120", "errands-180"], 200, 1200),
-    "chains": (["chains-4", "chains-6", "chains-7"], 600, 400),
-}
+# Each family has easy levels, and levels with longer problems than those of the training.
+LEVELS_TO_CALIBRATE = ("chains-4", "chains-6", "chains-7", "errands-30", "errands-120", "errands-180")
+TOKENS, BATCH = 1200, 32
 
 
-def calibrate(part: str, budget: str, work: Path) -> int:
-    """Calibrates the reasoner on the levels of one part and returns the exit status."""
-    levels, limit, tokens = RUNS[part]
-    words = ["reasoner", *(word for level in levels for word in ("--problems", f"reasoner:{level}"))]
-    words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", str(tokens), "--batch-size", "32"]
-    if part == "chains":
-        return run_and_keep(words, NAME, NOTES, work / part, FOLDER, calibrations_folder())
-    return run_and_keep(words, NAME, NOTES, work / part, FOLDER / part)
+def calibrate(seed: int, limit: int, budget: str, work: Path, is_published: bool) -> int:
+    """Calibrates the reasoner on both families and returns the exit status."""
+    words = ["reasoner", *(word for level in LEVELS_TO_CALIBRATE for word in ("--problems", f"reasoner:{level}"))]
+    words += ["--limit", str(limit), "--budget", budget, "--max-new-tokens", str(TOKENS), "--batch-size", str(BATCH)]
+    words += ["--seed", str(seed)]
+    others = [calibrations_folder()] if is_published else []
+    return run_and_keep(words, NAME, NOTES, work / f"seed-{seed}", FOLDER / f"seed-{seed}", *others)
 
 
 def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Path, *others: Path) -> int:
@@ -83,7 +80,7 @@ def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Pa
 
 def difficulties(number: int) -> None:
     """Compares the preset with the base at every level, and prints the table."""
-    preset = FOLDER / f"{NAME}.json"
+    preset = calibrations_folder() / f"{NAME}.json"
     model, tokenizer = load_reasoner(str(preset))
     rows = []
     for level in LEVELS:
@@ -118,8 +115,11 @@ def difficulties_table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=[*RUNS, "difficulties"], help="parts to run (default: all)")
-    parser.add_argument("--budget", default="100", help="candidates of each search, or a time (default: 100)")
+    parser.add_argument("parts", nargs="*", default=["calibrate", "difficulties"], help="parts to run (default: both)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to calibrate with")
+    parser.add_argument("--publish", type=int, help="seed whose preset goes into calibrations/ (default: none)")
+    parser.add_argument("--limit", type=int, default=640, help="problems of each level (default: 640)")
+    parser.add_argument("--budget", default="60", help="candidates of each search, or a time (default: 60)")
     parser.add_argument("--problems", type=int, default=1000, help="test problems of each level (default: 1000)")
     parser.add_argument(
         "--work",
@@ -128,7 +128,11 @@ if __name__ == "__main__":
         help="folder of the runs, which lets a stopped run continue",
     )
     args = parser.parse_args()
-    statuses = [calibrate(part, args.budget, args.work.resolve()) for part in RUNS if part in args.parts]
+    statuses = [
+        calibrate(seed, args.limit, args.budget, args.work.resolve(), seed == args.publish)
+        for seed in args.seeds
+        if "calibrate" in args.parts
+    ]
     if "difficulties" in args.parts and all(status in (0, 3) for status in statuses):
         torch.set_num_threads(1)
         difficulties(args.problems)
