@@ -26,11 +26,14 @@ class Heads:
         gains: {(layer, head): proxy value of the mechanism on this head alone} for each head that was tried.
         chosen: The heads that profit together, in the order in which they were added.
         untried: The number of heads that there was no time for.
+        slopes: {(layer, head): slope of the loss in the mass moved to the bridge}, by which the heads were ordered;
+            empty where they were not.
     """
 
     gains: dict[Head, float]
     chosen: list[Head] = field(default_factory=list)
     untried: int = 0
+    slopes: dict[Head, float] = field(default_factory=dict)
 
     @property
     def table(self) -> dict[int, list[int]]:
@@ -40,7 +43,8 @@ class Heads:
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready data."""
         gains = [[layer, head, value] for (layer, head), value in self.gains.items()]
-        return asdict(self) | {"gains": gains, "chosen": [list(one) for one in self.chosen]}
+        slopes = [[layer, head, value] for (layer, head), value in self.slopes.items()]
+        return asdict(self) | {"gains": gains, "chosen": [list(one) for one in self.chosen], "slopes": slopes}
 
 
 def floor_on(heads: Sequence[Head]) -> Settings:
@@ -66,8 +70,8 @@ def table_of(heads: Sequence[Head]) -> dict[str, list[int]]:
 def find_heads(
     heads: Sequence[Head],
     acting_on: Callable[[Sequence[Head]], Settings],
-    likelihoods: Callable[[Settings | None], list[float]],
-    score: Callable[[list[float], list[float]], ProxyScore],
+    scores: Callable[[Settings | None], list[Any]],
+    score: Callable[[list[Any], list[Any]], ProxyScore],
     is_over: Callable[[Head, bool], bool],
 ) -> Heads:
     """Tries every head alone, then adds heads as long as the proxy grows by more than its error.
@@ -75,23 +79,23 @@ def find_heads(
     Args:
         heads: (layer, head) pairs in the order in which to try them.
         acting_on: Returns settings with the mechanism on some heads.
-        likelihoods: Returns the log-likelihood of each response under settings.
-        score: Compares log-likelihoods before and after.
+        scores: Returns the score of each response under settings.
+        score: Compares these before and after.
         is_over: Returns whether time is up; asked before each head is tried alone (False) or added to others (True).
     """
-    base = likelihoods(None)
+    base = scores(None)
     alone: dict[Head, ProxyScore] = {}
     for head in heads:
         if is_over(head, False):
             break
-        alone[head] = score(base, likelihoods(acting_on([head])))
+        alone[head] = score(base, scores(acting_on([head])))
     chosen: list[Head] = []
     current, refused = base, 0
     promising = [head for head, one in alone.items() if one.value > one.error and one.is_harmless]
     for head in sorted(promising, key=lambda one: -alone[one].value):
         if refused >= PATIENCE or len(chosen) >= MOST or (chosen and is_over(head, True)):
             break
-        tried = likelihoods(acting_on([*chosen, head]))
+        tried = scores(acting_on([*chosen, head]))
         gain = score(current, tried)
         if gain.value > gain.error and score(base, tried).is_harmless:
             chosen.append(head)

@@ -135,7 +135,7 @@ def _head_map(mechanism: str, heads: Heads) -> str:
         x, y = _LEFT + layers.index(layer) * cell, _TOP + head * cell
         place: dict[str, Any] = {"x": x + 1, "y": y + 1, "width": cell - 2, "height": cell - 2}
         is_chosen = (layer, head) in heads.chosen
-        title = f"layer {layer}, head {head}: {gain:+.3f} nats{', chosen' * is_chosen}"
+        title = f"layer {layer}, head {head}: {gain:+.3f}{', chosen' * is_chosen}"
         shade, opacity = "good grid" if gain > 0 else "bad grid", f"{abs(gain) / strongest:.2f}"
         parts.append(element("rect", class_=shade, **place, fill_opacity=opacity, title=title))
         if is_chosen:
@@ -154,12 +154,13 @@ def _head_map(mechanism: str, heads: Heads) -> str:
 
 def _search(result: Calibration) -> str:
     trials = result.trials
+    unit = trials[0].score.unit
     x = Axis.over([one.settings["tau_max"] for one in trials], *PLOT_X)
     y = Axis.over([one.settings["alpha"] for one in trials], *PLOT_Y)
     dots = []
     for one in reversed(trials):
         place: dict[str, Any] = {"cx": x(one.settings["tau_max"]), "cy": y(one.settings["alpha"])}
-        title = f"trial {one.number}: {one.score.value:+.3f} nats, {_short(one)}"
+        title = f"trial {one.number}: {one.score.value:+.3f} {one.score.unit}, {_short(one)}"
         shade = "good" if one.score.objective > 0 else "bad"
         dots.append(element("circle", class_=shade, **place, r=5, title=title))
         if result.winner is not None and result.winner.number == one.number:
@@ -169,6 +170,8 @@ def _search(result: Calibration) -> str:
         [
             str(one.number),
             f"{one.score.value:+.3f} ± {one.score.error:.3f}",
+            "" if one.score.whole is None else f"{one.score.whole:+.2f}",
+            "" if one.score.tokens is None else f"{one.score.tokens:+.3f}",
             f"{one.score.likelihood:+.3f}",
             f"{one.score.margin:+.3f}",
             "" if one.score.worst is None else f"{one.score.worst:+.3f}",
@@ -177,7 +180,7 @@ def _search(result: Calibration) -> str:
     ]
     below = ["" if one.score.is_harmless else f"<b>harms {escape(one.score.stratum or '')}</b> · " for one in shown]
     below = [warning + escape(_short(one)) for warning, one in zip(below, shown, strict=True)]
-    heads = "trial,proxy (nats),right traces,margin over wrong ones,worst stratum"
+    heads = f"trial,proxy ({unit}),whole traces,tokens,likelihood (nats),margin (nats),worst stratum"
     caption = (
         f"{len(trials)} different candidates. Green: better than the base by the proxy; red: worse, or harmful to "
         f"a stratum. Where both are 0, a length temperature acts. The {len(shown)} best:"
@@ -204,7 +207,7 @@ def _proxy(result: Calibration) -> str:
         marks.append(element("circle", cx=place[0], cy=place[1], r=5, title=f"trial {number}"))
         marks.append(element("text", class_="small", x=place[0] + 8, y=place[1] + 4, text=number))
     points = "points of accuracy on the first rung, less the base's"
-    chart = svg("accuracy over the proxy", frame(x, y, "proxy, nats", points), *marks)
+    chart = svg("accuracy over the proxy", frame(x, y, f"proxy, {result.trials[0].score.unit}", points), *marks)
     correlation, number = result.correlation
     rho = "has no value" if correlation is None else amount(correlation, 2)
     chart += _soft(f"Rank correlation over {number} candidates: {rho}.")

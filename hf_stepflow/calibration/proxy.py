@@ -1,11 +1,13 @@
-"""The proxy: how settings change the likelihood of right and wrong responses, by one forward pass per response.
+"""The proxy: how settings change what greedy decoding would write, or how likely responses are; a pass a response.
 
-It scores whole responses, the reasoning and the answer: reference traces, and the base's answers to the calibration
-split.
+It scores whole responses, the reasoning and the answer. Where reference traces exist it is their exactness: the share
+of their tokens, and of whole traces, that greedy decoding gets right under teacher forcing. Elsewhere the model's own
+responses have to serve, which it finds likely in any case: then it is the likelihood of right ones and their margin
+over wrong ones.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from hf_stepflow.runtime.step_detector import Field, StepVocabulary
 # The most by which one response changes the proxy, in nats: a single impossible response does not outvote all others.
 CLIP = 10.0
 
-# The mean loss on right traces of a stratum that is tolerated beyond one standard error, in nats per trace.
+# The mean loss on right traces of a stratum that is tolerated beyond one standard error: nats per trace, and points.
 TOLERANCE = 0.02
+_TOLERANCES = {"nats": TOLERANCE, "points": 0.2}
 
 # The fewest scored problems of a stratum that say anything of it.
 FEWEST = 3
@@ -34,6 +37,7 @@ class Row:
         response: Token ids of the response, including the end of the turn.
         is_right: Whether the response is right.
         weight: How many problems of the split this one stands for.
+        is_reference: Whether it is the reference trace of its problem.
     """
 
     problem: str
@@ -41,6 +45,7 @@ class Row:
     response: tuple[int, ...]
     is_right: bool
     weight: float = 1.0
+    is_reference: bool = False
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -126,7 +131,14 @@ def rows_to_score(solved: Sequence[Solved], limit: int) -> list[Row]:
             if one.reference is not None:
                 right = [one.reference]
             rows += [
-                Row(one.problem.id, one.prompt, response, is_right, len(whole) / len(part))
+                Row(
+                    one.problem.id,
+                    one.prompt,
+                    response,
+                    is_right,
+                    len(whole) / len(part),
+                    is_right and one.reference is not None,
+                )
                 for responses, is_right in ((right, True), (wrong, False))
                 for response in dict.fromkeys(responses)
             ]
@@ -134,17 +146,37 @@ def rows_to_score(solved: Sequence[Solved], limit: int) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class ProxyScore:
-    """The change from other settings (the base) to these, in nats per response.
+class Scored:
+    """One response under some settings.
 
     Attributes:
-        value: The mean of `likelihood` and `margin`, which the search maximises.
+        log_likelihood: Its log-likelihood, in nats.
+        errors: The number of its tokens that were not the likeliest.
+        tokens: The number of its tokens.
+    """
+
+    log_likelihood: float
+    errors: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ProxyScore:
+    """The change from other settings (the base) to these, per response.
+
+    Attributes:
+        value: What the search maximises: the mean of `tokens` and `whole` in points where reference traces exist, else
+            the mean of `likelihood` and `margin` in nats.
         error: The standard error of the value over problems.
-        likelihood: The change in log-likelihood of right responses.
+        likelihood: The change in log-likelihood of right responses, in nats.
         margin: The same minus the change of wrong responses.
         worst: The change on right responses of the stratum that loses most, plus its standard error; None without
             strata of at least `FEWEST` problems.
         stratum: The name of this stratum, or None.
+        unit: The unit of `value`, `error` and `worst`: "points" or "nats".
+        tokens: The change in the share of reference tokens that greedy decoding gets right, in points; None without
+            reference traces.
+        whole: The same of whole reference traces.
     """
 
     value: float
@@ -153,11 +185,14 @@ class ProxyScore:
     margin: float
     worst: float | None
     stratum: str | None = None
+    unit: str = "nats"
+    tokens: float | None = None
+    whole: float | None = None
 
     @property
     def is_harmless(self) -> bool:
         """Whether no stratum loses more than the tolerance, beyond one standard error."""
-        return self.worst is None or self.worst >= -TOLERANCE
+        return self.worst is None or self.worst >= -_TOLERANCES[self.unit]
 
     @property
     def objective(self) -> float:
@@ -197,6 +232,41 @@ def proxy_score(
         margin=likelihood - lost,
         worst=worst,
         stratum=stratum,
+    )
+
+
+def exactness_score(
+    rows: Sequence[Row], before: Sequence[Scored], after: Sequence[Scored], strata: Mapping[str, str]
+) -> ProxyScore:
+    """Compares what greedy decoding would write of the reference traces under two settings, in points.
+
+    Args:
+        rows: The responses.
+        before: Their scores under the settings to compare with.
+        after: Their scores under the settings to score.
+        strata: {problem: stratum}.
+
+    Returns:
+        The score; of the likelihood where no row is a reference trace.
+    """
+    known = proxy_score(rows, [one.log_likelihood for one in before], [one.log_likelihood for one in after], strata)
+    at = [place for place, row in enumerate(rows) if row.is_reference]
+    if not at:
+        return known
+    weight = np.array([rows[place].weight for place in at])
+    tokens = np.array([100 * (before[place].errors - after[place].errors) / after[place].tokens for place in at])
+    whole = np.array([100.0 * ((after[place].errors == 0) - (before[place].errors == 0)) for place in at])
+    value, parts = _mean((tokens + whole) / 2, weight)
+    worst, stratum = _worst([strata.get(rows[place].problem) for place in at], (tokens + whole) / 2, weight)
+    return replace(
+        known,
+        value=value,
+        error=float(np.sqrt((parts**2).sum())),
+        worst=worst,
+        stratum=stratum,
+        unit="points",
+        tokens=_mean(tokens, weight)[0],
+        whole=_mean(whole, weight)[0],
     )
 
 

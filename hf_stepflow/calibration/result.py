@@ -64,6 +64,7 @@ class Calibration:
         is_forced: Whether a closed gate was passed.
         bands: The proposed layers.
         heads: The heads that profit, by mechanism.
+        order: Spearman's correlation of the order by slopes and the gains of the heads tried, and their number.
         trials: The candidates that the proxy scored, the best first.
         halving: The results of those that answered problems.
         correlation: Spearman's correlation of proxy and generated accuracy over these, and their number.
@@ -87,6 +88,7 @@ class Calibration:
     is_forced: bool = False
     bands: Bands | None = None
     heads: dict[str, Heads] = field(default_factory=dict)
+    order: tuple[Estimate | None, int] = (None, 0)
     trials: list[Trial] = field(default_factory=list)
     halving: Halving | None = None
     correlation: tuple[Estimate | None, int] = (None, 0)
@@ -147,6 +149,7 @@ class Calibration:
             "gate": asdict(self.gate) | {"is_forced": self.is_forced},
             "bands": None if self.bands is None else asdict(self.bands),
             "heads": {mechanism: heads.to_dict() for mechanism, heads in self.heads.items()},
+            "order": {"spearman": None if self.order[0] is None else asdict(self.order[0]), "heads": self.order[1]},
             "trials": [one.to_dict() for one in self.trials],
             "halving": None if self.halving is None else asdict(self.halving),
             "proxy_against_generation": {
@@ -179,6 +182,9 @@ class Calibration:
             untried = f"; no time for {heads.untried} more" * bool(heads.untried)
             share = f"{len(heads.chosen)}{most} of {len(heads.gains)} tried{untried}"
             found.append(f"Heads that profit from {mechanism}: {share}.")
+        if self.order[0] is not None:
+            rho = amount(self.order[0], 2)
+            found.append(f"Order of heads by signed saliency: rank correlation with their gains {rho}.")
         if self.halving is not None:
             correlation, number = self.correlation
             rho = "" if correlation is None else f"; rank correlation of proxy and generation {amount(correlation, 2)}"

@@ -22,7 +22,7 @@ from hf_stepflow.runtime.step_detector import StepVocabulary
 
 from .candidates import Settings
 from .forecast import Forecast, Stage, in_clock
-from .proxy import Row
+from .proxy import Row, Scored
 from .search import RUN
 from .splits import Batch
 from .verdict import RANDOM_STEPS
@@ -262,8 +262,8 @@ class CalibrationRun:
         }
         return results, done
 
-    def likelihoods(self, settings: Settings | None, rows: Sequence[Row]) -> list[float]:
-        """Scores responses by forward passes and returns the log-likelihood of each, in nats.
+    def scores(self, settings: Settings | None, rows: Sequence[Row]) -> list[Scored]:
+        """Scores responses by forward passes: their likelihoods, and the tokens that greedy decoding gets right.
 
         Args:
             settings: The settings; None is the base.
@@ -272,17 +272,18 @@ class CalibrationRun:
         pairs = [(list(row.prompt), list(row.response)) for row in rows]
         parts = list(batches(pairs, _BATCH_TOKENS))
         names = [digest([rows[index].ids for index in part]) for part in parts]
-        missing = [at for at, name in enumerate(names) if self.work.get("likelihoods", settings, name) is None]
+        missing = [at for at, name in enumerate(names) if self.work.get("scores", settings, name) is None]
         for at in self.workers.share(missing):
             batch = [pairs[index] for index in parts[at]]
             scores = score_traces(self.model, batch, False if settings is None else settings)
-            self.work.put("likelihoods", [one.log_likelihood for one in scores], settings, names[at])
+            found = [[one.log_likelihood, one.errors, one.tokens] for one in scores]
+            self.work.put("scores", found, settings, names[at])
         self.workers.wait()
-        values = [0.0] * len(rows)
+        values: dict[int, Scored] = {}
         for part, name in zip(parts, names, strict=True):
-            for index, value in zip(part, self.work.get("likelihoods", settings, name), strict=True):
-                values[index] = value
-        return values
+            for index, value in zip(part, self.work.get("scores", settings, name), strict=True):
+                values[index] = Scored(*value)
+        return [values[index] for index in range(len(rows))]
 
     def decide(self, kind: str, make: Callable[[], Any], *parts: Any) -> Any:
         """Returns a decision, JSON-ready, that the first process makes once in a run.

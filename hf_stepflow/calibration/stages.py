@@ -7,7 +7,7 @@ split. The held-out split is answered once, at the end, by the base, the winner 
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,15 +30,16 @@ from hf_stepflow.prompts import encode_prompt, encode_response
 from hf_stepflow.runtime.errors import StepFlowInputError
 from hf_stepflow.runtime.step_detector import SUMMARY, Field
 
-from .bands import Bands, propose_bands, quarter_rule
+from .bands import Bands, Proposal, propose_bands, quarter_rule
 from .candidates import EMPTY, Settings, Space, in_words, mechanisms
 from .forecast import Stage
 from .gate import Gate, look_for_trend
 from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .non_inferiority import BOUND
+from .order import bridge_slopes, by_slope, steepest_band
 from .pareto import Outcome, front
 from .probe import HIGH, LOW
-from .proxy import ProxyScore, Row, Solved, proxy_score, read_answers, rows_to_score
+from .proxy import ProxyScore, Row, Scored, Solved, exactness_score, read_answers, rows_to_score
 from .result import Ablation, Calibration
 from .run import ANSWERS, SCORES, Budget, CalibrationRun, Sampling, parse_budget, planned, rung_ends
 from .search import Halving, Proposer, Results, Rung, Trial, halve, rank_correlation, search, to_run
@@ -54,6 +55,9 @@ Choose = Callable[[Sequence[Outcome], int | None], int | None]
 
 # The trial that every search begins with: the paper's settings, which answer problems whatever their proxy.
 _PAPER = 0
+
+# The most right traces whose slopes order the heads.
+SLOPED = 16
 
 # The number of problems whose responses are scored for each candidate by default.
 SCORED = 96
@@ -238,12 +242,21 @@ def _run_stages(
     found = Calibration(header, about, gate, _is_forced(run, gate, force), held_out=len(held_out))
     if gate.is_open or found.is_forced:
         rows = rows_to_score(solved, header["scored"])
-        scoring = _Scoring(run, rows, names, run.likelihoods(None, rows))
+        scoring = _Scoring(run, rows, names, run.scores(None, rows))
         lengths = _context_lengths(solved)
         counts: dict[str, Any] = {"traces": len(batches), "held_out": len(held_batches)}
         run.forecast.plan(planned(run.budget, **counts, heads=_numbers_of_heads(run))[1:])
         found.bands = _propose(run, solved)
-        found.heads = _try_all_heads(scoring, lengths[0])
+        slopes = _slopes(scoring)
+        layers = sorted(run.model.stepflow_runtime.heads)
+        band = steepest_band(layers, slopes, len(quarter_rule(layers).oeb_layers)) if slopes else []
+        if band and all(one.oeb_layers != band for one in found.bands.proposals):
+            found.bands.proposals.append(Proposal("slope", band, []))
+        found.heads = _try_all_heads(scoring, lengths[0], slopes)
+        if slopes:
+            tried = list(found.heads["OEB"].gains)
+            gains = [found.heads["OEB"].gains[one] for one in tried]
+            found.order = rank_correlation([-slopes[one] for one in tried], gains)
         tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
         found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
         _select(found, run, batches, names, choose)
@@ -373,38 +386,52 @@ class _Scoring:
         run: The run.
         rows: The responses.
         strata: {problem: stratum}.
-        base: The log-likelihood of each response under the base.
+        base: The score of each response under the base.
     """
 
     run: CalibrationRun
     rows: list[Row]
     strata: Mapping[str, str]
-    base: list[float]
+    base: list[Scored]
 
-    def likelihoods(self, advance: Callable[[], Any], settings: Settings | None) -> list[float]:
+    def scores(self, advance: Callable[[], Any], settings: Settings | None) -> list[Scored]:
         """Scores the responses under settings and advances a progress bar."""
-        values = self.run.likelihoods(settings, self.rows)
+        values = self.run.scores(settings, self.rows)
         advance()
         return values
 
-    def compare(self, before: list[float], after: list[float]) -> ProxyScore:
-        """Returns the proxy of one set of log-likelihoods relative to another."""
-        return proxy_score(self.rows, before, after, self.strata)
+    def compare(self, before: list[Scored], after: list[Scored]) -> ProxyScore:
+        """Returns the proxy of one set of scores relative to another."""
+        return exactness_score(self.rows, before, after, self.strata)
 
 
-def _try_all_heads(scoring: _Scoring, base_length: int) -> dict[str, Heads]:
-    """The heads that profit: of the shallow half from the bridge, of all layers from the length temperature."""
+def _slopes(scoring: _Scoring) -> dict[Head, float]:
+    """How the loss of right traces would change if a little mass moved to the bridge in each head."""
+    run, traces = scoring.run, [([*row.ids], len(row.prompt)) for row in scoring.rows if row.is_right][:SLOPED]
+    if not traces or run.is_over("bands", "slopes"):
+        return {}
+
+    def measured() -> list[list[float]]:
+        vocabulary = run.model.stepflow_runtime.rules.vocabulary
+        with run.model.disable_stepflow():
+            slopes = bridge_slopes(run.model, traces, run.tokenizer, vocabulary)
+        return [[layer, head, value] for (layer, head), value in slopes.items()]
+
+    return {(int(layer), int(head)): value for layer, head, value in run.decide("slopes", measured)}
+
+
+def _try_all_heads(scoring: _Scoring, base_length: int, slopes: dict[Head, float]) -> dict[str, Heads]:
+    """The heads that profit: from the bridge the half with the steepest slopes, from the length temperature of all."""
     heads: dict[int, int] = scoring.run.model.stepflow_runtime.heads
     layers = sorted(heads)
     everywhere = [(layer, head) for layer in layers for head in range(heads[layer])]
-    shallow = [one for one in everywhere if one[0] in layers[: -(-len(layers) // 2)]]
+    number = _numbers_of_heads(scoring.run)[0]
+    first = by_slope(everywhere, slopes)[:number]
     # In random order, so that the heads reached in a short time are of all layers.
     random.Random(f"{scoring.run.sampling.seed}/temperature").shuffle(everywhere)
     warm = partial(temperature_on, base=base_length)
-    return {
-        "OEB": _try_heads(scoring, "bridge heads", shallow, floor_on),
-        "length temperature": _try_heads(scoring, "temperature heads", everywhere, warm),
-    }
+    bridge = replace(_try_heads(scoring, "bridge heads", first, floor_on), slopes=slopes)
+    return {"OEB": bridge, "length temperature": _try_heads(scoring, "temperature heads", everywhere, warm)}
 
 
 def _try_heads(
@@ -414,7 +441,7 @@ def _try_heads(
         return scoring.run.is_over(f"{stage} together" if together else stage, stage, list(head), together)
 
     with scoring.run.bar(stage, len(heads), SCORES) as bar:
-        return find_heads(heads, acting_on, partial(scoring.likelihoods, bar.update), scoring.compare, is_over)
+        return find_heads(heads, acting_on, partial(scoring.scores, bar.update), scoring.compare, is_over)
 
 
 def _search(scoring: _Scoring, space: Space) -> list[Trial]:
@@ -431,7 +458,7 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
         harm = "" if score.is_harmless else f", harms {score.stratum}"
         seconds = run.work.spent() - started[0]
         started[0] = run.work.spent()
-        line = f"proxy {score.value:+.3f} ± {score.error:.3f}{harm}; {seconds:.1f} s"
+        line = f"proxy {score.value:+.3f} ± {score.error:.3f} {score.unit}{harm}; {seconds:.1f} s"
         run.say(f"#{trial.number:<3} {in_words(trial.settings)}; {line}")
 
     trials, started = run.budget.candidates, [run.work.spent()]
@@ -440,7 +467,7 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
             space,
             trials,
             propose,
-            lambda settings: scoring.compare(scoring.base, scoring.likelihoods(bar.update, settings)),
+            lambda settings: scoring.compare(scoring.base, scoring.scores(bar.update, settings)),
             proposer.tell if proposer else None,
             lambda number: run.is_over("search", "search", number),
             report,

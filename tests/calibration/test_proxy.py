@@ -17,7 +17,9 @@ from hf_stepflow.calibration.proxy import (
     TOLERANCE,
     ProxyScore,
     Row,
+    Scored,
     Solved,
+    exactness_score,
     proxy_score,
     read_answers,
     rows_to_score,
@@ -81,6 +83,35 @@ def test_proxy_is_its_definition(data) -> None:
     if worst is not None:
         assert score.worst == pytest.approx(worst, abs=1e-9)
     assert score.value == pytest.approx((score.likelihood + score.margin) / 2, abs=1e-9)
+
+
+@given(st.data())
+def test_exactness_is_its_definition(data) -> None:
+    rows, before, after = [], [], []
+    for name in data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=8, unique=True)):
+        tokens = data.draw(st.integers(1, 40))
+        for is_right in (True, False):
+            rows.append(Row(name, (1,), (2,), is_right, 1.0 + len(rows) % 3, is_right))
+            before.append(Scored(-3.0, data.draw(st.integers(0, tokens)), tokens))
+            after.append(Scored(-2.0, data.draw(st.integers(0, tokens)), tokens))
+    score = exactness_score(rows, before, after, dict.fromkeys("abcdefgh", "s"))
+    right = [at for at, row in enumerate(rows) if row.is_right]
+    total = sum(rows[at].weight for at in right)
+    tokens = sum(rows[at].weight * (before[at].errors - after[at].errors) / before[at].tokens for at in right) / total
+    whole = (
+        sum(rows[at].weight * (float(after[at].errors == 0) - float(before[at].errors == 0)) for at in right) / total
+    )
+    assert score.unit == "points"
+    assert score.tokens == pytest.approx(100 * tokens, abs=1e-9)
+    assert score.whole == pytest.approx(100 * whole, abs=1e-9)
+    assert score.value == pytest.approx(50 * (tokens + whole), abs=1e-9)
+    assert (score.worst is None) == (len(right) < FEWEST)
+
+
+def test_without_reference_traces_the_likelihood_serves() -> None:
+    rows = [Row("a", (1,), (2,), True), Row("b", (1,), (2,), False)]
+    before, after = [Scored(-3.0, 1, 4), Scored(-4.0, 0, 4)], [Scored(-2.0, 0, 4), Scored(-5.0, 2, 4)]
+    assert exactness_score(rows, before, after, {}) == proxy_score(rows, [-3.0, -4.0], [-2.0, -5.0], {})
 
 
 def test_its_error_is_that_of_drawing_problems_again() -> None:
@@ -283,7 +314,7 @@ def test_a_head_planted_in_a_model_is_found(acting_on, strength: dict, planted: 
     run = CalibrationRun(model, byte_tokenizer(), Sampling(), WorkFolder(None, {}, {}), Workers(), progress=False)
 
     def likelihoods(settings):
-        return run.likelihoods(settings and {**settings, **strength}, rows)
+        return [one.log_likelihood for one in run.scores(settings and {**settings, **strength}, rows)]
 
     found = find_heads(
         [(layer, head) for layer in range(2) for head in range(4)],

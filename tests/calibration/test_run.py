@@ -52,14 +52,16 @@ def test_likelihoods_are_those_of_one_row_alone() -> None:
     texts = [("How many?<think>", "Two of them. Then one."), ("Ann has 4 eggs.<think>", "Four.</think>It is 4.")]
     rows = [Row(str(at), tuple(encode(one)), tuple(encode(other)), True) for at, (one, other) in enumerate(texts)]
     for settings in (None, {**EMPTY, "oeb_layers": [0, 1], "tau_max": 0.4}):
-        found = run.likelihoods(settings, rows)
+        found = run.scores(settings, rows)
         for row, value in zip(rows, found, strict=True):
             with torch.no_grad(), model.use_stepflow(False if settings is None else settings):
                 logits = model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
             own = sum(float(logits[at - 1, row.ids[at]]) for at in range(len(row.prompt), len(row.ids)))
-            assert value == pytest.approx(own, rel=1e-4)
-        assert math.isfinite(sum(found))
-        assert run.likelihoods(settings, rows) == found
+            assert value.log_likelihood == pytest.approx(own, rel=1e-4)
+            wrong = [at for at in range(len(row.prompt), len(row.ids)) if logits[at - 1].argmax() != row.ids[at]]
+            assert (value.errors, value.tokens) == (len(wrong), len(row.response))
+        assert math.isfinite(sum(one.log_likelihood for one in found))
+        assert run.scores(settings, rows) == found
 
 
 def test_random_steps_are_in_force_for_their_control_alone() -> None:
