@@ -451,7 +451,7 @@ def _search(scoring: _Scoring, space: Space) -> list[Trial]:
     proposer = Proposer(space, run.sampling.seed, journal) if run.workers.is_first else None
 
     def propose(number: int) -> dict[str, Any]:
-        return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number)
+        return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number, digest(vars(space)))
 
     def report(trial: Trial) -> None:
         score = trial.score
