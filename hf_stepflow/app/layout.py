@@ -106,8 +106,8 @@ class _Page:
                     label="Level, or a source of problems", min_width=220,
                 )  # fmt: skip
                 choice = gr.Dropdown(choices(), value=OWN, label="Settings", elem_id="choice", min_width=220)
-                tau_max = gr.Slider(0, 1, step=0.01, label="tau_max (bridge)", elem_id="tau-max", min_width=220)
-                alpha = gr.Slider(-1, 1, step=0.01, label="alpha (momentum)", elem_id="alpha", min_width=220)
+                tau_max = gr.Slider(0, 1, step=0.01, label="tau_max", elem_id="tau-max", min_width=220)
+                alpha = gr.Slider(-1, 1, step=0.01, label="alpha", elem_id="alpha", min_width=220)
             with gr.Row():
                 draw = gr.Button("Draw a problem", elem_id="draw", min_width=140)
                 answer = gr.Button("Answer", variant="primary", elem_id="answer", min_width=140)

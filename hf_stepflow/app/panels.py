@@ -37,9 +37,10 @@ def answers_panel(base: Answer, other: Answer | None) -> str:
     is_first = True
     theirs = [] if other is None else other.steps
     for pair in _pairs(base, other):
-        cells = [_cell(base.steps, pair.first, NAMES[0]), _cell(theirs, pair.other, NAMES[1])]
         if pair.is_same:
-            cells = cells[:1]
+            cells = [_cell(base.steps, pair.first, "", pair.other)]
+        else:
+            cells = [_cell(base.steps, pair.first, NAMES[0]), _cell(theirs, pair.other, NAMES[1])]
         is_open = other is None or other.response is None
         kind = "same" if pair.is_same else "waiting" if is_open and _is_ahead(pair, len(theirs)) else "apart"
         if kind == "apart" and is_first:
@@ -87,11 +88,13 @@ def _colour(outcome: str) -> str:
     return "sf-good" if outcome == CORRECT else "sf-bad"
 
 
-def _cell(steps: Sequence[TraceStep], place: int | None, name: str) -> str:
+def _cell(steps: Sequence[TraceStep], place: int | None, name: str, other: int | None = None) -> str:
+    """A step with its number, and with its number in the other answer where that differs."""
     if place is None:
         return element("div", class_="sf-cell sf-empty")
     step = steps[place]
-    number = element("span", class_="sf-number", text=place + 1, title_=step.label)
+    places = [place] if other in (None, place) else [place, other]
+    number = element("span", class_="sf-number", text="|".join(str(one + 1) for one in places), title_=step.label)
     who = element("span", class_="sf-who", text=name)
     text = element("span", class_="sf-text", text=(step.text or "").strip())
     return element("div", number, who, text, class_=f"sf-cell sf-{step.label}")

@@ -151,6 +151,7 @@ def test_two_answers_side_by_side() -> None:
     page = answers_panel(base, answer_of("a", "c", EVIL))
     assert rows_of(page) == ["same", "apart sf-first", "same"]
     assert page.count("first difference") == 1
+    assert ">2|3<" in answers_panel(answer_of("a", "c"), answer_of("a", "b", "c"))
     assert "<script" not in page
     assert "<img" not in page
     assert "".join(ET.fromstring(page).itertext()).count(EVIL) == 1

@@ -75,8 +75,16 @@ def test_it_starts_in_a_fresh_environment(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--find-links", wheels]
-    install += ["-c", ROOT / "constraints.txt", f"gradio=={GRADIO}", "-r", "requirements.txt"]  # as a Space does
+    install = [python, "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
+    install += [
+        "--find-links",
+        wheels,
+        "-c",
+        ROOT / "constraints.txt",
+        f"gradio=={GRADIO}",
+        "-r",
+        "requirements.txt",
+    ]  # as a Space does
     subprocess.run(install, cwd=tmp_path / "space", env=environment, check=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
