@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from hf_stepflow.calibration.reproduce import NAME as REPRODUCE
 from hf_stepflow.evaluation.scoring import score_traces
 from hf_stepflow.evaluation.statistics import adjust, compare, proportion
 from hf_stepflow.evaluation.store import machine
 from hf_stepflow.hub.cards import table
+from hf_stepflow.presets.preset import RECORD
 from hf_stepflow.presets.strict_json import calibrations_folder
 from hf_stepflow.reasoner import load_reasoner
 from hf_stepflow.reasoner.levels import LEVELS, problems_of
@@ -69,7 +69,7 @@ def run_and_keep(words: list[str], name: str, notes: str, work: Path, folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
         shutil.copy(work / "report.html", folder / "report.html")
-        shutil.copy(work / f"{name}-calibration" / REPRODUCE, folder / REPRODUCE)
+        shutil.copy(work / f"{name}-calibration" / RECORD, folder / RECORD)
         preset = json.loads((work / f"{name}.json").read_text())
         preset["notes"] = f"{notes} {preset['notes']}"[:2000]
         for kept in (folder, *others):

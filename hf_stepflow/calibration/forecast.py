@@ -46,7 +46,7 @@ class Forecast:
         >>> now[0] = 3.0
         >>> forecast.advance()
         >>> round(forecast.left())
-        83
+        75
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):

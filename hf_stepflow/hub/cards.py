@@ -35,7 +35,7 @@ _TRADE = "**A TRADE: on this model these settings gain on some kinds of problems
 _VERDICTS = {
     "gain": "**Measured on this model: a gain.**",
     "gain, harm not excluded": "**Measured on this model: a gain; harm on some kinds of problems is NOT excluded.**",
-    "trade": _TRADE,
+    "trade": "**Measured on this model: a TRADE, a gain on some kinds of problems and a loss on others.**",
     "no measurable gain": "**Measured on this model: NO measurable gain.**",
     "harm": "**Measured on this model: HARM.**",
 }

@@ -430,7 +430,7 @@ class FlowPlan:
             ),
         )
 
-    @property
+    @functools.cached_property
     def is_idle(self) -> bool:
         """Whether nothing is ever to be done."""
         return not self.changed

@@ -73,7 +73,7 @@ def test_each_offer_may_fail_without_losing_the_result(types, capsys, tmp_path, 
         "me/it",
         "c",
     )
-    offer(model, tokenizer, result, preset, load_problems("reasoner:chains-2", 1), 60)
+    offer(model, tokenizer, result, preset, {}, load_problems("reasoner:chains-2", 1), 60)
     printed = capsys.readouterr()
     assert "'what' is none of save, push, compare" in printed.out
     assert load_preset(good).to_dict() == preset.to_dict()

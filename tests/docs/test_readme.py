@@ -170,7 +170,7 @@ def output(model: str, problems: str, settings: str) -> tuple[int, float, list[f
     """n, base, difference and p-value of a row, from the outputs; adjusted by Holm over the table that it is from."""
     if problems in ("held-out chains", "GSM8K"):
         if problems == "GSM8K":
-            found = read("smollm2_gsm8k.json")
+            found = read("smollm2_gsm8k.json" if model.startswith("SmolLM2") else "qwen_coder_gsm8k.json")
             comparison = found["comparisons"][0]["paired"] | {"base": found["arms"][0]["accuracy"]}
         else:
             comparison = read("reasoner_calibration/result.json")["measured"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_stepflow.cli import main
-from hf_stepflow.cli.calibrate import _problems
+from hf_stepflow.cli.calibrate import load_sources
 from hf_stepflow.evaluation import checkers, generated
 from hf_stepflow.evaluation.answers import CORRECT, NO_ANSWER, WRONG, Verdict, judge, votes
 from hf_stepflow.evaluation.generated import SPLITS, draw_problems, generators, split_of
@@ -238,13 +238,13 @@ def test_the_suite() -> None:
 
 def test_calibrate_takes_them_too() -> None:
     sources = [SUMS, "stepflow-suite:legs@short"]
-    problems = _problems(sources, 3, 0)
+    problems, _ = load_sources(sources, 3, 0)
     assert [one.id for one in problems[::3]] == [
         f"{SUMS}/chain_sum/calibration/0",
         f"{sources[1]}/leg_counting/calibration/0",
     ]
     test = {one.question for one in load_problems(SUMS, 50)}
-    assert not test & {one.question for one in _problems([SUMS], 50, 0)}
+    assert not test & {one.question for one in load_sources([SUMS], 50, 0)}
 
 
 def test_other_problems_are_asked_as_before() -> None:

@@ -367,7 +367,8 @@ def test_help(capsys):
     for name in ("export", "push"):
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
-        assert f"example: hf-stepflow {name} qwen3-8b" in capsys.readouterr().out
+        _, _, examples = capsys.readouterr().out.partition("\nexample")
+        assert f" hf-stepflow {name} qwen3-8b" in examples
 
 
 def test_the_tokenizer_is_the_bases(base, preset, tmp_path):
