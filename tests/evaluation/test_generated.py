@@ -244,7 +244,7 @@ def test_calibrate_takes_them_too() -> None:
         f"{sources[1]}/leg_counting/calibration/0",
     ]
     test = {one.question for one in load_problems(SUMS, 50)}
-    assert not test & {one.question for one in load_sources([SUMS], 50, 0)}
+    assert not test & {one.question for one in load_sources([SUMS], 50, 0)[0]}
 
 
 def test_other_problems_are_asked_as_before() -> None:
