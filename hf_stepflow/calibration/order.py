@@ -90,7 +90,7 @@ def _slopes_of(capture: Capture, ids: list[int], prompt_length: int, trace: Trac
 
 @torch.no_grad()
 def _bridge_minus_segment(call: AttentionCall, segments: torch.Tensor, is_asking: torch.Tensor) -> torch.Tensor:
-    """What a unit of mass moved from the segment to the bridge changes in the output: [1, T, H, Dv].
+    """The change of the output for a unit of mass moved from the segment to the bridge: [1, T, H, Dv].
 
     Zero for queries of the question, for markers, and for queries that see no key of the one or the other.
 

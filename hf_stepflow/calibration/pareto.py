@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a candidate did on the last calibration problems that it answered.
+    """The results of a candidate on the last calibration problems that it answered.
 
     Attributes:
         trial: The number of the candidate.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LONGEST = 1000  # tokens of an answer to the user's own question
 _ROWS = 40
 _BATCH = 50  # problems that are answered together in the comparison
-_TRIED = 16  # tokens of each by which its time is told beforehand
+_TRIED = 16  # tokens of each problem from which the time of the comparison is estimated
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

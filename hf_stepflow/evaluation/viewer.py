@@ -144,7 +144,7 @@ def _arm(result: EvaluationResult, name: str) -> dict[str, Any]:
 
 
 def _cutters(result: EvaluationResult) -> dict[str, TextSteps]:
-    """What cuts the responses of each arm; arms with the same step rules share it."""
+    """The step rules by which the responses of each arm are cut; arms with the same rules share them."""
     run = result.run
     base = StepFlowSettings() if run["settings"] is None else read_settings(run["settings"])
     texts: dict[str, list[str]] = {name: [] for name in run["arms"]}

@@ -57,7 +57,8 @@ class Replay:
     @property
     def _interval(self) -> tuple[float, float]:
         delta = self.measured.delta
-        return tuple(100 * (delta.value if end is None else end) for end in (delta.low, delta.high))  # type: ignore
+        low, high = (delta.value if end is None else end for end in (delta.low, delta.high))
+        return 100 * low, 100 * high
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready data."""
