@@ -1,7 +1,7 @@
 """Bridge, injection and length temperature on the packed tokens and the paged cache of a vLLM worker.
 
-The mathematics is the runtime's. Here keys and values are gathered from their blocks, and sequences that decode one
-token are computed together.
+The mathematics is the runtime's. Here keys and values come from a paged cache, and sequences that decode one token
+share what is done per token.
 
 Shapes: T tokens of the pass, H query heads, Hkv key-value heads, K keys of a sequence, D width, c some queries.
 """
@@ -19,22 +19,19 @@ from hf_stepflow.runtime.bridge import Attention, bridge_floors, bridged_merge, 
 from hf_stepflow.runtime.flow_state import kernels_on
 from hf_stepflow.runtime.step_detector import SUMMARY, Field
 
-from .block_layout import LayerCache
+from .key_copies import LayerKeys
 from .sequences import PagedPass, Sequence
 
 
-def bridge(
-    flow: PagedPass, layer: int, module: Any, tau: Any, query: Tensor, cache: LayerCache, output: Tensor
-) -> None:
+def bridge(flow: PagedPass, module: Any, tau: Any, query: Tensor, keys: LayerKeys, output: Tensor) -> None:
     """Writes the bridged attention of the tokens to which the bridge applies.
 
     Args:
         flow: The pass.
-        layer: Index of the layer.
         module: The layer.
         tau: The cap of the floor, one for all heads or one each.
         query: [T, H, D].
-        cache: Keys and values of the layer.
+        keys: Keys and values of the layer.
         output: [T, H, D], which holds attention without the bridge.
     """
     impl = module.impl
@@ -42,18 +39,18 @@ def bridge(
     kernels = kernels_on(query.device)
     has_ranges = softcap is None and sinks is None and kernels is None and query.device.type == "cpu"
     together = [one for one in flow.bridged if has_ranges and one.end - one.start == 1 and one.runs]
-    for some in _of_like_length(together):
-        _decode(flow, module, some, tau, query, cache, output)
+    if together:
+        _decode(flow, module, together, tau, query, keys, output)
     kwargs = {"scaling": impl.scale, "softcap": softcap, "s_aux": sinks}
     for sequence in flow.bridged:
         if sequence in together:
             continue
-        key, value = cache.gather(sequence.row, 0, sequence.length)
+        key, value = keys.cache.gather(sequence.row, 0, sequence.length)
         part = query[sequence.start : sequence.end].transpose(0, 1)[None]
         kind = ("mask", sequence.row, module.sliding_window)
         mask = flow.shared(kind, functools.partial(_mask, sequence, module.sliding_window, query.device))
         name = "sdpa" if softcap is None else "capped"
-        call = BridgedCall(layer, part, key, value, mask, kwargs, name, sequence.flow, tau)
+        call = BridgedCall(keys.layer, part, key, value, mask, kwargs, name, sequence.flow, tau)
         if kernels is not None and call.suits_kernels:
             new = call.by_kernel(kernels)
         elif not call.has_ranges:
@@ -67,102 +64,75 @@ def bridge(
         into.copy_(torch.where(active[:, None, None], new[0].to(into.dtype), into))
 
 
-def _of_like_length(sequences: list[Sequence]) -> list[list[Sequence]]:
-    """Sequences whose lengths differ by less than a factor of two, to be padded to the longest of them."""
-    groups: dict[int, list[Sequence]] = {}
-    for sequence in sequences:
-        groups.setdefault(sequence.length.bit_length(), []).append(sequence)
-    return list(groups.values())
-
-
 @dataclass
 class _Ranges:
-    """The key ranges of one query of each of some sequences, as kernels take them.
+    """The key ranges of one query of each of some sequences.
 
     Attributes:
-        rows: Their requests, long [n].
+        members: The sequences, with the first key that they see, the first of S, and the keys of B.
         tokens: Their tokens in the pass, long [n].
-        keys: The most keys that any of them has.
-        hidden: Added to the logits of all keys, [n, 1, 1, keys]; None where S and B are all that any of them sees.
-        bridge: Where the keys of the bridge are in all of them, [first, last).
-        bridge_hidden: Added to the logits of those.
-        same: The same for S.
-        same_hidden: Added to the logits of those.
         floors: The floors, [n, 1 or Hkv, 1 or G].
+        has_others: Whether there are visible keys besides those of S and B.
     """
 
-    rows: Tensor
+    members: list[tuple[Sequence, int, int, slice]]
     tokens: Tensor
-    keys: int
-    hidden: Tensor | None
-    bridge: slice
-    bridge_hidden: Tensor
-    same: slice
-    same_hidden: Tensor
     floors: Tensor
+    has_others: bool
 
     @classmethod
-    def of(cls, sequences: list[Sequence], module: Any, tau: Any, dtype: torch.dtype) -> "_Ranges":
-        """Works out the ranges of some sequences in the layers of a kind."""
-        runs = [run for sequence in sequences for run in sequence.runs or ()]
-        keys = max(sequence.length for sequence in sequences)
-        lowest = [0 if module.sliding_window is None else one.length - module.sliding_window for one in sequences]
-        rows, tokens, length, low, same, start, end = torch.tensor(
-            [
-                (one.row, one.start, one.length, max(first, 0), run.same, *run.bridge)
-                for one, first, run in zip(sequences, lowest, runs, strict=True)
-            ]
-        ).T[..., None]
-        slots = torch.arange(keys)
-        visible = (slots >= low) & (slots < length)
-        in_same, in_bridge = visible & (slots >= same), visible & (slots >= start) & (slots < end)
+    def of(cls, sequences: list[Sequence], module: Any, tau: Any) -> "list[_Ranges]":
+        """The ranges in the layers of a kind, apart where there are other keys; none where B has no visible key."""
+        members: dict[bool, list[tuple[Sequence, int, int, slice]]] = {}
+        for sequence in sequences:
+            for run in sequence.runs or ():
+                low = 0 if module.sliding_window is None else max(sequence.length - module.sliding_window, 0)
+                start, end = max(run.bridge[0], low), run.bridge[1]
+                if start < end:
+                    members.setdefault(run.has_others, []).append(
+                        (sequence, low, max(run.same, low), slice(start, end))
+                    )
         cap = torch.tensor(tau, dtype=torch.float32).reshape(-1)
-        floors = bridge_floors(in_same.sum(-1, keepdim=True), in_bridge.sum(-1, keepdim=True), cap, torch.float32)
         shared = (1, 1) if len(cap) == 1 else (module.num_kv_heads, module.num_heads // module.num_kv_heads)
-        hidden = None
-        if any(run.has_others for run in runs):
-            hidden = torch.where(visible, 0.0, float("-inf")).to(dtype)[:, None, None]
-        parts = *_within(start, end, in_bridge, dtype), *_within(same, length, in_same, dtype)
-        return cls(rows[:, 0], tokens[:, 0], keys, hidden, *parts, floors.reshape(len(sequences), *shared))
-
-
-def _within(first: Tensor, last: Tensor, member: Tensor, dtype: torch.dtype) -> tuple[slice, Tensor]:
-    """The keys among which all members are, one at least, and what takes all others out, [n, 1, 1, keys]."""
-    some = slice(int(first.min()), max(int(last.max()), int(first.min()) + 1))
-    hidden = torch.where(member[:, some], 0.0, torch.finfo(dtype).min / 2).to(dtype)
-    return some, hidden[:, None, None]
+        found = []
+        for has_others, some in members.items():
+            counts = [(one.length - same, there.stop - there.start) for one, _, same, there in some]
+            n_same, n_bridge = torch.tensor(counts).T[..., None]
+            floors = bridge_floors(n_same, n_bridge, cap, torch.float32)
+            tokens = torch.tensor([one.start for one, *_ in some])
+            found.append(cls(some, tokens, floors.reshape(len(some), *shared), has_others))
+        return found
 
 
 def _decode(
-    flow: PagedPass,
-    module: Any,
-    sequences: list[Sequence],
-    tau: Any,
-    query: Tensor,
-    cache: LayerCache,
-    output: Tensor,
+    flow: PagedPass, module: Any, sequences: list[Sequence], tau: Any, query: Tensor, keys: LayerKeys, output: Tensor
 ) -> None:
-    """One query of each of some sequences, all of them bridged, together."""
-    kind = ("ranges", sequences[0].length.bit_length(), module.sliding_window, tau, query.dtype)
-    ranges = flow.shared(kind, lambda: _Ranges.of(sequences, module, tau, query.dtype))
-    key, value = cache.gather_all(ranges.rows, ranges.keys)
-    heads = module.num_kv_heads
-    part = query[ranges.tokens].unflatten(1, (heads, -1))
-    attend = functools.partial(_attend, part, key, value, module.impl.scale)
-    over_bridge = attend(ranges.bridge, ranges.bridge_hidden)
-    over_same = attend(ranges.same, ranges.same_hidden)
-    out = part.new_empty(part.shape)
-    if ranges.hidden is None:
-        new, _, _ = bridged_mixture(over_same, over_bridge, ranges.floors, out)
-    else:
-        floor, whole = flow.plan.settings.bridge_floor, attend(slice(None), ranges.hidden)
-        new, _, _ = bridged_merge(whole, over_bridge, over_same, ranges.floors, floor, out)
-    output.view(len(output), module.num_heads, -1)[ranges.tokens] = new.flatten(1, 2)
+    """One query of each of some sequences, all of them bridged."""
+    kind = ("ranges", module.sliding_window, tau)
+    for ranges in flow.shared(kind, lambda: _Ranges.of(sequences, module, tau)):
+        here: list[Attention] = []
+        there: list[Attention] = []
+        whole: list[Attention] = []
+        for sequence, low, same, bridge in ranges.members:
+            key, value = keys.of(sequence)
+            part = query[sequence.start].reshape(1, module.num_kv_heads, -1, query.shape[-1])
+            wanted = [(here, slice(same, None)), (there, bridge)]
+            for found, range_ in [*wanted, (whole, slice(low, None))] if ranges.has_others else wanted:
+                found.append(flash(part, key[:, :, range_], value[:, :, range_], scale=module.impl.scale))
+        over_same, over_bridge = _joined(here), _joined(there)
+        out = torch.empty_like(over_same[0])
+        if ranges.has_others:
+            floor = flow.plan.settings.bridge_floor
+            new, _, _ = bridged_merge(_joined(whole), over_bridge, over_same, ranges.floors, floor, out)
+        else:
+            new, _, _ = bridged_mixture(over_same, over_bridge, ranges.floors, out)
+        output.view(len(output), module.num_heads, -1)[ranges.tokens] = new.flatten(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, keys: slice, hidden: Tensor) -> Attention:
-    """Attention over some keys, to whose logits something is added."""
-    return flash(query, key[:, :, keys], value[:, :, keys], attn_mask=hidden, scale=scale)
+def _joined(parts: list[Attention]) -> Attention:
+    """Attention of several rows as one."""
+    means, sums = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(sums)
 
 
 def _mask(sequence: Sequence, window: int | None, device: torch.device) -> Tensor | None:
@@ -178,20 +148,20 @@ def _mask(sequence: Sequence, window: int | None, device: torch.device) -> Tenso
     return visible[None, None]
 
 
-def inject(flow: PagedPass, module: Any, cache: LayerCache, output: Tensor) -> None:
+def inject(flow: PagedPass, module: Any, keys: LayerKeys, output: Tensor) -> None:
     """Adds alpha times the previous step's mean value at the first token of each step.
 
     Args:
         flow: The pass.
         module: The layer.
-        cache: Keys and values of the layer.
+        keys: Keys and values of the layer.
         output: Head outputs [T, H, D] before the output projection.
     """
     window = module.sliding_window
     steps = flow.shared(("steps", window), functools.partial(_PreviousSteps.of, flow, window))
     if not len(steps.tokens):
         return
-    value = cache.values_at(steps.rows, steps.positions)
+    value = keys.cache.values_at(steps.rows, steps.positions)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     means = value.new_zeros(len(steps.tokens), *value.shape[1:])
     means.index_add_(0, steps.owners, value * steps.weights[:, None, None].to(value.dtype))

@@ -49,19 +49,6 @@ class LayerCache:
         key, value = (part.transpose(0, 1).contiguous().flatten(1, 2)[None, :, within] for part in parts)
         return key, value
 
-    def gather_all(self, rows: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of some requests at positions [0, keys), [n, Hkv, keys, D] each.
-
-        Past the end of a shorter one they are those of other requests.
-        """
-        tokens = self.cache.shape[2]
-        table = self.table[rows, : -(-keys // tokens)].long()
-        parts = self._read(self.cache, table.flatten())
-        key, value = (
-            part.unflatten(0, table.shape).transpose(1, 2).contiguous().flatten(2, 3)[:, :, :keys] for part in parts
-        )
-        return key, value
-
     def values_at(self, rows: Tensor, positions: Tensor) -> Tensor:
         """The values of some tokens, [n, Hkv, D].
 

@@ -20,7 +20,8 @@ from hf_stepflow.runtime.flow_state import kernels_on
 from hf_stepflow.runtime.forward import FlowRules
 from hf_stepflow.runtime.settings import FlowPlan
 
-from .block_layout import LayerCache, is_plain
+from .block_layout import is_plain
+from .key_copies import LayerKeys
 
 
 @dataclass
@@ -88,16 +89,14 @@ def kernels_for(layers: Iterable[Any], dtype: torch.dtype, device: torch.device)
     return PAGED_KERNELS if fit else None
 
 
-def bridge(
-    flow: DevicePass, layer: int, module: Any, tau: Any, query: Tensor, cache: LayerCache, output: Tensor
-) -> None:
+def bridge(flow: DevicePass, module: Any, tau: Any, query: Tensor, keys: LayerKeys, output: Tensor) -> None:
     """As `attention.bridge`."""
     settings, impl = flow.plan.settings, module.impl
     flow.kernels.attend(
         output.view(len(output), module.num_heads, -1),
         query.view(len(query), module.num_heads, -1),
-        cache.cache,
-        cache.table,
+        keys.cache.cache,
+        keys.cache.table,
         *flow.where,
         [tau] if isinstance(tau, float) else list(tau),
         getattr(impl, "sinks", None),
@@ -111,12 +110,12 @@ def bridge(
     )
 
 
-def inject(flow: DevicePass, module: Any, cache: LayerCache, output: Tensor) -> None:
+def inject(flow: DevicePass, module: Any, keys: LayerKeys, output: Tensor) -> None:
     """As `attention.inject`."""
     settings = flow.plan.settings
     last = -1 if settings.smi_window is None else settings.smi_window
     packed = output.view(len(output), module.num_heads, -1)
-    flow.kernels.inject(packed, cache.cache, cache.table, *flow.where, settings.alpha, _window(module), last)
+    flow.kernels.inject(packed, keys.cache.cache, keys.cache.table, *flow.where, settings.alpha, _window(module), last)
 
 
 def _window(module: Any) -> int:

@@ -26,7 +26,8 @@ class Sequence:
 
     Attributes:
         plan: What happens in which layer.
-        row: Index of the request.
+        request: Name of the request.
+        row: Its index.
         start: Its first token in the pass.
         end: The one after its last.
         first: The position of its first token in the pass.
@@ -39,6 +40,7 @@ class Sequence:
     def __init__(
         self,
         plan: FlowPlan,
+        request: str,
         row: int,
         start: int,
         end: int,
@@ -47,7 +49,8 @@ class Sequence:
         cache: RecordCache,
         table: Tensor,
     ):
-        self.plan, self.row, self.start, self.end, self.first, self.made = plan, row, start, end, first, made
+        self.plan, self.request, self.row = plan, request, row
+        self.start, self.end, self.first, self.made = start, end, first, made
         self._cache, self._table = cache, table
 
     @property

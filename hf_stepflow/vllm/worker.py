@@ -29,6 +29,7 @@ from .block_layout import LayerCache, reader_for
 from .device_attention import DevicePass, kernels_for
 from .device_counts import DeviceCounts
 from .engine import counters_in, vocabulary_of
+from .key_copies import KeyCopies, LayerKeys
 from .record_cache import RecordCache, RecordMetadata
 from .requests import EngineSettings
 from .sequences import PagedPass, Sequence
@@ -57,6 +58,7 @@ class FlowWorker:
         self.counters = counters_in(config, 1 + config.parallel_config.data_parallel_rank) if self._rank == 0 else None
         self._passes: list[Any] = []
         self._readers: dict[int, Any] = {}
+        self._copies = KeyCopies()
         changed = set(layers) if settings.own is None else self._rules_of(settings.own).plan.changed
         for layer in layers if settings.takes_requests else sorted(changed):
             module = layers[layer]
@@ -77,9 +79,11 @@ class FlowWorker:
             self._passes = self._label_there(metadata[self.records.name], requests)
             return
         by_plan: dict[int, list[Sequence]] = {}
-        for sequence in self._label(metadata[self.records.name], requests):
+        sequences = self._label(metadata[self.records.name], requests)
+        self._copies.begin(sequences)
+        for sequence in sequences:
             by_plan.setdefault(id(sequence.plan), []).append(sequence)
-        self._passes = [PagedPass(sequences[0].plan, sequences) for sequences in by_plan.values()]
+        self._passes = [PagedPass(some[0].plan, some) for some in by_plan.values()]
         if self.counters is not None:
             made = [sequence for flow in self._passes for sequence in flow.sequences]
             self.counters.add(
@@ -179,7 +183,8 @@ class FlowWorker:
             made = own.vocabulary.scan(
                 ids[start:end], before.get(row), start=first, prompt_length=self._request(row).num_prompt_tokens
             )
-            sequences.append(Sequence(own.plan, row, start, end, first, made, self.records, where.table))
+            name = self.runner.input_batch.req_ids[row]
+            sequences.append(Sequence(own.plan, name, row, start, end, first, made, self.records, where.table))
         records = torch.tensor(
             [record for one in sequences for record in one.made], dtype=torch.int32, device=where.slots.device
         )
@@ -224,18 +229,18 @@ class FlowWorker:
             if gamma is not None:
                 query = form.scaled_query(flow, query, gamma, module.sliding_window)
         result = run(own, query, *args, **kwargs)
-        cache = None
+        keys = None
         for flow in self._passes:
             tau = flow.plan.tau.get(layer) if flow.bridged else None
             is_injected = layer in flow.plan.inject and flow.injected
             if tau is None and not is_injected:
                 continue
             output = kwargs["output"] if "output" in kwargs else args[4]
-            cache = cache or self._cache(layer, module)
+            keys = keys or LayerKeys(layer, self._cache(layer, module), self._copies, args[0], args[1])
             if tau is not None:
-                form.bridge(flow, layer, module, tau, query, cache, output)
+                form.bridge(flow, module, tau, query, keys, output)
             if is_injected:
-                form.inject(flow, module, cache, output)
+                form.inject(flow, module, keys, output)
         return result
 
     def _cache(self, layer: int, module: Any) -> LayerCache:
