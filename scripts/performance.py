@@ -147,6 +147,31 @@ def saliency() -> str:
     )
 
 
+def vllm() -> str:
+    """CPU time in vLLM with StepFlow, and with the plugin alone."""
+    file = ROOT / "benchmarks" / "vllm_cost.json"
+    rows = []
+    for name, row in json.loads(file.read_text(encoding="utf-8")).items():
+        for part, meaning in (("plugin", "loaded, no settings / not loaded"), ("settings", "StepFlow on / off")):
+            if part in row:
+                cells = (f"{row[part][key]['median']:.2f}" for key in ("cpu", "seconds"))
+                cpu = row[part]["cpu"]
+                spread = f"{cpu['least']:.2f} to {cpu['most']:.2f}"
+                rows.append((name, meaning, *cells, spread, str(row[part]["turns"])))
+    return table("model | compared | CPU time | time | CPU time, least to most | n", rows)
+
+
+def engines() -> str:
+    """Tokens per second of a real model in both engines."""
+    rows = []
+    for engine in ("transformers", "vllm"):
+        file = ROOT / "benchmarks" / "qwen_coder" / f"speed-{engine}.json"
+        run = json.loads(file.read_text(encoding="utf-8"))
+        speeds = [sum(one["outcomes"].values()) * one["tokens"] / one["seconds"] for one in run["arms"]]
+        rows.append((engine, *(f"{speed:.0f}" for speed in speeds)))
+    return table("engine | base, tokens/s | paper, tokens/s", rows)
+
+
 def cost() -> str:
     """The three lines of the README."""
     steps = [row for row in rows_of("decode_overhead", "results") if row["part"] == "steps" and "skipped" not in row]
@@ -172,6 +197,7 @@ def cost() -> str:
 
 PAGES = {
     ROOT / "docs" / "performance.md": (launches, steps, calls, parts, prefill, saliency),
+    ROOT / "docs" / "serving.md": (vllm, engines),
     ROOT / "README.md": (cost,),
 }
 

@@ -10,7 +10,6 @@ Shapes: T tokens of the pass, Hkv key-value heads, K keys of a request, D width.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .block_layout import LayerCache
@@ -61,15 +60,13 @@ class LayerKeys:
     def of(self, sequence: "Sequence") -> tuple[Tensor, Tensor]:
         """Those of a request up to its last token in the pass, [1, Hkv, K, D] each."""
         copy = self.copies.of_layer(sequence.request, self.layer, self.cache)
-        table = self.cache.table[sequence.row]
-        copy.check(table)
+        copy.check(sequence.blocks(self.cache))
         first = sequence.length if self.key is None else sequence.first
         if copy.known < first:
             copy.add(*(part[0] for part in self.cache.gather(sequence.row, copy.known, first)))
         if self.key is not None and self.value is not None:
             new = slice(sequence.start, sequence.end)
             copy.add(self.key[new].transpose(0, 1), self.value[new].transpose(0, 1))
-        copy.note(table)
         return copy.both[:1, :, : copy.known], copy.both[1:, :, : copy.known]
 
 
@@ -79,29 +76,20 @@ class _Copy:
     Attributes:
         both: Keys, then values, [2, Hkv, room, D].
         known: Tokens that it holds.
-        blocks: The blocks that the cache had them in.
     """
 
     def __init__(self, cache: LayerCache):
         _, heads, self._tokens, both = cache.cache.shape
         self.both = cache.cache.new_empty(2, heads, 0, both // 2)
         self.known = 0
-        self.blocks = cache.table[0, :0]
+        self._blocks: list[int] = []
 
-    def check(self, table: Tensor) -> None:
-        """Forgets everything if the tokens are in other blocks now."""
-        blocks = table[: self._number()]
-        if not torch.equal(self.blocks[: len(blocks)], blocks):
+    def check(self, blocks: list[int]) -> None:
+        """Notes the blocks that the cache has the tokens in now, and forgets all tokens if they were in others."""
+        number = -(-self.known // self._tokens)
+        if self._blocks[:number] != blocks[:number]:
             self.known = 0
-            self.blocks = self.blocks[:0]
-
-    def note(self, table: Tensor) -> None:
-        """Notes the blocks of all tokens; the table is vLLM's own and changes."""
-        if len(self.blocks) != self._number():
-            self.blocks = table[: self._number()].clone()
-
-    def _number(self) -> int:
-        return -(-self.known // self._tokens)
+        self._blocks = blocks
 
     def add(self, key: Tensor, value: Tensor) -> None:
         """Adds tokens, [Hkv, c, D] each."""

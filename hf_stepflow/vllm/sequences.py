@@ -16,6 +16,7 @@ from hf_stepflow.runtime.forward import FlowPass
 from hf_stepflow.runtime.settings import FlowPlan
 from hf_stepflow.runtime.step_detector import Field
 
+from .block_layout import LayerCache
 from .record_cache import RecordCache
 
 
@@ -52,11 +53,20 @@ class Sequence:
         self.plan, self.request, self.row = plan, request, row
         self.start, self.end, self.first, self.made = start, end, first, made
         self._cache, self._table = cache, table
+        self._blocks: dict[int, list[int]] = {}
 
     @property
     def length(self) -> int:
         """Tokens with those of the pass."""
         return self.first + self.end - self.start
+
+    def blocks(self, cache: LayerCache) -> list[int]:
+        """The blocks of a layer's cache that hold its tokens; layers of a kind share a table."""
+        table = cache.table
+        if table.data_ptr() not in self._blocks:
+            number = -(-self.length // cache.cache.shape[2])
+            self._blocks[table.data_ptr()] = table[self.row, :number].tolist()
+        return self._blocks[table.data_ptr()]
 
     @cached_property
     def is_bridged(self) -> bool:

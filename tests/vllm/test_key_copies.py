@@ -72,9 +72,16 @@ def test_copies_hold_what_the_cache_holds(passes: list[Any], has_new: bool) -> N
                 continue
             first = engine.lengths[row]
             parts.append(engine.write(row, number))
+            blocks = engine.table[row, : engine.blocks(row)].tolist()
             sequences.append(
                 SimpleNamespace(
-                    request=f"r{row}", row=row, start=start, end=start + number, first=first, length=first + number
+                    request=f"r{row}",
+                    row=row,
+                    start=start,
+                    end=start + number,
+                    first=first,
+                    length=first + number,
+                    blocks=lambda cache, blocks=blocks: blocks,
                 )
             )
             start += number
