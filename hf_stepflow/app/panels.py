@@ -1,4 +1,4 @@
-"""What the app shows, as HTML: two answers side by side, the effect of StepFlow by layer, a map, a comparison.
+"""The panels of the app as HTML: two answers side by side, the effect of StepFlow by layer, a map, a comparison.
 
 Everything that a model wrote is escaped.
 """

@@ -1,4 +1,4 @@
-"""What `hf-stepflow calibrate` finds out by itself before a run: problems, length of responses, batch size."""
+"""Finds out before a run what `hf-stepflow calibrate` was not given: problems, length of responses, batch size."""
 
 import argparse
 import os

@@ -32,24 +32,13 @@ def write_report(result: EvaluationResult, problems: Sequence[EvalProblem], path
     Raises:
         StepFlowFileError: The path cannot be written.
     """
-    run, about = result.run, result.about
-    facts = [
-        about.get("model") or "model without a name",
-        run["dtype"],
-        f"{run['n_problems']} problems",
-        f"{run['n_samples']} sample{'s' * (run['n_samples'] > 1)} each",
-        f"seed {run['seed']}",
-        f"torch {about.get('torch')}",
-        f"transformers {about.get('transformers')}",
-        *([] if result.is_complete else ["not finished"]),
-    ]
     sections = [(f"Difference from {result.reference}", _differences(result))]
     if result.compute is not None:
         sections.append(("Accuracy against generated tokens", _tokens(result)))
     sections.append(("Accuracy and damage", _damage(result)))
     sections.append(("What changed", "".join(_changes(result, one.name, problems) for one in result.comparisons)))
     verdicts = "".join(element("p", text=text) for text in result.verdicts())
-    write_page(path, page("StepFlow evaluation", facts, sections, verdicts))
+    write_page(path, page("StepFlow evaluation", result.facts, sections, verdicts))
 
 
 def _differences(result: EvaluationResult) -> str:

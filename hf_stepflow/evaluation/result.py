@@ -141,6 +141,21 @@ class EvaluationResult:
         """The arm with which the others are compared: the first."""
         return next(iter(self.run["arms"]))
 
+    @property
+    def facts(self) -> list[str]:
+        """The model, the run and the versions, for the head of a page."""
+        run, about = self.run, self.about
+        return [
+            str(about.get("model") or "model without a name"),
+            str(run["dtype"]),
+            f"{run['n_problems']} problems",
+            f"{run['n_samples']} sample{'s' * (run['n_samples'] > 1)} each",
+            f"at most {run['max_new_tokens']} tokens",
+            f"seed {run['seed']}",
+            *(f"{name} {about[name]}" for name in ("torch", "transformers") if about.get(name)),
+            *([] if self.is_complete else ["not finished"]),
+        ]
+
     def arms(self) -> list[ArmSummary]:
         """Summarizes each arm by itself."""
         return [_summary(name, own, self.run) for name, own in self._by_arm.items() if own]

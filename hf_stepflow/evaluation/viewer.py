@@ -113,26 +113,11 @@ def viewer_content(
                 entry |= {"question": asked[problem].prompt, "answer": asked[problem].answer}
             shown.append(entry)
     return {
-        "facts": _facts(result),
+        "facts": result.facts,
         "verdicts": result.verdicts(),
         "arms": [_arm(result, name) for name in arms],
         "problems": shown,
     }
-
-
-def _facts(result: EvaluationResult) -> list[str]:
-    run, about = result.run, result.about
-    facts = [
-        about.get("model") or "model without a name",
-        run["dtype"],
-        f"{run['n_problems']} problems",
-        f"{run['n_samples']} sample{'s' * (run['n_samples'] > 1)} each",
-        f"at most {run['max_new_tokens']} tokens",
-        f"seed {run['seed']}",
-        *(f"{name} {about[name]}" for name in ("torch", "transformers") if about.get(name)),
-        *([] if result.is_complete else ["not finished"]),
-    ]
-    return [str(fact) for fact in facts]
 
 
 def _arm(result: EvaluationResult, name: str) -> dict[str, Any]:

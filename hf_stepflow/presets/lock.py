@@ -26,7 +26,7 @@ _SHA256, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Lock:
-    """What a lock file pins.
+    """The contents of a lock file.
 
     Attributes:
         source: The preset's name in this package, path, or Hub id.

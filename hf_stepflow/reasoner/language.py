@@ -44,7 +44,7 @@ def check_readable(question: str) -> None:
 
 
 def _problem_of(question: str) -> str | None:
-    """What is outside the language, or None."""
+    """Describes what in a question is outside the language; None if nothing is."""
     words = re.findall(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*", question)
     unknown = [word for word in dict.fromkeys(words) if word not in _WORDS]
     if unknown:

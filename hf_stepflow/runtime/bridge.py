@@ -272,7 +272,7 @@ def is_divided(record: list[int], slot: int) -> bool:
 
 
 def _ranges_of(record: list[int], slot: int, settings: StepFlowSettings) -> "tuple[int, tuple[int, int], bool] | None":
-    """What `Run` holds of one query, or None where its groups are no ranges."""
+    """The fields of a `Run` for one query; None where its groups are not ranges."""
     if is_divided(record, slot):
         return None
     first, start = record[Field.FIRST_SLOT], record[Field.THINKING_SLOT]

@@ -259,7 +259,7 @@ def check_comparable(group: Sequence[StepMaps]) -> None:
 
 
 def _origin(maps: StepMaps) -> dict[str, Any]:
-    """What comparable maps share; a file gives the loss (position, token) as a list."""
+    """The properties that comparable maps share; a file gives the loss (position, token) as a list."""
     model, loss = maps.about.get("model"), maps.about.get("loss")
     loss = list(loss) if isinstance(loss, tuple) else loss
     return {"layers": list(maps.layers), "pooling": maps.pooling, "model": model, "loss": loss}

@@ -76,7 +76,7 @@ def suppressed_likelihoods(model: Any, input_ids: Any, trace: Trace, suppressed:
 
 
 def suppression_effects(model: Any, input_ids: Any, trace: Trace) -> Tensor:
-    """What every step loses when an earlier one is suppressed.
+    """Measures what every step loses when an earlier one is suppressed.
 
     Args:
         model: As for `suppressed_likelihoods`.

@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_model` found.
+    """The findings of `verify_model`.
 
     Attributes:
         engine: What ran the model, with its version.

@@ -22,7 +22,7 @@ from .trace import ReadTrace
 
 @dataclass
 class Seen:
-    """What the watch found in one layer.
+    """The findings in one layer.
 
     Attributes:
         queries: Number of queries and heads that were compared.

@@ -36,7 +36,7 @@ _COUNTERS = "stepflow_counters"
 
 @dataclass
 class Asked:
-    """What an engine was asked for.
+    """The StepFlow arguments of an engine.
 
     Attributes:
         source: The settings, as `stepflow` of `StepFlowModelForCausalLM.from_pretrained`; None for those of MODEL, and

@@ -1,4 +1,4 @@
-"""What users of a server see of StepFlow: counters in `GET /metrics`, and a line in vLLM's log.
+"""Metrics of StepFlow for users of a server: counters in `GET /metrics`, and a line in vLLM's log.
 
 vLLM loads this class by the entry point group `vllm.stat_logger_plugins`, for every engine that logs statistics.
 """
@@ -57,7 +57,7 @@ class StepFlowStatLogger(StatLoggerBase):
 
 
 class _Collector:
-    """What Prometheus' registry asks; it outlives engines, and shows the last one."""
+    """Answers Prometheus' registry, which outlives engines, with the counts of the last one."""
 
     _shown: "StepFlowStatLogger | None" = None
     _known: "_Collector | None" = None

@@ -18,7 +18,7 @@ FIELD = "stepflow"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine was started with.
+    """The settings that an engine was started with.
 
     Attributes:
         own: Its settings, for requests that say nothing; None for the base model.

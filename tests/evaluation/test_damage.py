@@ -221,7 +221,7 @@ def test_the_page_has_the_chart_and_the_whole_table(tmp_path: Path) -> None:
     result = make()
     kl = {"median": 1e-5, "high": 0.25, "mean": 0.1, "tokens": 321, "is_thinking": True}
     result.about["kl"] = {"texts": "prose", "arms": {"arm": kl}}
-    result.run.update({"n_samples": 1})
+    result.run.update({"n_samples": 1, "max_new_tokens": 9})
     write_report(result, [], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "accuracy against damage" in page
