@@ -7,7 +7,7 @@ split. The held-out split is answered once, at the end, by the base, the winner 
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -34,15 +34,15 @@ from .bands import Bands, Proposal, propose_bands, quarter_rule
 from .candidates import EMPTY, Settings, Space, in_words, mechanisms
 from .forecast import Stage
 from .gate import Gate, look_for_trend
-from .heads import Head, Heads, find_heads, floor_on, temperature_on
 from .non_inferiority import BOUND
-from .order import bridge_slopes, by_slope, steepest_band
+from .order import steepest_band
 from .pareto import Outcome, front
 from .probe import HIGH, LOW
-from .proxy import ProxyScore, Row, Scored, Solved, exactness_score, read_answers, rows_to_score
+from .proxy import Row, Solved, read_answers, rows_to_score
+from .proxy_stages import Scoring, numbers_of_heads, search_candidates, slopes_of, try_all_heads
 from .result import Ablation, Calibration
 from .run import ANSWERS, SCORES, Budget, CalibrationRun, Sampling, parse_budget, planned, rung_ends
-from .search import Halving, Proposer, Results, Rung, Trial, halve, rank_correlation, search, to_run
+from .search import Halving, Results, Rung, Trial, halve, rank_correlation, to_run
 from .splits import Batch, batches_of, split_problems
 from .strata import Strata, source_of
 from .verdict import BASE, RANDOM_STEPS, ablations, judge_strata, measure, random_steps
@@ -55,9 +55,6 @@ Choose = Callable[[Sequence[Outcome], int | None], int | None]
 
 # The trial that every search begins with: the paper's settings, which answer problems whatever their proxy.
 _PAPER = 0
-
-# The most right traces whose slopes order the heads.
-SLOPED = 16
 
 # The number of problems whose responses are scored for each candidate by default.
 SCORED = 96
@@ -242,23 +239,23 @@ def _run_stages(
     found = Calibration(header, about, gate, _is_forced(run, gate, force), held_out=len(held_out))
     if gate.is_open or found.is_forced:
         rows = rows_to_score(solved, header["scored"])
-        scoring = _Scoring(run, rows, names, run.scores(None, rows))
+        scoring = Scoring(run, rows, names, run.scores(None, rows))
         lengths = _context_lengths(solved)
         counts: dict[str, Any] = {"traces": len(batches), "held_out": len(held_batches)}
-        run.forecast.plan(planned(run.budget, **counts, heads=_numbers_of_heads(run))[1:])
+        run.forecast.plan(planned(run.budget, **counts, heads=numbers_of_heads(run))[1:])
         found.bands = _propose(run, solved)
-        slopes = _slopes(scoring)
+        slopes = slopes_of(scoring)
         layers = sorted(run.model.stepflow_runtime.heads)
         band = steepest_band(layers, slopes, len(quarter_rule(layers).oeb_layers)) if slopes else []
         if band and all(one.oeb_layers != band for one in found.bands.proposals):
             found.bands.proposals.append(Proposal("slope", band, []))
-        found.heads = _try_all_heads(scoring, lengths[0], slopes)
+        found.heads = try_all_heads(scoring, lengths[0], slopes)
         if slopes:
             tried = list(found.heads["OEB"].gains)
             gains = [found.heads["OEB"].gains[one] for one in tried]
             found.order = rank_correlation([-slopes[one] for one in tried], gains)
         tables = {mechanism: heads.table for mechanism, heads in found.heads.items()}
-        found.trials = _search(scoring, Space.of(found.bands.proposals, tables, lengths))
+        found.trials = search_candidates(scoring, Space.of(found.bands.proposals, tables, lengths))
         _select(found, run, batches, names, choose)
         if found.winner is not None:
             _judge(found, found.winner, run, held_batches, lengths[0], rows, names)
@@ -297,18 +294,11 @@ def _say_how_hard(run: CalibrationRun, first: Sequence[dict[str, Any]]) -> None:
     run.say(f"{text}.")
 
 
-def _numbers_of_heads(run: CalibrationRun) -> tuple[int, int]:
-    """The numbers of heads that are tried under the bridge and under the length temperature."""
-    heads: dict[int, int] = run.model.stepflow_runtime.heads
-    layers = sorted(heads)
-    return sum(heads[layer] for layer in layers[: -(-len(layers) // 2)]), sum(heads.values())
-
-
 def _forecast(
     run: CalibrationRun, batches: Sequence[Batch], held_out: int, scored: int, first: Sequence[dict[str, Any]]
 ) -> None:
     """Plans all stages, measures a pass over the first responses, and says how long each stage will take."""
-    heads = _numbers_of_heads(run)
+    heads = numbers_of_heads(run)
     stages = planned(run.budget, traces=len(batches), held_out=held_out, heads=heads)
     run.forecast.plan(stages)
     if not run.progress:
@@ -376,102 +366,6 @@ def _has_summary(run: CalibrationRun, prompt: Sequence[int], ids: Sequence[int])
     """Whether a response gets beyond its thinking, without which there is no index of decay."""
     records = run.model.stepflow_runtime.rules.vocabulary.scan([*prompt, *ids], prompt_length=len(prompt))
     return any(record[Field.LABEL] % 3 == SUMMARY for record in records[len(prompt) :])
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """The proxy of settings on a fixed set of responses.
-
-    Attributes:
-        run: The run.
-        rows: The responses.
-        strata: {problem: stratum}.
-        base: The score of each response under the base.
-    """
-
-    run: CalibrationRun
-    rows: list[Row]
-    strata: Mapping[str, str]
-    base: list[Scored]
-
-    def scores(self, advance: Callable[[], Any], settings: Settings | None) -> list[Scored]:
-        """Scores the responses under settings and advances a progress bar."""
-        values = self.run.scores(settings, self.rows)
-        advance()
-        return values
-
-    def compare(self, before: list[Scored], after: list[Scored]) -> ProxyScore:
-        """Returns the proxy of one set of scores relative to another."""
-        return exactness_score(self.rows, before, after, self.strata)
-
-
-def _slopes(scoring: _Scoring) -> dict[Head, float]:
-    """How the loss of right traces would change if a little mass moved to the bridge in each head."""
-    run, traces = scoring.run, [([*row.ids], len(row.prompt)) for row in scoring.rows if row.is_right][:SLOPED]
-    if not traces or run.is_over("bands", "slopes"):
-        return {}
-
-    def measured() -> list[list[float]]:
-        vocabulary = run.model.stepflow_runtime.rules.vocabulary
-        with run.model.disable_stepflow():
-            slopes = bridge_slopes(run.model, traces, run.tokenizer, vocabulary)
-        return [[layer, head, value] for (layer, head), value in slopes.items()]
-
-    return {(int(layer), int(head)): value for layer, head, value in run.decide("slopes", measured)}
-
-
-def _try_all_heads(scoring: _Scoring, base_length: int, slopes: dict[Head, float]) -> dict[str, Heads]:
-    """The heads that profit: from the bridge the half with the steepest slopes, from the length temperature of all."""
-    heads: dict[int, int] = scoring.run.model.stepflow_runtime.heads
-    layers = sorted(heads)
-    everywhere = [(layer, head) for layer in layers for head in range(heads[layer])]
-    number = _numbers_of_heads(scoring.run)[0]
-    first = by_slope(everywhere, slopes)[:number]
-    # In random order, so that the heads reached in a short time are of all layers.
-    random.Random(f"{scoring.run.sampling.seed}/temperature").shuffle(everywhere)
-    warm = partial(temperature_on, base=base_length)
-    bridge = replace(_try_heads(scoring, "bridge heads", first, floor_on), slopes=slopes)
-    return {"OEB": bridge, "length temperature": _try_heads(scoring, "temperature heads", everywhere, warm)}
-
-
-def _try_heads(
-    scoring: _Scoring, stage: str, heads: list[Head], acting_on: Callable[[Sequence[Head]], Settings]
-) -> Heads:
-    def is_over(head: Head, together: bool) -> bool:
-        return scoring.run.is_over(f"{stage} together" if together else stage, stage, list(head), together)
-
-    with scoring.run.bar(stage, len(heads), SCORES) as bar:
-        return find_heads(heads, acting_on, partial(scoring.scores, bar.update), scoring.compare, is_over)
-
-
-def _search(scoring: _Scoring, space: Space) -> list[Trial]:
-    """The search: candidates ranked by the proxy."""
-    run = scoring.run
-    journal = None if run.work.path is None else run.work.path / "optuna.journal"
-    proposer = Proposer(space, run.sampling.seed, journal) if run.workers.is_first else None
-
-    def propose(number: int) -> dict[str, Any]:
-        return run.decide("trial", lambda: proposer.draw(number) if proposer else None, number, digest(vars(space)))
-
-    def report(trial: Trial) -> None:
-        score = trial.score
-        harm = "" if score.is_harmless else f", harms {score.stratum}"
-        seconds = run.work.spent() - started[0]
-        started[0] = run.work.spent()
-        line = f"proxy {score.value:+.3f} ± {score.error:.3f} {score.unit}{harm}; {seconds:.1f} s"
-        run.say(f"#{trial.number:<3} {in_words(trial.settings)}; {line}")
-
-    trials, started = run.budget.candidates, [run.work.spent()]
-    with run.bar("search", trials, SCORES) as bar:
-        return search(
-            space,
-            trials,
-            propose,
-            lambda settings: scoring.compare(scoring.base, scoring.scores(bar.update, settings)),
-            proposer.tell if proposer else None,
-            lambda number: run.is_over("search", "search", number),
-            report,
-        )
 
 
 def _select(
