@@ -77,7 +77,13 @@ def _gate(gate: Gate) -> str:
     heads = "source,length by,errors in the shortest third,in the longest,odds of an error per doubling,p (one-sided)"
     rows = []
     for one in gate.trends:
-        odds = "no bound" if one.odds_ratio is None else f"{one.odds_ratio:.2f}"
+        odds = (
+            "no bound"
+            if one.odds_ratio is None
+            else "over 1,000"
+            if one.odds_ratio > 1000
+            else f"{one.odds_ratio:.2f}"
+        )
         rows.append([one.source, one.measure, f"{one.short:.1%}", f"{one.long:.1%}", odds, f"{one.p_value:.4f}"])
     return facts + table(heads.split(","), rows)
 

@@ -118,7 +118,7 @@ def step_saliency(
         raise StepFlowInputError(f"checkpoints must be True, False or None, got {checkpoints!r}")
     results: dict[int, StepSaliency] = {}
     # Transformers' tqdm honours the switch that turns all its bars off.
-    bar = logging.tqdm(unit="layer", desc="Step-Saliency", delay=2, leave=False, disable=not progress)
+    bar = logging.tqdm(unit=" layers", desc="Step-Saliency", delay=2, leave=False, disable=not progress)
     with torch.inference_mode(False), capture.exclusive(), bar:
         budget = Budget(capture, wanted, chunk_size, checkpoints)
         call = _Call(capture, budget, wanted, loss, measure, pooling, per_head, bar)
