@@ -34,6 +34,7 @@ class Answer:
         seconds: The time that it took; None while it is written.
         response: The whole response; None while it is written.
         outcome: The verdict, where the right answer is known and the response is there.
+        text: Its plain text so far, where no step was found in it; else empty.
     """
 
     prompt: list[int]
@@ -42,6 +43,7 @@ class Answer:
     seconds: float | None = None
     response: Response | None = None
     outcome: str | None = None
+    text: str = ""
 
 
 def stream_answer(
@@ -75,20 +77,27 @@ def stream_answer(
     with closing(_in_thread(lambda: sampler.respond(Arm(stepflow=stepflow), [prompt], 0), tokens)) as views:
         for ids, made in views:
             if made is None:
-                yield Answer(prompt, ids, written_steps(loaded.tokenizer, vocabulary, prompt, ids))
+                steps = written_steps(loaded.tokenizer, vocabulary, prompt, ids)
+                yield Answer(prompt, ids, steps, text=_plain_text(loaded.tokenizer, steps, ids))
                 continue
             (response,), seconds = made
             steps = written_steps(loaded.tokenizer, vocabulary, prompt, response.ids)
             outcome = None
             if problem is not None and problem.kind != "code":  # whose judgement would run what the model wrote
                 outcome = judge(problem, response.summary, response.is_finished).outcome
-            yield Answer(prompt, response.ids, steps, seconds, response, outcome)
+            text = _plain_text(loaded.tokenizer, steps, response.ids)
+            yield Answer(prompt, response.ids, steps, seconds, response, outcome, text)
 
 
 def written_steps(tokenizer: Any, vocabulary: StepVocabulary, prompt: list[int], ids: list[int]) -> list[TraceStep]:
     """The thinking and summary steps of an answer, given as token ids after those of its prompt."""
     trace = segment_trace(tokenizer, prompt + ids, vocabulary, prompt_length=len(prompt))
     return [step for step in trace.steps if step.label != "question" and step.end > len(prompt)]
+
+
+def _plain_text(tokenizer: Any, steps: list[TraceStep], ids: list[int]) -> str:
+    """The text of an answer without steps, as of a model that writes no markers; empty if it has steps."""
+    return "" if steps else str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 class _Stopped(Exception):

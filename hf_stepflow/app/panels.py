@@ -28,6 +28,8 @@ def note(text: str) -> str:
 def answers_panel(base: Answer, other: Answer | None) -> str:
     """Shows two answers side by side: a step that both have once, and the first difference marked.
 
+    An answer without steps is shown as one piece without a number.
+
     Args:
         base: The base model's answer.
         other: The answer with StepFlow; None before it begins.
@@ -35,12 +37,12 @@ def answers_panel(base: Answer, other: Answer | None) -> str:
     cards = [_card(name, answer) for name, answer in zip(NAMES, (base, other), strict=True)]
     rows: list[str] = []
     is_first = True
-    theirs = [] if other is None else other.steps
+    ours, theirs = _pieces(base), _pieces(other)
     for pair in _pairs(base, other):
         if pair.is_same:
-            cells = [_cell(base.steps, pair.first, "", pair.other)]
+            cells = [_cell(ours, pair.first, "", pair.other)]
         else:
-            cells = [_cell(base.steps, pair.first, NAMES[0]), _cell(theirs, pair.other, NAMES[1])]
+            cells = [_cell(ours, pair.first, NAMES[0]), _cell(theirs, pair.other, NAMES[1])]
         is_open = other is None or other.response is None
         kind = "same" if pair.is_same else "waiting" if is_open and _is_ahead(pair, len(theirs)) else "apart"
         if kind == "apart" and is_first:
@@ -54,14 +56,21 @@ def answers_panel(base: Answer, other: Answer | None) -> str:
 
 def _pairs(base: Answer, other: Answer | None) -> list[StepPair]:
     """The alignment; while the other answer is written, of as many steps as it has finished."""
-    ours = [step.text or "" for step in base.steps]
+    ours, theirs = ([step.text or "" for step in _pieces(answer)] for answer in (base, other))
     if other is not None and other.response is not None:
-        return align_steps(ours, [step.text or "" for step in other.steps])
-    theirs = [] if other is None else [step.text or "" for step in other.steps]
+        return align_steps(ours, theirs)
     done = max(len(theirs) - 1, 0)
     rest = range(done, max(len(ours), len(theirs)))
     ahead = [StepPair(n if n < len(ours) else None, n if n < len(theirs) else None, False) for n in rest]
     return align_steps(ours[:done], theirs[:done]) + ahead
+
+
+def _pieces(answer: Answer | None) -> list[TraceStep]:
+    """The steps of an answer, or its whole text as one step of number 0 where none was found."""
+    if answer is None:
+        return []
+    whole = TraceStep("question", 0, 0, len(answer.prompt), len(answer.prompt) + len(answer.ids), answer.text)
+    return answer.steps or [whole] * bool(answer.text)
 
 
 def _is_ahead(pair: StepPair, written: int) -> bool:
@@ -94,7 +103,8 @@ def _cell(steps: Sequence[TraceStep], place: int | None, name: str, other: int |
         return element("div", class_="sf-cell sf-empty")
     step = steps[place]
     places = [place] if other in (None, place) else [place, other]
-    number = element("span", class_="sf-number", text="|".join(str(one + 1) for one in places), title_=step.label)
+    shown = "|".join(str(one + 1) for one in places) if step.index else ""
+    number = element("span", class_="sf-number", text=shown, title_=step.label if step.index else "no steps")
     who = element("span", class_="sf-who", text=name)
     text = element("span", class_="sf-text", text=(step.text or "").strip())
     return element("div", number, who, text, class_=f"sf-cell sf-{step.label}")
@@ -109,7 +119,11 @@ def effect_panel(report: RowReport | None) -> str:
     if report is None:
         return note("StepFlow had nothing to do: its settings ask for nothing.")
     if not any(step.label == "thinking" for step in report.steps):
-        return note("StepFlow had nothing to do: no thinking was found. `hf-stepflow doctor MODEL` shows the markers.")
+        return note(
+            "StepFlow had nothing to do: it found no thinking between the model's markers, which "
+            "`hf-stepflow doctor MODEL` shows. For a model that writes none, start the app with "
+            "`--stepflow implicit_thinking=true`: its whole answer then counts as thinking."
+        )
     heads = (
         "layer",
         "heads lifted",

@@ -1,6 +1,7 @@
 """`hf-stepflow app`: the page on which a model answers with and without StepFlow, in the browser."""
 
 import argparse
+import socket
 
 from hf_stepflow.runtime.errors import StepFlowInputError
 
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         raise StepFlowInputError(f"--port must be from 1 to 65535, got {args.port}", hint="--port 7860")
     import gradio  # noqa: F401  # its absence is reported before the model is loaded
 
+    _demand_free(args.host, args.port)
+
     from hf_stepflow.app import launch_app, load_model, make_app
 
     placing = {"dtype": args.dtype, "device": args.device}
@@ -45,3 +48,20 @@ def run(args: argparse.Namespace) -> int:
     print(f"http://{args.host}:{args.port}  (Ctrl-C ends it)", flush=True)
     page.block_thread()
     return 0
+
+
+def _demand_free(host: str, port: int) -> None:
+    """Checks that nothing listens on an address yet, before a model is loaded.
+
+    Raises:
+        StepFlowInputError: The port is taken, or the host is none of this machine's.
+    """
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StepFlowInputError(
+            f"the page cannot be served on {host}:{port}: {reason}",
+            hint=f"choose another --port, such as --port {port % 65535 + 1}, or another --host",
+        ) from error

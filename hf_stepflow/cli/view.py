@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from hf_stepflow.runtime.errors import StepFlowInputError
+from hf_stepflow.runtime.errors import StepFlowFileError, StepFlowInputError
 
 from .arguments import demand_folders
 
@@ -37,7 +37,12 @@ def run(args: argparse.Namespace) -> int:
     demand_folders(path)
     if path.exists() and path.samefile(args.results):
         raise StepFlowInputError(f"--out {str(path)!r} is the results file itself", hint="name another file")
-    result = EvaluationResult.load(args.results)
+    try:
+        result = EvaluationResult.load(args.results)
+    except StepFlowFileError as error:
+        raise StepFlowFileError(
+            error.message, hint="give a file that `hf-stepflow eval --out` wrote, as it wrote it"
+        ) from error
     problems = None
     if args.problems is not None:
         from hf_stepflow.problems import load_problems

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 import threading
 import xml.etree.ElementTree as ET
@@ -167,6 +168,23 @@ def test_two_answers_side_by_side() -> None:
     ]
 
 
+def test_an_answer_without_steps_is_shown_whole() -> None:
+    response = answer_of().response
+    base, other = (Answer([], [1, 2], [], 1.0, response, text=text) for text in (f"one {EVIL}", "two"))
+    page = answers_panel(base, other)
+    assert rows_of(page) == ["apart sf-first"]
+    assert page.count("0 steps") == 2
+    assert f"one {EVIL}" in "".join(ET.fromstring(page).itertext())
+    assert rows_of(answers_panel(base, base)) == ["same"]
+    assert rows_of(answers_panel(base, None)) == ["waiting"]
+
+
+def test_an_answer_without_thinking_is_written_all_the_same(loaded, monkeypatch) -> None:
+    monkeypatch.setattr("hf_stepflow.app.answers.written_steps", lambda *_: [])
+    *_, last = stream_answer(loaded, draw_problem("reasoner:chains-2", 1)[0].prompt, False, 20)
+    assert last.text == loaded.tokenizer.decode(last.ids, skip_special_tokens=True).strip() != ""
+
+
 def test_the_effect_and_the_map(loaded) -> None:
     problem, _ = draw_problem("reasoner:chains-2", 1)
     *_, last = stream_answer(loaded, problem.prompt, {}, 60, problem)
@@ -191,3 +209,12 @@ def test_what_the_command_lacks(monkeypatch, capsys) -> None:
 def test_a_port_that_is_none(capsys) -> None:
     assert main(["app", "--port", "70000"]) == 2
     assert "--port must be from 1 to 65535, got 70000" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(capsys) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["app", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot be served on 127.0.0.1:{port}: Address already in use" in error
+    assert "choose another --port" in error
