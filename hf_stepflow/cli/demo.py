@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answers one problem, prints what StepFlow did, and compares both on more problems."""
+    import math_verify  # noqa: F401  # its absence is reported before anything is answered
     from transformers.utils import logging
 
     from hf_stepflow.evaluation.answers import judge
