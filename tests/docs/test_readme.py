@@ -14,13 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_stepflow import StepFlowModelForCausalLM, segment_trace
-from hf_stepflow.evaluation.statistics import adjust
 from hf_stepflow.hub.push import push_preset
 from hf_stepflow.reasoner import FOLDER
 from tests.support.presets import edited, written
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -153,47 +151,3 @@ def test_the_quickstart(run, tokenizer):
     (followed,) = (text for block, text in printed.items() if "on_step" in block)
     assert followed.count("label='thinking'") >= 3
     assert result["tau_max"] is None
-
-
-def test_the_results_are_those_of_the_outputs():
-    (table,) = re.findall(r"^\| model \| problems .*?(?=\n\n)", README, re.DOTALL | re.MULTILINE)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert len(rows) > 10
-    for model, problems, settings, *shown in rows:
-        n, base, (delta, low, high), p_value = output(model, problems.strip("`"), settings)
-        verdict = ("helps" if delta > 0 else "harms") if p_value < 0.05 else "not measurable"
-        difference = f"{100 * delta:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        assert shown == [f"{n:,}", f"{100 * base:.1f}", difference, verdict]
-
-
-def output(model: str, problems: str, settings: str) -> tuple[int, float, list[float], float]:
-    """n, base, difference and p-value of a row, from the outputs; adjusted by Holm over the table that it is from."""
-    if problems in ("held-out chains", "GSM8K"):
-        if problems == "GSM8K":
-            found = read("smollm2_gsm8k.json" if model.startswith("SmolLM2") else "qwen_coder_gsm8k.json")
-            comparison = found["comparisons"][0]["paired"] | {"base": found["arms"][0]["accuracy"]}
-        else:
-            comparison = read("reasoner_calibration/result.json")["measured"]
-        delta = [comparison["delta"][name] for name in ("value", "low", "high")]
-        return comparison["problems"], comparison["base"]["value"], delta, comparison["p_value"]
-    if settings == "calibrated":
-        rows = [(one["level"], one, one) for one in read("reasoner_calibration/difficulties.json")["levels"]]
-    elif "seed" in model:
-        row = read(f"reasoner_evidence/{model.partition(', ')[2].replace(' ', '-')}/traces-{problems}.json")
-        rows = [(problems, row, row["arms"]["paper"])]
-    else:
-        files = sorted((BENCHMARKS / "reasoner_evidence").glob("traces-*.json"))
-        levels = [json.loads(file.read_text()) for file in files]
-        rows = [
-            (one["level"] if name == "paper" else name, one, arm)
-            for one in levels
-            for name, arm in one["arms"].items()
-        ]
-    p_values = adjust([arm["p_value"] for _, _, arm in rows])
-    (place,) = [place for place, (name, _, _) in enumerate(rows) if name == problems]
-    _, row, arm = rows[place]
-    return row["n"], row["base"][0], arm["delta"], p_values[place]
-
-
-def read(name: str) -> dict:
-    return json.loads((BENCHMARKS / name).read_text())
