@@ -346,6 +346,7 @@ def test_without_math_verify_it_is_refused_at_once(reasoner, monkeypatch) -> Non
 def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     arm = Arm().to_dict()
     header = {"arms": {"base": arm, "<b>": arm}, "n_problems": 1, "n_samples": 1, "seed": 0, "dtype": "float32"}
+    header["max_new_tokens"] = 9
     row = {"problem": "1", "sample": 0, "batch": 0, "tokens": 3, "seconds": 1.0, "steps": 1, "answer": None}
     results = [
         {**row, "arm": "base", "outcome": "correct", "right": True, "text": "<script>alert(1)</script>"},
