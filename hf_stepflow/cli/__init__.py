@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         if name == chosen:
-            module = import_module(f"{__name__}.{name}")
+            try:
+                module = import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                return _refuse_without(error, name)
             module.configure(subparser)
             runs[name] = module.run
     args = parser.parse_args(words)
@@ -67,10 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nhf-stepflow: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
-        extra = _extra_with(error.name, args.subcommand)
-        if extra is None:
-            raise
-        return _refuse(f"{error.name} is not installed", f"pip install 'hf-stepflow[{extra}]'")
+        return _refuse_without(error, args.subcommand)
+
+
+def _refuse_without(error: ModuleNotFoundError, subcommand: str) -> int:
+    """Names the extra that installs a missing module; raises the error again if there is none."""
+    extra = _extra_with(error.name, subcommand)
+    if extra is None:
+        raise error
+    return _refuse(f"{error.name} is not installed", f"pip install 'hf-stepflow[{extra}]'")
 
 
 def _extra_with(module: str | None, subcommand: str) -> str | None:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_stepflow.runtime.attention import AttentionCall, Output, visible_keys
 from hf_stepflow.runtime.attention_interface import attention_modules, base_implementation, query_heads
 from hf_stepflow.runtime.errors import StepFlowConfigError, StepFlowUnsupportedError, shown
+from hf_stepflow.runtime.forward import cache_of
 
 # The name of the attention function, free of words that models look for.
 _NAME = "steered_towards_question"
@@ -253,7 +254,7 @@ class Steering:
 
     def begin_pass(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Notes the length of the cache; a hook before the forward of the model."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         self.cached = 0 if cache is None else int(cache.get_seq_length())
         self.is_static = bool(getattr(cache, "is_compileable", False))
 

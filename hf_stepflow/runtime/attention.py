@@ -165,6 +165,8 @@ def make_flow_attention(base_name: str, attend: Attend | None = None) -> Callabl
             flow.reached[link.layer] = handed_down is not None
         if attend is None and link.layer not in flow.plan.changed:
             return base(module, query, key, value, attention_mask, **kwargs)
+        if isinstance(flow.total, int):
+            flow.offset(key.shape[2])  # raises if the cache was not found, rather than take each token for a new trace
         flow = flow.last(query.shape[2])
         gamma = flow.plan.gamma.get(link.layer)
         if gamma is not None:

@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, q queries, c some of them, K keys that a layer s
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +33,9 @@ from .flow_state import (
 from .report import FlowReport, Tally
 from .settings import SETTINGS, FlowPlan, StepFlowSettings
 from .step_detector import SUMMARY, THINKING, Field, StepVocabulary
+
+# The name of the cache among the arguments of a model's forward, from transformers 5.24 on and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 _STEP_SETTINGS = tuple(name for name, setting in SETTINGS.items() if setting.labels)
 
@@ -144,8 +147,10 @@ class FlowPass:
             return (self.total - keys).clamp(min=0)
         if keys > self.total and not self.state.is_static:
             raise StepFlowUnsupportedError(
-                f"attention got {keys} keys for {self.total} tokens, so StepFlow cannot tell which key is which token",
-                hint="detach StepFlow from this model, or call it inside `with model.disable_stepflow():`",
+                f"attention got {keys} keys for {self.total} tokens, so StepFlow cannot tell which key is which token "
+                "(it did not find the cache)",
+                hint="use a release of transformers that hf-stepflow was tested with, detach StepFlow from this "
+                "model, or call it inside `with model.disable_stepflow():`",
             )
         return max(self.total - keys, 0)
 
@@ -345,7 +350,7 @@ class FlowRuntime:
         paged = getattr(kwargs.get("cache"), "stepflow_records", None)  # continuous batching, under rules of its own
         rules = self._active_rules() if paged is None else paged.rules
         if rules is None:
-            state = state_of(kwargs.get("past_key_values"))
+            state = state_of(cache_of(kwargs))
             if state is not None:
                 state.is_behind = True
             # Said outright: layers that are recomputed for a backward pass ask again when the settings may be others.
@@ -389,7 +394,7 @@ class FlowRuntime:
                 hint="pass input_ids, or call inside `with model.disable_stepflow():`",
             )
         mask = kwargs.get("attention_mask")
-        state, cached = self._state(kwargs.get("past_key_values"), rules.vocabulary, ids, mask)
+        state, cached = self._state(cache_of(kwargs), rules.vocabulary, ids, mask)
         known = self._slot.prompt_length
         if prompt_length is None and known is not None and rules.plan.settings.implicit_thinking and not compiling:
             prompt_length = known + state.virtual_tokens
@@ -467,7 +472,7 @@ class FlowRuntime:
                 f"layers {sorted(missed)} of {type(model).__name__} did not call StepFlow's attention function",
                 hint="name layers in oeb_layers and smi_layers that run, or detach StepFlow from this model",
             )
-        parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+        parts = output if isinstance(output, tuple) else cache_argument(output).values()
         for made in parts:
             if hasattr(made, "get_seq_length") and state_of(made) is None:
                 put_state_on(made, flow.state)
@@ -487,6 +492,20 @@ class FlowRuntime:
         state, plan = self.last
         records = state.records[:, : state.count].tolist()
         return FlowReport.of(records, state.tally, plan.layers, plan.tau.keys() | plan.inject, self.tokenizer)
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model's forward, or None."""
+    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def cache_argument(output: Any) -> dict[str, Any]:
+    """The cache in a model's output, as the argument of its next forward; empty if there is none."""
+    for name in _CACHE_NAMES:
+        cache = getattr(output, name, None)
+        if cache is not None:
+            return {name: cache}
+    return {}
 
 
 _PARAMETERS: dict[Callable[..., Any], tuple[list[str], bool]] = {}

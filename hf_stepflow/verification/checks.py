@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hf_stepflow.runtime.errors import StepFlowError, StepFlowInputError
+from hf_stepflow.runtime.forward import cache_argument
 from hf_stepflow.runtime.settings import StepFlowSettings
 
 from .trace import STEPS, ReadTrace
@@ -184,7 +185,7 @@ def _decoded(model: Any, trace: ReadTrace, watch: Watch) -> torch.Tensor:
     logits = [made.logits[0, -1:]]
     for token in range(trace.prompt_length, ids.shape[1]):
         watch.total = token + 1
-        made = model(ids[:, token : token + 1], past_key_values=made.past_key_values, use_cache=True)
+        made = model(ids[:, token : token + 1], use_cache=True, **cache_argument(made))
         logits.append(made.logits[0])
     return torch.cat(logits)
 
@@ -279,17 +280,17 @@ def _cost(model: Any, trace: ReadTrace, tokens: int, seed: int) -> dict[str, flo
     following = [token for token, segment in enumerate(trace.segment) if segment == 1 and token >= first]
     order = random.Random(seed)
     rules = {"on": trace.rules, "off": None}
-    caches: dict[str, Any] = {}
+    caches: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {"on": [], "off": []}
     for step in range(tokens + _WARM_UP):
         token = ids[:, following[step % len(following)], None]
         for arm in order.sample(sorted(rules), 2):
             with model.stepflow_runtime.override(rules[arm], trace.prompt_length):
                 if arm not in caches:
-                    caches[arm] = model(ids[:, :first], use_cache=True).past_key_values
+                    caches[arm] = cache_argument(model(ids[:, :first], use_cache=True))
                 _wait_for(model)
                 start = time.perf_counter()
-                model(token, past_key_values=caches[arm], use_cache=True)
+                model(token, use_cache=True, **caches[arm])
                 _wait_for(model)
             if step >= _WARM_UP:
                 times[arm].append(time.perf_counter() - start)
