@@ -89,6 +89,7 @@ def prefill() -> str:
                 str(row["n"]),
             )
             for row in rows_of("prefill", "results")
+            if row["part"] == "prefill"
         ),
     )
 
