@@ -271,9 +271,13 @@ def _placed(args: argparse.Namespace, make: Callable[..., tuple[Any, Any]]) -> t
         model, tokenizer = make(name, revision=args.revision, dtype=args.dtype, **placing)
     except StepFlowError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError) as error:  # KeyError: a tokenizer.json that lacks a part
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        # transformers goes on with the names of all model types.
+        reason = reason.partition("Model type should be one of")[0].strip()
         raise StepFlowInputError(
-            f"the model {name!r} could not be loaded: {error}", hint="give a folder, a Hub id, or `reasoner`"
+            f"the model {name!r} could not be loaded: {reason}",
+            hint="give a folder, a Hub id, or `reasoner`; `hf-stepflow doctor` says whether StepFlow runs on it",
         ) from error
     try:
         if args.device != "auto":
