@@ -193,12 +193,14 @@ class PagedPass:
         plan: What happens in which layer.
         queries: Number of queries in the row, T.
         sequences: The sequences in their order in the row.
+        cache: The paged cache.
         reached: As in `FlowPass`.
     """
 
     plan: FlowPlan
     queries: int
     sequences: list[PackedSequence]
+    cache: Any
     reached: dict[int, bool] = field(default_factory=dict)
 
     def attend(
@@ -216,19 +218,22 @@ class PagedPass:
             layer: The layer.
             attention: StepFlow's attention function, for one sequence or, without a pass, the packed row.
             module: The attention module.
-            parts: Query [1, H, T, D], key and value [1, Hkv, T, D] of the new tokens.
+            parts: Query [1, H, T, D]; key and value [1, Hkv, T, D] of the new tokens where `kwargs` has the cache,
+                else (from transformers 5.24 on) [1, Hkv, K, D] of all keys.
             mask: The mask of the whole row.
             kwargs: The other arguments of attention, those of the paged cache among them.
         """
-        cache = kwargs.get("cache")
-        self.reached[layer] = cache is not None
-        if cache is None or parts[0].shape[2] != self.queries or kwargs.get("position_bias") is not None:
+        kind = self.cache.layer_to_allocator[layer].layer_type
+        has_new = kwargs.get("cache") is not None
+        is_whole = has_new or parts[1].shape[2] == self.sequences[-1].keys[kind].stop
+        self.reached[layer] = is_whole
+        if not is_whole or parts[0].shape[2] != self.queries or kwargs.get("position_bias") is not None:
             raise _refused(f"of {type(module).__name__}, which does not hand the packed row to attention as it is")
         if not any(self._acts(layer, one.flow) for one in self.sequences):
             return attention(module, *parts, mask, stepflow_pass=False, **kwargs)
         query, key, value = parts
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=dict(kwargs))
-        kind = cache.layer_to_allocator[layer].layer_type
+        if has_new:
+            key, value = self.cache.update(key_states=key, value_states=value, layer_idx=layer, kwargs=dict(kwargs))
         own = {name: value for name, value in kwargs.items() if name not in _PACKED_ARGUMENTS}
         outputs = []
         for one in self.sequences:
@@ -318,7 +323,7 @@ class PagedRecords:
             spans = {kind: slice(edge[number], edge[number + 1]) for kind, edge in keys.items()}
             flow = self._pass_of(row, made[own], None if read.numel() == 0 else read[spans[_FULL]])
             sequences.append(PackedSequence(own, spans, flow))
-        return PagedPass(rules.plan, len(ids), sequences)
+        return PagedPass(rules.plan, len(ids), sequences, kwargs["cache"])
 
     def _read(self, kwargs: dict[str, Any], read: torch.Tensor) -> tuple[list[list[int]], list[int], list[list[int]]]:
         """Reads what labelling needs from the device, at once.
