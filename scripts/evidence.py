@@ -13,6 +13,7 @@ from hf_stepflow.evaluation.result import amount, percent
 from hf_stepflow.evaluation.statistics import Estimate, adjust
 from hf_stepflow.reasoner.levels import LEVELS
 
+from .pages import write_pages
 from .performance import ROOT, table
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -51,7 +52,7 @@ def results() -> str:
 
 
 def found_in(model: str, problems: str, settings: str) -> Found:
-    """What the outputs say of a row."""
+    """Finds a row of the README in the outputs."""
     if model == QWEN:
         compared = [(run, one) for run in qwen_coder.gsm8k_runs() for one in run["comparisons"]]
         p_values = adjust([one["paired"]["p_value"] for _, one in compared])
@@ -124,7 +125,7 @@ def where() -> str:
 
 
 def damage() -> str:
-    """What the paper's settings break, on every model whose damage was measured."""
+    """Damage of the paper's settings, on every model where it was measured."""
     runs = [(REASONER, level, read(f"reasoner_rivals/{level}.json")) for level in RIVAL_LEVELS]
     runs += [(QWEN, "GSM8K", read("qwen_coder/gsm8k.json"))]
     moved = qwen_coder.read("kl")["arms"]["paper"]
@@ -182,7 +183,7 @@ def points(delta: list[float]) -> str:
 
 
 def rivals() -> str:
-    """What the rivals do to the reasoner."""
+    """The rivals on the reasoner."""
     return reasoner_rivals.table(read(f"reasoner_rivals/{level}.json") for level in RIVAL_LEVELS)
 
 
@@ -201,16 +202,5 @@ PAGES: dict[Path, dict[str, Any]] = {
 }
 
 
-def page_text(page: Path) -> str:
-    """A page with the tables of the outputs."""
-    text = page.read_text(encoding="utf-8")
-    for name, part in PAGES[page].items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
-        text = f"{before}{start}{part()}\n{end}{rest.partition(end)[2]}"
-    return text
-
-
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(page_text(page), encoding="utf-8")
+    write_pages(PAGES)

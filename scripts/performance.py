@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .pages import write_pages
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -197,23 +199,14 @@ def cost() -> str:
 
 
 PAGES = {
-    ROOT / "docs" / "performance.md": (launches, steps, calls, parts, prefill, saliency),
-    ROOT / "docs" / "serving.md": (vllm, engines),
-    ROOT / "README.md": (cost,),
+    ROOT / page: {part.__name__: part for part in own}
+    for page, own in {
+        "docs/performance.md": (launches, steps, calls, parts, prefill, saliency),
+        "docs/serving.md": (vllm, engines),
+        "README.md": (cost,),
+    }.items()
 }
 
 
-def page_text(page: Path) -> str:
-    """A page with the tables of the outputs."""
-    text = page.read_text(encoding="utf-8")
-    for part in PAGES[page]:
-        name = part.__name__
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(start)
-        text = f"{before}{start}{part()}\n{end}{rest.partition(end)[2]}"
-    return text
-
-
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(page_text(page), encoding="utf-8")
+    write_pages(PAGES)

@@ -21,8 +21,8 @@ PROSE = (
     "on the inner one, so the bends grow wider from year to year. At some point the water finds a shorter way. "
     "The old bend is then a lake, which fills with reeds and in the end becomes a meadow.\n\n"
     "People who live beside such a river build their houses on higher ground. They know the marks on the "
-    "bridge, and their grandparents told them about the great flood. The best fishing, they say, is in the "
-    "evening, once the wind has dropped.",
+    "bridge, and their grandparents told them about the great flood. Most of them fish in the evening, "
+    "once the wind has dropped.",
     "Good tools ask for little care, but they ask for it regularly. A plane should be clean and dry, and its "
     "iron sharp. My uncle kept an oiled cloth in every drawer of his workshop. He never lent his chisels to "
     "anyone, and he never had to explain why.\n\n"

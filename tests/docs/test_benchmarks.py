@@ -23,6 +23,7 @@ from benchmarks import (
 from benchmarks.measurements import Measurements
 from hf_stepflow.runtime import flow_state
 from scripts import evidence, performance
+from scripts.pages import page_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,4 +254,4 @@ def test_the_parts_of_the_added_time_add_up(tmp_path: Path, monkeypatch) -> None
     ids=lambda one: getattr(one, "name", None) or one.__name__,
 )
 def test_the_figures_are_those_of_the_outputs(script: Any, page: Path) -> None:
-    assert page.read_text(encoding="utf-8") == script.page_text(page)
+    assert page.read_text(encoding="utf-8") == page_text(page, script.PAGES[page])
